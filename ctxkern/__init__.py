@@ -1,0 +1,1 @@
+"""Context-modulated layers at nearly the price of ordinary ones."""
