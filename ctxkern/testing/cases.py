@@ -64,7 +64,9 @@ CASES = [
     Case("context-per-token-no-weight", 2, 33, 20, 9, 4, per_token=True, weight=False),
     Case("ragged", 5, 0, 16, 12, 4, lengths=(3, 1, 17, 8, 30), bias=True),
     Case("ragged-empty-sequences", 6, 0, 9, 11, 5, lengths=(0, 4, 0, 13, 1, 0)),
-    Case("ragged-shared", 7, 0, 14, 10, 6, rows=3, index=(2, 0, 2, 1, 0, 2, 2), lengths=(5, 2, 0, 9, 4, 1, 6), bias=True),
+    Case(
+        "ragged-shared", 7, 0, 14, 10, 6, rows=3, index=(2, 0, 2, 1, 0, 2, 2), lengths=(5, 2, 0, 9, 4, 1, 6), bias=True
+    ),
     Case("ragged-equal", 4, 0, 8, 8, 3, rows=9, index=(8, 1, 3, 2), lengths=(6, 6, 6, 6)),
     Case("strided-x", 4, 6, 10, 8, 4, x_layout="strided"),
     Case("expanded-x", 5, 6, 12, 8, 4, x_layout="expanded", bias=True),

@@ -71,5 +71,3 @@ def _rms(t):
 
 def _max(t):
     return t.abs().max().item()
-
-
