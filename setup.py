@@ -92,7 +92,7 @@ def probe(command, code):
             text=True,
             errors="replace",
         )
-    return first_error(done.stderr or done.stdout) if done.returncode else ""
+    return first_error(done.stderr or done.stdout).replace(f"{folder}/", "") if done.returncode else ""
 
 
 def ninja_path(path):

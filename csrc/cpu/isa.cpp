@@ -50,7 +50,7 @@ struct Registers {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-// cpuid rather than __builtin_cpu_supports: clang before 19 knows neither "f16c" nor "amx-bf16" there.
+// cpuid rather than __builtin_cpu_supports: clang 16 takes neither "f16c" nor "amx-bf16" there.
 Registers cpuid(unsigned leaf, unsigned subleaf) {
   Registers r;
   __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
