@@ -53,7 +53,7 @@ class NotBuiltError(Exception):
 
 def first_error(output):
     lines = output.strip().splitlines() or ["no message"]
-    return next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
+    return next((line for line in lines if "error:" in line.lower()), lines[-1]).strip()
 
 
 def find_compiler():
@@ -84,15 +84,16 @@ def find_ninja():
 def probe(command, code):
     """Compiles and links `code` into a shared library; returns the error, or ''."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(code + "\n")
-        done = subprocess.run(
-            [*command, str(source), "-o", str(source.with_suffix(".so"))],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-    return first_error(done.stderr or done.stdout).replace(f"{folder}/", "") if done.returncode else ""
+        command = [*command, str(source), "-o", str(library)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            return str(error)
+        if done.returncode == 0:
+            return "" if library.exists() else "it wrote no file"
+    return first_error(done.stderr or done.stdout).replace(f"{folder}/", "")
 
 
 def ninja_path(path):

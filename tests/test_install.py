@@ -147,6 +147,20 @@ def test_in_place_and_again_without_a_compiler(tools, compiler, source, tmp_path
     assert "CXX=/nonexistent" in reason
 
 
+BROKEN = {"no program": "", "fails": "#!/bin/sh\nexit 1\n", "writes nothing": "#!/bin/sh\n"}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_broken_compiler(tools, source, tmp_path, text):
+    compiler = tmp_path / "broken-cxx"
+    compiler.write_text(text)
+    compiler.chmod(0o755)
+    build_in_place(tools, source, CXX=str(compiler))
+    cpu = build_info(source)["cpu"]
+    assert not cpu["built"]
+    assert cpu["reason"].startswith(f"{compiler} does not build a C++17 shared library: ")
+
+
 def test_compile_error_is_told(tools, compiler, source, tmp_path):
     source.joinpath("csrc", "cpu", "wrong.cpp").write_text("int f() { return undeclared; }\n")
     build_in_place(tools, source)
