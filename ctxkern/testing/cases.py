@@ -51,6 +51,7 @@ CASES = [
     Case("wide-k", 3, 10, 12, 8, 130),
     Case("narrow-k", 4, 40, 24, 16, 1),
     Case("debug", 4, 32, 64, 64, 16),
+    Case("deep", 2, 6, 1031, 3, 8),
     Case("single-context", 1, 64, 32, 32, 8, bias=True),
     Case("many-sequences-of-one-context", 8, 6, 20, 12, 5, rows=1, index=(0,) * 8),
     Case("shared-uneven", 8, 5, 18, 14, 6, rows=4, index=_SHARED, bias=True),
