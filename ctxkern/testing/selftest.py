@@ -1,4 +1,4 @@
-"""The numerical self-test of `ctxkern check`: every backend that is there, over the small cases, in every dtype."""
+"""The numerical self-test of `ctxkern check`: every backend that is there, over the case table, in every dtype."""
 
 import functools
 import time
@@ -11,7 +11,8 @@ from ctxkern.functional import bilinear, factored_modulated_linear, lora_linear,
 from ctxkern.reference import factored_modulated_linear_ref, lora_linear_ref
 
 from .cases import CASES, make_inputs
-from .oracle import assert_matches, check, run_tensors
+from .families import factored_arguments, lora_arguments
+from .oracle import check, check_family
 
 _DTYPES = (
     (torch.float32, torch.float32),
@@ -20,19 +21,21 @@ _DTYPES = (
     (torch.bfloat16, torch.float32),
     (torch.float64, torch.float64),
 )
+_SIBLING_CASES = ("odd", "shared-uneven", "ragged")
 
 
 def self_tests():
     """Yields (title, failures, number of checks, seconds) a backend, device and family; failures are messages."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for name, status in backends().items():
-        if not status:
-            continue
         for device in devices:
-            if (name == "cpu" and device != "cpu") or (name in ("triton", "cuda") and device == "cpu"):
-                continue
-            yield _timed(f"{name} on {device}", _modulated(name, device))
+            if status and _runs_on(name, device):
+                yield _timed(f"{name} on {device}", _modulated(name, device))
     yield _timed("bilinear, lora, factored on cpu", _siblings())
+
+
+def _runs_on(backend, device):
+    return {"cpu": device == "cpu", "triton": device == "cuda", "cuda": device == "cuda"}.get(backend, True)
 
 
 def _timed(title, checks):
@@ -48,40 +51,27 @@ def _timed(title, checks):
 
 
 def _modulated(backend, device):
+    fn = functools.partial(modulated_linear, backend=backend)
     for case in CASES:
         for dtype, param_dtype in _DTYPES:
-            inputs = make_inputs(case, dtype, param_dtype, device)
-            yield functools.partial(check, functools.partial(modulated_linear, backend=backend), inputs, case.id)
+            yield functools.partial(check, fn, make_inputs(case, dtype, param_dtype, device), case.id)
 
 
 def _siblings():
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    index = torch.tensor([2, 0, 2])
-    families = {
-        "bilinear": (bilinear, F.bilinear, (normal(6, 4, 9), normal(6, 4, 5), normal(7, 9, 5), normal(7)), {}),
-        "lora_linear": (
-            functools.partial(lora_linear, scale=0.5),
-            functools.partial(lora_linear_ref, scale=0.5),
-            (normal(3, 8, 12), normal(10, 12), normal(4, 3, 12), normal(4, 10, 3)),
-            {"adapter_index": index},
-        ),
-        "factored_modulated_linear": (
-            factored_modulated_linear,
-            factored_modulated_linear_ref,
-            (normal(3, 8, 12), normal(4, 5), normal(12, 10), normal(12, 6), normal(5, 6), normal(6, 10), normal(10)),
-            {"context_index": index},
-        ),
-    }
-    for name, (fn, plain, tensors, keyword) in families.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            yield functools.partial(_sibling, name, fn, plain, [t.to(dtype) for t in tensors], keyword)
-
-
-def _sibling(name, fn, plain, tensors, keyword):
-    exact = run_tensors(functools.partial(plain, **keyword), [t.double() for t in tensors])
-    in_dtype = run_tensors(functools.partial(plain, **keyword), tensors)
-    assert_matches(run_tensors(functools.partial(fn, **keyword), tensors), exact, in_dtype, name)
+    for dtype, _ in _DTYPES[:3]:
+        shapes = {"input1": (6, 4, 9), "input2": (6, 4, 5), "weight": (7, 9, 5), "bias": (7,)}
+        tensors = {name: torch.randn(*shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        dout = torch.randn(6, 4, 7, generator=generator).to(dtype)
+        yield functools.partial(check_family, bilinear, F.bilinear, tensors, dout, "bilinear")
+        for case in CASES:
+            if case.id in _SIBLING_CASES:
+                lora, factored = lora_arguments(case, 3, dtype), factored_arguments(case, 5, dtype)
+                yield functools.partial(check_family, lora_linear, lora_linear_ref, *lora, f"lora_linear {case.id}")
+                yield functools.partial(
+                    check_family,
+                    factored_modulated_linear,
+                    factored_modulated_linear_ref,
+                    *factored,
+                    f"factored_modulated_linear {case.id}",
+                )
