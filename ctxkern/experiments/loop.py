@@ -312,8 +312,8 @@ def fit(
 
     Writes ``last.safetensors`` every ``checkpoint_every`` steps, at the end, and on SIGINT or SIGTERM (which end the
     call early; a second one acts at once); ``best.safetensors`` at the lowest mean validation loss; ``metrics.jsonl``,
-    a row a step and a row an evaluation; TensorBoard events in ``logs``. A resumed run ends in the same bits as one that
-    was never stopped, given the same machine, thread count and arguments.
+    a row a step and a row an evaluation; TensorBoard events in ``logs``. A resumed run ends in the same bits as one
+    that was never stopped, given the same machine, thread count and arguments.
 
     Args:
         model: trained in place, on the device of its first parameter.
