@@ -1,1 +1,29 @@
-"""Context-modulated layers at nearly the price of ordinary ones."""
+"""Context-modulated layers at nearly the price of ordinary ones: a weight matrix per context, never materialised."""
+
+__version__ = "0.1.0"
+
+from .backends.registry import backends
+from .functional import (
+    bilinear,
+    explain,
+    factored_modulated_linear,
+    lora_linear,
+    modulated_linear,
+    modulated_qkv,
+)
+from .nn.merge import merge
+from .nn.swap import swap
+from .planner import Plan
+
+__all__ = [
+    "Plan",
+    "backends",
+    "bilinear",
+    "explain",
+    "factored_modulated_linear",
+    "lora_linear",
+    "merge",
+    "modulated_linear",
+    "modulated_qkv",
+    "swap",
+]

@@ -1,0 +1,59 @@
+"""Which implementations there are, which of them can run here, and why the others cannot.
+
+A backend is a module with `modulated_forward`, `modulated_backward`, `lora_forward`, `lora_backward`; none imports another.
+"""
+
+from functools import lru_cache
+
+from . import portable
+
+NAMES = ("reference", "portable", "cpu", "triton", "cuda")
+
+
+class Status(str):
+    """ "available", or the reason why a backend is not there; true in a condition exactly when it is available."""
+
+    __slots__ = ()
+
+    def __bool__(self):
+        return self == "available"
+
+
+_AVAILABLE = Status("available")
+
+
+@lru_cache(maxsize=1)
+def backends():
+    """{name: Status} of every backend: `str(status)` is "available" or the reason why not, `bool(status)` tells which.
+
+    reference: the specification, plain einsums that build a weight a sequence. portable: strips in plain PyTorch, any
+    device. cpu: C++. triton, cuda: GPU kernels.
+    """
+    missing = "not in this version, which has no {} kernels: the portable backend serves in their place"
+    return {
+        "reference": _AVAILABLE,
+        "portable": _AVAILABLE,
+        "cpu": Status(missing.format("C++")),
+        "triton": Status(missing.format("Triton")),
+        "cuda": Status(missing.format("CUDA")),
+    }
+
+
+def resolve(name):
+    """The name of the backend that runs: `name` itself, never another, or the best one there for None.
+
+    Raises ValueError for a name that no backend has, RuntimeError for one that cannot run here.
+    """
+    if name is None:
+        return "portable"
+    if name not in NAMES:
+        raise ValueError(f"backend is {name!r}, takes None or one of {', '.join(map(repr, NAMES))}")
+    status = backends()[name]
+    if not status:
+        raise RuntimeError(f"backend {name!r} cannot run here: {status}")
+    return name
+
+
+def implementation(name):
+    """The module of a backend that has kernels behind the operators."""
+    return {"portable": portable}[name]

@@ -1,0 +1,41 @@
+"""Initialisation of bilinear tensors, so that a fresh modulated weight is near an ordinary one.
+
+With contexts of standard deviation `context_std`, Σ_k bilinear[d, e, k] c[k] has variance K · var(bilinear) · context_std².
+An ordinary linear weight has variance 1 / (3 D) (nn.Linear). With standard normal tensors (`randn`) the modulated part is
+3·K·D times that: attention scores of ≈ 1000 and a saturated softmax from the first step.
+"""
+
+import torch
+
+MODES = ("normal", "hyperfan", "low_rank", "randn")
+
+
+@torch.no_grad()
+def init_bilinear_(bilinear, mode="normal", *, context_std=1.0, rank=4):
+    """Fills bilinear [D, E, K] in place and returns it.
+
+    normal    the modulated part is a tenth of an ordinary weight: W_b starts near `weight`.
+    hyperfan  it has the variance of an ordinary weight, 1 / (3 D) (Chang et al., Principled Weight Initialization for
+              Hypernetworks, 2020, fan-in form).
+    low_rank  as normal, with the unfolded tensor [D, E·K] of rank `rank`.
+    randn     standard normal: saturates attention; kept for comparison.
+    zeros never: with a zero context beside, nothing would learn.
+
+    Raises ValueError for another mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"init is {mode!r}, takes one of {', '.join(map(repr, MODES))}")
+    d_in, d_out, context_dim = bilinear.shape
+    if bilinear.numel() == 0:
+        return bilinear
+    if mode == "randn":
+        return bilinear.normal_()
+    std = (3 * d_in * context_dim) ** -0.5 / context_std
+    if mode == "hyperfan":
+        return bilinear.normal_(std=std)
+    if mode == "normal":
+        return bilinear.normal_(std=0.1 * std)
+    rank = min(rank, d_in, d_out * context_dim)
+    left = torch.randn(d_in, rank, device=bilinear.device, dtype=bilinear.dtype)
+    right = torch.randn(rank, d_out * context_dim, device=bilinear.device, dtype=bilinear.dtype)
+    return bilinear.copy_((left @ right).view_as(bilinear) * (0.1 * std * rank**-0.5))

@@ -1,0 +1,246 @@
+"""Which way a call is computed, and what it must cost: a table of measured rates and a formula over the counts.
+
+Strategies (N tokens, U distinct contexts, D = d_in, E = d_out, K = context_dim):
+  einsum  one weight a sequence, made whole: what `backend="reference"` does
+  panel   weights of all U contexts for a strip of rows of D, projected, next strip: 2NDE + 2UDEK operations
+  outer   (x ⊗ c) as the operand, no weight made: 2NDEK operations
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+DEFAULT_WORKSPACE = 32 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Ceilings of a device: FLOP/s of a large matrix product by dtype, bytes/s of memory, and where they are from."""
+
+    flops: dict
+    bandwidth: float
+    source: str
+
+
+_CPU_CORE = {
+    # GFLOP/s of a 2048³ torch.mm with one thread, GB/s of a large read; AMX: Xeon, the others: EPYC (Zen 4)
+    "amx": (135, 850, 11),
+    "avx512_bf16": (74, 147, 17),
+    "avx512": (74, 74, 17),
+    "avx2": (60, 60, 15),
+}
+_H100 = Rates({torch.float32: 378e12, torch.bfloat16: 770e12, torch.float16: 770e12}, 3.0e12, "H100 SXM, published")
+
+
+def cpu_isa():
+    """The instruction set that torch's own matrix products use here: amx, avx512_bf16, avx512 or avx2."""
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16"
+    return "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
+
+
+def device_rates(device_type):
+    """The `Rates` of a device type with all threads that torch uses, or None where nothing was measured."""
+    if device_type == "cpu":
+        threads = torch.get_num_threads()
+        single, half, read = _CPU_CORE[cpu_isa()]
+        flops = {torch.float64: single / 2, torch.float32: single, torch.bfloat16: half, torch.float16: single}
+        return Rates({k: v * 1e9 * threads for k, v in flops.items()}, read * 1e9, f"{cpu_isa()}, {threads} threads")
+    if device_type == "cuda" and torch.cuda.is_available() and "H100" in torch.cuda.get_device_name():
+        return _H100
+    return None
+
+
+@lru_cache(maxsize=None)
+def compute_dtype(device_type, dtype):
+    """The dtype in which matrix products of `dtype` run at full speed: float32 where a CPU has no units for a half."""
+    if device_type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        mkldnn = torch.ops.mkldnn
+        native = mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
+        return dtype if native() else torch.float32
+    return dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one modulated projection runs. Counts are of the forward; the backward is about twice each.
+
+    strip: rows of D (panel) or columns of E (outer) at a time; group: contexts (panel) or tokens (outer) at a time.
+    workspace_bytes: temporary memory beyond O(N·D). linear_flops: those of one plain shared linear layer on the same x.
+    floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates are not known.
+    """
+
+    strategy: str
+    backend: str
+    tokens: int
+    contexts: int
+    d_in: int
+    d_out: int
+    context_dim: int
+    strip: int
+    group: int
+    flops: int
+    bytes: int
+    workspace_bytes: int
+    linear_flops: int
+    floor_seconds: float | None = None
+    rates: str = ""
+
+    def __str__(self):
+        floor = "unknown here" if self.floor_seconds is None else f"{self.floor_seconds * 1e3:.3g} ms ({self.rates})"
+        unit = {"panel": ("rows of D", "contexts"), "outer": ("columns of E", "tokens")}.get(self.strategy)
+        tiles = f"{self.strip} {unit[0]} × {self.group} {unit[1]} a strip" if unit else "one weight a sequence, whole"
+        ratio = self.flops / self.linear_flops if self.linear_flops else 1.0
+        return "\n".join(
+            (
+                f"{self.strategy} on {self.backend}: {tiles}",
+                f"  N={self.tokens} tokens, U={self.contexts} contexts ({self.tokens / max(self.contexts, 1):.4g} tokens each), "
+                f"D={self.d_in}, E={self.d_out}, K={self.context_dim}",
+                f"  flops      {self.flops:.4g} ({ratio:.3g}× a shared linear layer)",
+                f"  bytes      {self.bytes:.4g}",
+                f"  workspace  {self.workspace_bytes:.4g} bytes",
+                f"  floor      {floor}",
+            )
+        )
+
+
+class Problem(NamedTuple):
+    """What a plan depends on: sizes, dtypes, where it runs and which copies of a strip its layout asks for."""
+
+    tokens: int
+    contexts: int
+    d_in: int
+    d_out: int
+    context_dim: int
+    dtype: torch.dtype
+    param_dtype: torch.dtype
+    device_type: str
+    per_token: bool = False
+    has_weight: bool = True
+    strided: bool = False  # a strip of `bilinear` is no matrix as it lies
+    backward: bool = False
+    spread: int = 0  # sequences whose weights are gathered from those of the contexts
+
+    @property
+    def compute(self):
+        return compute_dtype(self.device_type, self.dtype)
+
+    @property
+    def strip_dtype(self):
+        """The dtype in which weights are made: that of the parameters, raised where the product is in float32."""
+        return torch.promote_types(self.param_dtype, self.compute)
+
+
+@lru_cache(maxsize=4096)
+def plan_modulated(problem, workspace_bytes=DEFAULT_WORKSPACE, backend="portable"):
+    """The `Plan` of a modulated projection."""
+    p = problem
+    panel_flops = 2 * p.tokens * p.d_in * p.d_out + 2 * p.contexts * p.d_in * p.d_out * p.context_dim
+    outer_flops = 2 * p.tokens * p.d_in * p.d_out * (p.context_dim + p.has_weight)
+    if backend == "reference":
+        strategy, flops, tiles = "einsum", outer_flops if p.per_token else panel_flops, (p.d_in, p.contexts)
+        used = 0 if p.per_token else p.contexts * p.d_in * p.d_out * p.strip_dtype.itemsize
+    elif p.per_token or _outer_cost(p) < _panel_cost(p):
+        strategy, flops = "outer", outer_flops
+        *tiles, used = _outer_tiles(p, workspace_bytes)
+    else:
+        strategy, flops = "panel", panel_flops
+        *tiles, used = _panel_tiles(p, workspace_bytes)
+    per_param = p.param_dtype.itemsize
+    elements = p.d_in * p.d_out * (p.context_dim + p.has_weight) + p.contexts * p.context_dim
+    moved = p.tokens * (p.d_in + p.d_out) * p.dtype.itemsize + elements * per_param
+    rates = device_rates(p.device_type)
+    floor = rates and max(moved / rates.bandwidth, flops / rates.flops.get(p.dtype, rates.flops[torch.float32]))
+    return Plan(
+        strategy,
+        backend,
+        p.tokens,
+        p.contexts,
+        p.d_in,
+        p.d_out,
+        p.context_dim,
+        *tiles,
+        flops,
+        moved,
+        used,
+        2 * p.tokens * p.d_in * p.d_out,
+        floor,
+        rates.source if rates else "",
+    )
+
+
+# operations that one element of the intermediate (written once, read once) costs beside a product's; bench/LOG.md
+_TRAFFIC = 24
+
+
+def _panel_cost(p):
+    weights = p.contexts * p.d_in * p.d_out
+    return 2 * p.tokens * p.d_in * p.d_out + weights * (2 * p.context_dim + _TRAFFIC)
+
+
+def _outer_cost(p):
+    return p.tokens * p.d_out * p.context_dim * (2 * p.d_in + _TRAFFIC)
+
+
+def _sizes(p):
+    wide, narrow = p.strip_dtype.itemsize, p.compute.itemsize
+    element = wide if p.strip_dtype == p.compute else wide + narrow
+    copied = wide if p.strided or p.param_dtype != p.strip_dtype else 0
+    return element, copied
+
+
+# a forward strip in float32 of this many bytes stays in cache: 25 % faster than 32 MiB at B=32, S=128, d=512, K=64
+_CACHED_STRIP = 8 << 20
+
+
+def _panel_tiles(p, budget):
+    """(rows of D, contexts, bytes): the pair that fits the budget with the least loss in the two products."""
+    element, copied = _sizes(p)
+    if p.device_type == "cpu" and p.strip_dtype == torch.float32 and not p.backward:
+        budget = min(budget, _CACHED_STRIP)
+    held = 1 + p.spread / max(p.contexts, 1)
+    best = None
+    for strip in _halvings(p.d_in):
+        for group in (p.contexts,) if p.spread else _halvings(p.contexts):
+            gathered = (2 if p.backward else 1) * copied + (4 if p.backward and group < p.contexts else 0)
+            used = int(strip * p.d_out * (group * element * held + p.context_dim * gathered))
+            if used <= budget or (strip <= 1 and group <= 1):
+                # the projection's inner size is `strip`, the weights' outer size is `group`
+                project = p.tokens * (1 + 16 / strip)
+                make = p.contexts * p.context_dim * (1 + 4 / group)
+                if best is None or project + make < best[0]:
+                    best = (project + make, strip, group, used)
+                break
+    if best is None:
+        return 1, p.contexts, int(p.d_out * p.contexts * element * held)
+    return best[1:]
+
+
+def _outer_tiles(p, budget):
+    """(columns of E, tokens, bytes) of the intermediate [tokens, columns, K] and of the strip of `bilinear`."""
+    _, copied = _sizes(p)
+    wide = p.strip_dtype.itemsize
+    if p.device_type == "cpu":
+        budget = min(budget, _CACHED_STRIP)
+    group = max(1, min(p.tokens, 1024))
+    while True:
+        held = 2 * copied + (4 if p.backward and group < p.tokens else 0)
+        column = p.context_dim * (group * wide + p.d_in * held)
+        strip = min(p.d_out, budget // max(column, 1))
+        if strip >= min(p.d_out, 8) or group == 1:
+            strip = max(1, strip)
+            return strip, group, strip * column
+        group = -(-group // 2)
+
+
+def _halvings(n):
+    n = max(n, 1)
+    while True:
+        yield n
+        if n == 1:
+            return
+        n = -(-n // 2)
