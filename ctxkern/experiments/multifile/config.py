@@ -59,7 +59,7 @@ class TrainConfig:
     context_dim: int = 16
     batch_size: int = 16
     seq_len: int = 128
-    training_steps: int = 600
+    training_steps: int = 400
     device: str = "auto"
     dtype: str = "float32"
     lr: float = 2e-3
@@ -79,7 +79,7 @@ class TrainConfig:
     num_workers: int = 0
     eval_every: int | None = None
     checkpoint_every: int | None = None
-    eval_windows: int = 32
+    eval_windows: int = 16
 
     def __post_init__(self):
         for name in ("batch_size", "training_steps", "eval_windows", "num_files", "eval_every", "checkpoint_every"):

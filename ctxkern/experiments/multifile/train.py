@@ -46,7 +46,8 @@ def train_step(model: MultiFileTransformer, batch: Batch, optimizer: torch.optim
 
 def batch_loss(model: MultiFileTransformer, batch: Batch) -> torch.Tensor:
     """The loss of :func:`train_step`, by way of file ids, so that sequences of one file share work."""
-    outputs = model(batch["input"], file_ids=batch["file_id"], padding_mask=batch["padding_mask"])
+    # causal attention over right padding: no labelled position sees a padded one
+    outputs = model(batch["input"], file_ids=batch["file_id"])
     return criterion(outputs, batch["target"])
 
 
@@ -119,7 +120,7 @@ class Evaluator:
         sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
         for batch in self.batches:
             batch = {name: value.to(device) for name, value in batch.items()}
-            logits = model(batch["input"], file_ids=batch["file_id"], padding_mask=batch["padding_mask"])
+            logits = model(batch["input"], file_ids=batch["file_id"])
             losses = F.cross_entropy(
                 logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
             )
