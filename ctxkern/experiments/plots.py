@@ -129,7 +129,7 @@ def _draw_panels(figure, names: list[str], files: Mapping, columns: int) -> None
             0.97, 0.93, f"{losses[0]:.2f} → {losses[-1]:.2f}",
             transform=axes.transAxes, ha="right", va="top", fontsize=7.5,
         )  # fmt: skip
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, labelbottom=position + columns >= len(names))
         axes.locator_params(axis="x", nbins=3)
         axes.set_ylim(bottom=0)
     figure.suptitle("validation loss by file (grey: all the others)", fontsize=10, x=0.01, ha="left")

@@ -122,7 +122,7 @@ def _check_loss(loss: str) -> None:
 
 def _window(ids: torch.Tensor, start: int, stop: int, first_label: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs ``ids[start:stop]`` and the next ids as labels, -100 before position ``first_label`` of ``ids``."""
-    labels = ids[start + 1 : stop + 1].to(torch.int64)
+    labels = ids[start + 1 : stop + 1].to(torch.int64, copy=True)
     unlabelled = min(max(first_label - start - 1, 0), len(labels))
     labels[:unlabelled] = IGNORE_INDEX
     return ids[start:stop].to(torch.int64), labels
