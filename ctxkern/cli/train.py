@@ -112,8 +112,10 @@ def _resumed(args: argparse.Namespace):
         if name in RESUMABLE:
             settings[name] = value
         elif settings.get(name) != value:
-            flag = flags.get(name, f"--{name}")
-            raise CommandError(f"{flag}: got {value}, but the run in {args.run_dir} has {settings.get(name)}")
+            flag, there = flags.get(name, f"--{name}"), settings.get(name)
+            raise CommandError(
+                f"{flag}: got {value}, but the run in {args.run_dir} has {'the default' if there is None else there}"
+            )
     paths = [Path(entry["path"]) for entry in stored["files"]]
     if args.paths:
         given = [path.resolve() for path in expand_paths(args.paths)][: len(paths)]
