@@ -163,7 +163,7 @@ def _accumulator(dtype):
 
 
 def _column_sum(dout):
-    return dout.reshape(-1, dout.shape[-1]).sum(0, dtype=_accumulator(dout.dtype))
+    return dout.flatten(0, -2).sum(0, dtype=_accumulator(dout.dtype))
 
 
 def _plain(x, weight, d_out):

@@ -44,7 +44,7 @@ class Rows:
     def gather(self, x):
         """x [B, S, D] or [N, D] as [N, D] in grouped order; a view where nothing moves."""
         x = x if self.order is None else x.index_select(0, self.order)
-        return x.reshape(-1, x.shape[-1])
+        return x.flatten(0, -2)
 
     def scatter(self, y, like):
         """The inverse of `gather`: y [N, E] in the order and leading shape of `like`."""

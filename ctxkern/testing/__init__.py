@@ -1,0 +1,1 @@
+"""What tests, benchmarks and `ctxkern check` share: the case table, the oracle, the peers, the measuring."""

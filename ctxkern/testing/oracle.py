@@ -1,0 +1,75 @@
+"""The float64 oracle and the error budget.
+
+A result passes where its error against the oracle is at most twice that of the plain einsum in the same dtypes, plus the
+rounding band of the dtype: in the root mean square over the tensor, and at its worst element.
+"""
+
+import torch
+
+from ctxkern.reference import modulated_linear_ref
+
+# units in the last place of the tensor's root mean square (or largest) value that rounding alone may cost
+BAND = 2.0
+# beside float64 the oracle is itself rounded, in another order of summation
+BAND_FLOAT64 = 64.0
+
+
+def run(fn, inputs):
+    """{name: tensor}: the output y of fn(*arguments) and the gradient of every tensor argument, for `inputs.dy`."""
+    leaves = inputs.leaves()
+    positional, keyword = leaves.arguments()
+    y = fn(*positional, **keyword)
+    given = {n: t for n, t in zip(leaves.PARAMETERS, positional, strict=True) if t is not None}
+    grads = torch.autograd.grad(y, tuple(given.values()), inputs.dy.to(y.dtype), allow_unused=True)
+    results = {"y": y.detach()}
+    for (name, t), grad in zip(given.items(), grads, strict=True):
+        results[f"d{name}"] = torch.zeros_like(t) if grad is None else grad
+    return results
+
+
+def oracle(inputs):
+    """`run` of the reference in float64."""
+    return run(modulated_linear_ref, inputs.map(lambda t: t.double()))
+
+
+def baseline(inputs):
+    """`run` of the einsum in the dtypes of the inputs."""
+    return run(modulated_linear_ref, inputs)
+
+
+def assert_matches(got, exact, plain, where=""):
+    """Every tensor of `got` is finite and within the budget of `exact`, given `plain`: the einsum's in the same dtype.
+
+    Raises AssertionError that names the tensor, its error and its budget.
+    """
+    assert got.keys() == exact.keys(), f"{where}: tensors {sorted(got)} for {sorted(exact)}"
+    for name, value in got.items():
+        message = f"{where} {name}".strip()
+        want = exact[name]
+        assert value.shape == want.shape, f"{message}: shape {list(value.shape)} for {list(want.shape)}"
+        assert value.dtype == plain[name].dtype, f"{message}: {value.dtype} for {plain[name].dtype}"
+        if value.numel() == 0:
+            continue
+        assert torch.isfinite(value).all(), f"{message}: not finite"
+        band = (BAND_FLOAT64 if value.dtype is torch.float64 else BAND) * torch.finfo(value.dtype).eps
+        for norm, size in (("rms", _rms), ("max", _max)):
+            error, einsum = size(value.double() - want), size(plain[name].double() - want)
+            budget = 2 * einsum + band * size(want)
+            assert error <= budget, (
+                f"{message}: {norm} error {error:.3g} over its budget {budget:.3g} (einsum {einsum:.3g}, {value.dtype})"
+            )
+
+
+def check(fn, inputs, where=""):
+    """`fn` in place of `modulated_linear` gives the output and gradients of the oracle within the budget."""
+    assert_matches(run(fn, inputs), oracle(inputs), baseline(inputs), where)
+
+
+def _rms(t):
+    return t.square().mean().sqrt().item()
+
+
+def _max(t):
+    return t.abs().max().item()
+
+
