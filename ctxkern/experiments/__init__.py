@@ -1,0 +1,1 @@
+"""Training programs built on the layers of :mod:`ctxkern`; they need ``pip install 'ctxkern[train]'``."""

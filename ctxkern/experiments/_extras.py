@@ -1,0 +1,14 @@
+import importlib
+from types import ModuleType
+
+
+class MissingExtraError(ImportError):
+    """A package of the ``train`` extra is not installed."""
+
+
+def require(module: str) -> ModuleType:
+    """Import ``module``, or raise :class:`MissingExtraError` saying how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"{module} could not be imported ({error}): pip install 'ctxkern[train]'") from error

@@ -1,0 +1,271 @@
+"""Training a :class:`MultiFileTransformer` on files."""
+
+import math
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ctxkern.experiments.loop import Batch, FitResult, LoaderBatches, LoopConfig, fit, warmup_cosine
+from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.data import IGNORE_INDEX, Collator, EncodedDataset, MultiFileDataset
+from ctxkern.experiments.multifile.model import MultiFileTransformer, is_bilinear
+from ctxkern.experiments.multifile.sampler import MixedFileBatchSampler
+from ctxkern.experiments.seeding import derive_seed
+from ctxkern.experiments.tokenizers import Tokenizer, build_tokenizer
+
+# a chunk of a text fills this many windows
+_WINDOWS_A_CHUNK = 8
+
+
+def criterion(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of ``outputs`` [B, S, V] against ``targets`` [B, S] int64 where they are not -100."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def train_step(model: MultiFileTransformer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
+    """One step on a batch of :class:`ctxkern.experiments.multifile.data.Collator`; returns its loss."""
+    inputs = batch["input"]
+    targets = batch["target"]
+    file_ids = batch["file_id"]
+    file_contexts = model.get_file_context(file_ids)
+    outputs = model(inputs, file_contexts, padding_mask=batch.get("padding_mask"))
+    loss = criterion(outputs, targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def batch_loss(model: MultiFileTransformer, batch: Batch) -> torch.Tensor:
+    """The loss of :func:`train_step`, by way of file ids, so that sequences of one file share work."""
+    # causal attention over right padding: no labelled position sees a padded one
+    outputs = model(batch["input"], file_ids=batch["file_id"])
+    return criterion(outputs, batch["target"])
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, bilinear_weight_decay: float | None = None
+) -> list[dict]:
+    """Optimizer groups: weight matrices, bilinear tensors with a decay of their own, and the rest without decay."""
+    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "bilinear": [], "plain": []}
+    for name, parameter in model.named_parameters():
+        if is_bilinear(name):
+            kinds["bilinear"].append(parameter)
+        elif parameter.dim() >= 2 and "embeddings" not in name:
+            kinds["matrix"].append(parameter)
+        else:
+            kinds["plain"].append(parameter)
+    decays = {
+        "matrix": weight_decay,
+        "bilinear": weight_decay if bilinear_weight_decay is None else bilinear_weight_decay,
+        "plain": 0.0,
+    }
+    return [{"params": params, "weight_decay": decays[kind]} for kind, params in kinds.items() if params]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over :func:`parameter_groups`."""
+    groups = parameter_groups(
+        model, weight_decay=config.weight_decay, bilinear_weight_decay=config.bilinear_weight_decay
+    )
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=fused)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """The context in which losses are computed: autocast for bfloat16, else nothing."""
+    if config.dtype == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+class Evaluator:
+    """Token-weighted mean loss of each file's validation windows.
+
+    Args:
+        data: encoded validation windows.
+        collator: makes batches of them.
+        batch_size: windows at a time.
+        max_windows: of each file, spread evenly over those it has.
+
+    A call takes the model and returns a loss by file name, nan for a file without windows.
+    """
+
+    def __init__(self, data: EncodedDataset, collator: Collator, batch_size: int, max_windows: int):
+        self.names = data.file_names
+        by_file: dict[int, list[int]] = {}
+        for i, file_id in enumerate(data.file_ids):
+            by_file.setdefault(file_id, []).append(i)
+        chosen = []
+        for indices in by_file.values():
+            count = min(max_windows, len(indices))
+            chosen += [indices[i * len(indices) // count] for i in range(count)]
+        self.batches = [
+            collator([data[i] for i in chosen[start : start + batch_size]])
+            for start in range(0, len(chosen), batch_size)
+        ]
+
+    @torch.no_grad()
+    def __call__(self, model: MultiFileTransformer) -> dict[str, float]:
+        device = model.token_embeddings.weight.device
+        # [files, (loss, labels)]
+        sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        for batch in self.batches:
+            batch = {name: value.to(device) for name, value in batch.items()}
+            logits = model(batch["input"], file_ids=batch["file_id"])
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+            )
+            per_row = torch.stack([losses.view_as(batch["target"]).sum(1), (batch["target"] != IGNORE_INDEX).sum(1)], 1)
+            sums.index_add_(0, batch["file_id"], per_row.double())
+        return {
+            name: loss / labels if labels else math.nan
+            for name, (loss, labels) in zip(self.names, sums.tolist(), strict=True)
+        }
+
+
+@dataclass
+class Job:
+    """Everything that a run needs, built by :func:`prepare`."""
+
+    config: TrainConfig
+    dataset: MultiFileDataset
+    tokenizer: Tokenizer
+    train_data: EncodedDataset
+    validation_data: EncodedDataset
+    sampler: MixedFileBatchSampler
+    collator: Collator
+    model: MultiFileTransformer
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.token_embeddings.weight.device
+
+    def batch_at(self, step: int) -> Batch:
+        """The padded batch of ``step``."""
+        return self.collator([self.train_data[i] for i in self.sampler.batch_at(step)])
+
+    def loss(self, model: MultiFileTransformer, batch: Batch) -> torch.Tensor:
+        """:func:`batch_loss` in the configured dtype."""
+        with autocast(self.config, self.device):
+            return batch_loss(model, batch)
+
+    def evaluator(self) -> Callable[[MultiFileTransformer], dict[str, float]]:
+        """An :class:`Evaluator` in the configured dtype."""
+        evaluate = Evaluator(self.validation_data, self.collator, self.config.batch_size, self.config.eval_windows)
+
+        def run(model: MultiFileTransformer) -> dict[str, float]:
+            with autocast(self.config, self.device):
+                return evaluate(model)
+
+        return run
+
+
+def prepare(config: TrainConfig, paths: Sequence[str | os.PathLike]) -> Job:
+    """Read the files, take the vocabulary, encode, and build model and optimizer.
+
+    Raises:
+        ValueError: fewer paths than ``config.num_files``; no file leaves a training window; see also
+            :class:`MultiFileDataset` and :meth:`TrainConfig.torch_device`.
+    """
+    device = config.torch_device()
+    if config.num_files is not None:
+        if len(paths) < config.num_files:
+            raise ValueError(f"num_files: got {config.num_files}, but {len(paths)} paths were given")
+        paths = paths[: config.num_files]
+    dataset = MultiFileDataset(
+        paths, val_fraction=config.val_fraction, seed=config.seed, chunk_chars=_WINDOWS_A_CHUNK * config.seq_len
+    )
+    tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
+    train_data, validation_data = (
+        EncodedDataset(dataset, tokenizer, config.seq_len, loss=config.loss, split=split)
+        for split in ("train", "validation")
+    )
+    if not len(train_data):
+        raise ValueError("paths: the files leave nothing to train on")
+    batch_size = min(config.batch_size, len(train_data))
+    sampler = MixedFileBatchSampler(
+        train_data.file_ids, batch_size, seed=config.seed, drop_last=True, balanced=config.balanced
+    )
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model = MultiFileTransformer(config.model_config(tokenizer.vocab_size, dataset.num_files))
+    model.to(device=device, dtype=torch.float64 if config.dtype == "float64" else torch.float32)
+    return Job(
+        config=config,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        validation_data=validation_data,
+        sampler=sampler,
+        collator=Collator(tokenizer, config.seq_len, config.loss),
+        model=model,
+        optimizer=build_optimizer(model, config),
+    )
+
+
+def _ignore_interrupt(_worker_id: int) -> None:
+    # Ctrl-C reaches the whole process group; the loop ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def train(
+    job: Job, run_dir: str | Path, *, resume: bool = False, progress: bool = True, config: Mapping | None = None
+) -> FitResult:
+    """Run ``job`` with :func:`ctxkern.experiments.loop.fit`.
+
+    Args:
+        job: from :func:`prepare`.
+        run_dir: folder of logs and checkpoints.
+        resume: go on from the last checkpoint in it.
+        progress: a progress bar.
+        config: more that a checkpoint must agree with, such as the files' checksums.
+    """
+    settings = job.config
+    steps = settings.training_steps
+    batches = job.batch_at
+    if settings.num_workers:
+        loader = DataLoader(
+            job.train_data,
+            batch_sampler=job.sampler,
+            collate_fn=job.collator,
+            num_workers=settings.num_workers,
+            worker_init_fn=_ignore_interrupt,
+            pin_memory=job.device.type == "cuda",
+        )
+        batches = LoaderBatches(loader)
+    tenth = max(1, steps // 10)
+    loop = LoopConfig(
+        steps=steps,
+        run_dir=run_dir,
+        seed=settings.seed,
+        grad_clip=settings.grad_clip or None,
+        eval_every=settings.eval_every or tenth,
+        checkpoint_every=settings.checkpoint_every or tenth,
+        config={**settings.fixed(), **(config or {})},
+        resume=resume,
+        progress=progress,
+    )
+
+    def lr_factor(step: int) -> float:
+        if settings.schedule == "constant":
+            return min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        return warmup_cosine(step, steps, settings.warmup_steps)
+
+    return fit(
+        job.model,
+        job.optimizer,
+        batches,
+        loop,
+        loss_fn=job.loss,
+        evaluate=job.evaluator() if len(job.validation_data) else None,
+        lr_factor=lr_factor,
+    )
