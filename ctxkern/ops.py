@@ -72,6 +72,14 @@ def _needed(grads, needs):
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
+def _spread(grads, needs):
+    """The opposite of `_needed`: None where no gradient was asked for."""
+    if len(grads) == len(needs):
+        return grads
+    grads = iter(grads)
+    return [next(grads) if need else None for need in needs]
+
+
 def _modulated_fake(x, context, weights, bilinears, *_):
     return [x.new_empty((*x.shape[:-1], t.shape[1])) for t in bilinears]
 
@@ -205,13 +213,11 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, *douts):
         index, cu_seqlens, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[4:])
-        args = (ctx.family, index, cu_seqlens, ctx.options, needs, len(douts), *douts, *tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _Backward.apply(*args)
+            grads = _Backward.apply(ctx.family, index, cu_seqlens, ctx.options, needs, len(douts), *douts, *tensors)
         else:
             grads = _FAMILIES[ctx.family].backward(douts, tensors, index, cu_seqlens, ctx.options, needs)
-        grads = iter(grads)
-        return (None, None, None, None, *(next(grads) if need else None for need in needs))
+        return None, None, None, None, *_spread(grads, needs)
 
 
 class _Backward(torch.autograd.Function):
@@ -235,8 +241,8 @@ class _Backward(torch.autograd.Function):
             firsts = _grad(outs, _needed(inputs, ctx.needs), douts)
             seconds = [s.to(f.dtype) for s, f in zip(seconds, firsts, strict=True)]
             asked = [t for t, need in zip(tensors, ctx.needs_input_grad[6:], strict=True) if need]
-            grads = iter(_grad(firsts, asked, seconds))
-        return (*[None] * 6, *(next(grads) if need else None for need in ctx.needs_input_grad[6:]))
+            grads = _grad(firsts, asked, seconds)
+        return *[None] * 6, *_spread(grads, ctx.needs_input_grad[6:])
 
 
 def _grad(outs, inputs, douts):

@@ -15,16 +15,24 @@ def add_parser(subparsers):
     parser.add_argument("--batch", type=size, default=16, metavar="B", help="sequences (default: %(default)s)")
     parser.add_argument("--seq", type=size, default=128, metavar="S", help="tokens a sequence (default: %(default)s)")
     parser.add_argument("--d-model", type=size, default=256, metavar="D", help="input width (default: %(default)s)")
-    parser.add_argument("--d-out", type=size, default=None, metavar="E", help="output width (default: that of the input)")
+    parser.add_argument(
+        "--d-out", type=size, default=None, metavar="E", help="output width (default: that of the input)"
+    )
     parser.add_argument("--context-dim", type=size, default=32, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--contexts", type=size, default=None, metavar="U", help="distinct contexts (default: B)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
-    parser.add_argument("--param-dtype", default=None, choices=("float32",), help="of parameters beside half activations")
+    parser.add_argument(
+        "--param-dtype", default=None, choices=("float32",), help="of parameters beside half activations"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pass", dest="passes", default="both", choices=("forward", "backward", "both"))
     parser.add_argument("--compile", action="store_true", help="torch.compile of the peers too (minutes)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time to measure each pass for (default: %(default)s)")
-    parser.add_argument("--csv", default=None, metavar="FILE", help="append rows here (default: bench/results, if there)")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="time to measure each pass for (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--csv", default=None, metavar="FILE", help="append rows here (default: bench/results, if there)"
+    )
     parser.set_defaults(command="bench")
 
 
@@ -55,7 +63,9 @@ def run(args):
     dtype = report.parse_dtype(args.dtype)
     inputs = make_inputs(case, dtype, args.param_dtype and report.parse_dtype(args.param_dtype), args.device)
     peaks = ceilings(dtype, args.device)
-    print(f"{device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; in this run a large")
+    print(
+        f"{device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; in this run a large"
+    )
     print(f"{args.dtype} product reaches {peaks.flops / 1e9:.0f} GFLOP/s, a copy {peaks.bandwidth / 1e9:.1f} GB/s\n")
     positional, keyword = inputs.arguments()
     print(explain(*positional, **keyword), "\n")
@@ -67,7 +77,9 @@ def run(args):
             )
     print(report.table(rows))
     print("\n× einsum: speed over the einsum.  price: time over one plain shared linear layer on the same x.")
-    print("peak MiB: temporary memory beyond inputs, outputs and gradients.  of floor: share of what the machine allows.")
+    print(
+        "peak MiB: temporary memory beyond inputs, outputs and gradients.  of floor: share of what the machine allows."
+    )
     path = args.csv or report.results_file(args.device)
     if path:
         report.append(rows, path)

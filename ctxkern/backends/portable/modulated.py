@@ -75,9 +75,10 @@ def _empty(x, bilinear):
 
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
     """[y], one a projection, in the dtype of x and the leading shape of x."""
-    if whole.fits(x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes):
-        return whole.forward(x, context, weights, bilinears, biases)
     rows = _group(x, context, context_index, cu_seqlens)
+    if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
+        outs = whole.forward(rows.batch(x), rows.pick(context), weights, bilinears, biases)
+        return [rows.scatter(y, x) for y in outs]
     compute = compute_dtype(x.device.type, x.dtype)
     grouped = _cast(rows.gather(x), compute)
     outs = []
@@ -103,9 +104,12 @@ def _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes,
 
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    if whole.fits(x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes):
-        return whole.backward(douts, x, context, weights, bilinears, needs)
     rows = _group(x, context, context_index, cu_seqlens)
+    if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
+        douts = [rows.batch(dout) for dout in douts]
+        dx, dcontext, *rest = whole.backward(douts, rows.batch(x), rows.pick(context), weights, bilinears, needs)
+        dx = None if dx is None else rows.scatter(dx, x)
+        return dx, None if dcontext is None else rows.unpick(dcontext, len(context)), *rest
     compute = compute_dtype(x.device.type, x.dtype)
     grouped = _cast(rows.gather(x), compute)
     n = len(bilinears)

@@ -1,6 +1,6 @@
 """Panel with one strip, for batches whose weights together are small: as few operations as the maths has.
 
-Such calls are bound by the number of operations and what stands around them, so nothing is planned, grouped or cast.
+Such calls are bound by the number of operations and what stands around them, so nothing is planned or cast.
 """
 
 import torch
@@ -13,23 +13,18 @@ _LIMIT = 8 << 20
 _ROWS = 4
 
 
-def fits(x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes):
-    """Whether a call is a padded batch with a context a sequence, small weights, one dtype and dense bilinears."""
-    if context_index is not None or cu_seqlens is not None or context.dim() != 2:
+def fits(x, context, weights, bilinears, rows, workspace_bytes):
+    """Whether a call has a context a sequence, equally many rows for each, small weights, one dtype, dense parameters."""
+    if len(rows.buckets) != 1 or rows.spread is not None or context.dim() != 2:
         return False
-    batch, seq, d_in = x.shape
-    dtype = x.dtype
-    if seq < _ROWS or context.dtype is not dtype or compute_dtype(x.device.type, dtype) is not dtype:
+    dtype, bucket = x.dtype, rows.buckets[0]
+    if bucket.rows < _ROWS or context.dtype is not dtype or compute_dtype(x.device.type, dtype) is not dtype:
         return False
     limit = min(workspace_bytes, _LIMIT)
     for weight, bilinear in zip(weights, bilinears, strict=True):
-        size = batch * d_in * bilinear.shape[1] * dtype.itemsize
-        if (
-            not 0 < size <= limit
-            or bilinear.dtype is not dtype
-            or not bilinear.shape[2]
-            or not bilinear.is_contiguous()
-        ):
+        d_in, d_out, context_dim = bilinear.shape
+        size = bucket.count * d_in * d_out * dtype.itemsize
+        if not 0 < size <= limit or bilinear.dtype is not dtype or not context_dim or not bilinear.is_contiguous():
             return False
         if weight is not None and (weight.dtype is not dtype or not weight.is_contiguous()):
             return False
@@ -44,7 +39,7 @@ def _weights(context, weight, bilinear):
 
 
 def forward(x, context, weights, bilinears, biases):
-    """[y], one a projection."""
+    """[y] [U, R, E], one a projection, of x [U, R, D] and context [U, K]."""
     outs = []
     for weight, bilinear, bias in zip(weights, bilinears, biases, strict=True):
         y = torch.bmm(x, _weights(context, weight, bilinear))
@@ -53,7 +48,7 @@ def forward(x, context, weights, bilinears, biases):
 
 
 def backward(douts, x, context, weights, bilinears, needs):
-    """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` asks for none."""
+    """(dx [U, R, D], dcontext [U, K], dweights, dbilinears, dbiases), None where `needs` asks for none."""
     n = len(bilinears)
     need_x, need_context, *each = needs
     dx = dcontext = None
