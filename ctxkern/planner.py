@@ -228,7 +228,8 @@ def _outer_tiles(p, budget):
         budget = min(budget, _CACHED_STRIP)
     group = max(1, min(p.tokens, 1024))
     while True:
-        held = 2 * copied + (4 if p.backward and group < p.tokens else 0)
+        # the strip of bilinear where it is copied, and in the backward its gradient, in float32 over several chunks
+        held = copied + (wide + (4 if group < p.tokens else 0) if p.backward else 0)
         column = p.context_dim * (group * wide + p.d_in * held)
         strip = min(p.d_out, budget // max(column, 1))
         if strip >= min(p.d_out, 8) or group == 1:

@@ -1,6 +1,7 @@
 """Measuring: interleaved times, peak memory, and the ceilings of the machine in the same run."""
 
 import contextlib
+import gc
 import os
 import platform
 import subprocess
@@ -71,8 +72,14 @@ def peak_extra_bytes(fn, device="cpu"):
         del kept
         return peak
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        kept = fn()
+    # garbage of before, freed meanwhile, would hide as much that fn() allocates
+    gc.collect()
+    gc.disable()
+    try:
+        with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            kept = fn()
+    finally:
+        gc.enable()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

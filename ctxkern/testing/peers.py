@@ -19,36 +19,37 @@ def einsum(x, context, weight, bilinear, bias=None, *, context_index=None, cu_se
 def addmm_bmm(x, context, weight, bilinear, bias=None, *, context_index=None):
     """The best form in plain PyTorch: all weights by one addmm in the layout that bmm wants."""
     D, E, K = bilinear.shape
-    context = context if context_index is None else context[context_index]
-    flat = bilinear.reshape(D * E, K).t()
-    made = context @ flat if weight is None else torch.addmm(weight.reshape(1, -1), context, flat)
-    y = torch.bmm(x, made.view(-1, D, E))
-    return y if bias is None else y + bias
+    made = _all_weights(x, context, weight, bilinear.reshape(D * E, K).t(), context_index).view(-1, D, E)
+    y = torch.bmm(x, made)
+    return y if bias is None else y + bias.to(x.dtype)
 
 
 def addmm_bmm_k_major(x, context, weight, bilinear_k, bias=None, *, context_index=None):
     """The same for a model that stores `bilinear` as [K, D, E]."""
     K, D, E = bilinear_k.shape
-    context = context if context_index is None else context[context_index]
-    flat = bilinear_k.view(K, D * E)
-    made = context @ flat if weight is None else torch.addmm(weight.reshape(1, -1), context, flat)
-    y = torch.bmm(x, made.view(-1, D, E))
-    return y if bias is None else y + bias
+    made = _all_weights(x, context, weight, bilinear_k.view(K, D * E), context_index).view(-1, D, E)
+    y = torch.bmm(x, made)
+    return y if bias is None else y + bias.to(x.dtype)
 
 
 def grouped_mm(x, context, weight, bilinear, bias=None, *, context_index=None, cu_seqlens):
     """All weights made, then torch's grouped product over packed sequences."""
     D, E, K = bilinear.shape
+    made = _all_weights(x, context, weight, bilinear.reshape(D * E, K).t(), context_index).view(-1, D, E)
+    y = F.grouped_mm(x, made, offs=cu_seqlens[1:])
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def _all_weights(x, context, weight, flat, context_index):
+    """[B, D·E] in the dtype of x; wider parameters are cast first, as autocast does."""
     context = context if context_index is None else context[context_index]
-    flat = bilinear.reshape(D * E, K).t()
-    made = context @ flat if weight is None else torch.addmm(weight.reshape(1, -1), context, flat)
-    y = F.grouped_mm(x, made.view(-1, D, E), offs=cu_seqlens[1:])
-    return y if bias is None else y + bias
+    context, flat = context.to(x.dtype), flat.to(x.dtype)
+    return context @ flat if weight is None else torch.addmm(weight.reshape(1, -1).to(x.dtype), context, flat)
 
 
 def linear(x, context, weight, bilinear, bias=None, *, context_index=None, cu_seqlens=None):
     """One plain shared linear layer of the same size: the price line."""
-    return F.linear(x, weight.mT, bias)
+    return F.linear(x, weight.mT.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def forms(inputs, compiled=False):

@@ -139,11 +139,11 @@ def panel_backward(call, plan, dy, grads):
             if not (grads.need_weight or grads.need_bilinear or grads.need_contexts):
                 continue
             products = _outer_products(call, strips, buckets, span, group, dy)
-            if dweight is not None:
-                dweight.add(torch.sum(products, 0, dtype=wide))
             if strips.spread is not None:
                 group = slice(0, len(products))
             flat = strips.widen(products)
+            if dweight is not None:
+                dweight.add(flat.sum(0).view(hi - lo, -1))
             if dbilinear is not None:
                 dbilinear.add_product(flat.t(), contexts[group])
             if grads.need_contexts:
