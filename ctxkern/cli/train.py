@@ -25,6 +25,7 @@ FLAGS = (
     ("--lr", "lr", float, "peak learning rate (default: 0.002)"),
     ("--schedule", "schedule", str, "cosine or constant, after the warmup (default: cosine)"),
     ("--warmup-steps", "warmup_steps", int, "steps of linear warmup (default: 20)"),
+    ("--bilinear-lr-scale", "bilinear_lr_scale", float, "of bilinear tensors, over --lr (default: 1 / context-dim)"),
     ("--weight-decay", "weight_decay", float, "of weight matrices (default: 0.01)"),
     ("--bilinear-weight-decay", "bilinear_weight_decay", float, "of bilinear tensors (default: as --weight-decay)"),
     ("--grad-clip", "grad_clip", float, "largest gradient norm, 0 for none (default: 1.0)"),
