@@ -51,6 +51,7 @@ CASES = [
     Case("wide-k", 3, 10, 12, 8, 130),
     Case("narrow-k", 4, 40, 24, 16, 1),
     Case("debug", 4, 32, 64, 64, 16),
+    Case("deep", 2, 6, 1031, 3, 8),
     Case("single-context", 1, 64, 32, 32, 8, bias=True),
     Case("many-sequences-of-one-context", 8, 6, 20, 12, 5, rows=1, index=(0,) * 8),
     Case("shared-uneven", 8, 5, 18, 14, 6, rows=4, index=_SHARED, bias=True),
@@ -64,7 +65,9 @@ CASES = [
     Case("context-per-token-no-weight", 2, 33, 20, 9, 4, per_token=True, weight=False),
     Case("ragged", 5, 0, 16, 12, 4, lengths=(3, 1, 17, 8, 30), bias=True),
     Case("ragged-empty-sequences", 6, 0, 9, 11, 5, lengths=(0, 4, 0, 13, 1, 0)),
-    Case("ragged-shared", 7, 0, 14, 10, 6, rows=3, index=(2, 0, 2, 1, 0, 2, 2), lengths=(5, 2, 0, 9, 4, 1, 6), bias=True),
+    Case(
+        "ragged-shared", 7, 0, 14, 10, 6, rows=3, index=(2, 0, 2, 1, 0, 2, 2), lengths=(5, 2, 0, 9, 4, 1, 6), bias=True
+    ),
     Case("ragged-equal", 4, 0, 8, 8, 3, rows=9, index=(8, 1, 3, 2), lengths=(6, 6, 6, 6)),
     Case("strided-x", 4, 6, 10, 8, 4, x_layout="strided"),
     Case("expanded-x", 5, 6, 12, 8, 4, x_layout="expanded", bias=True),

@@ -65,11 +65,33 @@ def check(fn, inputs, where=""):
     assert_matches(run(fn, inputs), oracle(inputs), baseline(inputs), where)
 
 
+def differentiate(fn, tensors, dout):
+    """{name: tensor}: the output y of fn(**tensors), or y0, y1, ... of several, and the gradient of every floating tensor
+    for `dout`, one an output."""
+    leaves = {n: t.detach().requires_grad_() if is_floating(t) else t for n, t in tensors.items()}
+    given = {n: t for n, t in leaves.items() if is_floating(t)}
+    outs = fn(**leaves)
+    results = {"y": outs} if isinstance(outs, torch.Tensor) else {f"y{i}": y for i, y in enumerate(outs)}
+    douts = [dout] if isinstance(outs, torch.Tensor) else dout
+    douts = [d.to(y.dtype) for d, y in zip(douts, results.values(), strict=True)]
+    grads = torch.autograd.grad(list(results.values()), list(given.values()), douts, materialize_grads=True)
+    return {n: y.detach() for n, y in results.items()} | {f"d{n}": g for n, g in zip(given, grads, strict=True)}
+
+
+def check_family(fn, reference, tensors, dout, where=""):
+    """fn(**tensors) gives the outputs and gradients of `reference` in float64 within the budget."""
+    double = {n: t.double() if is_floating(t) else t for n, t in tensors.items()}
+    exact = differentiate(reference, double, dout)
+    assert_matches(differentiate(fn, tensors, dout), exact, differentiate(reference, tensors, dout), where)
+
+
+def is_floating(t):
+    return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+
 def _rms(t):
     return t.square().mean().sqrt().item()
 
 
 def _max(t):
     return t.abs().max().item()
-
-

@@ -4,27 +4,15 @@ Several projections (q, k and v) share one x, one context and so one grouping of
 `needs` asks for them.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from ctxkern.planner import Problem, compute_dtype, plan_modulated
 
+from . import whole
+from .call import Call, Gradients
 from .outer import outer_backward, outer_forward
 from .panel import panel_backward, panel_forward
 from .rows import Bucket, Rows, group_rows
-
-
-@dataclass(slots=True)
-class Call:
-    """One projection: grouped rows of x [N, D], contexts [U, K] (or one a row, [N, K]) and its parameters."""
-
-    x: torch.Tensor
-    contexts: torch.Tensor
-    rows: Rows
-    weight: torch.Tensor | None
-    bilinear: torch.Tensor
-    compute: torch.dtype
 
 
 def problem_of(x, context, weight, bilinear, rows, per_token, backward=False):
@@ -88,61 +76,66 @@ def _empty(x, bilinear):
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
     """[y], one a projection, in the dtype of x and the leading shape of x."""
     rows = _group(x, context, context_index, cu_seqlens)
+    if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
+        outs = whole.forward(rows.batch(x), rows.pick(context), weights, bilinears, biases)
+        return [rows.scatter(y, x) for y in outs]
     compute = compute_dtype(x.device.type, x.dtype)
-    per_token = context.dim() == 3
-    grouped = rows.gather(x).to(compute)
+    grouped = _cast(rows.gather(x), compute)
     outs = []
     for weight, bilinear, bias in zip(weights, bilinears, biases, strict=True):
         if _empty(x, bilinear):
             y = _plain(grouped, weight, bilinear.shape[1])
         else:
-            plan = plan_modulated(problem_of(x, context, weight, bilinear, rows, per_token), workspace_bytes)
-            outer = plan.strategy == "outer"
-            contexts = _token_contexts(rows, context, len(grouped)) if outer else rows.pick(context)
-            call = Call(grouped, contexts, rows, weight, bilinear, compute)
-            y = (outer_forward if outer else panel_forward)(call, plan)
+            call, plan = _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, False)
+            y = (outer_forward if plan.strategy == "outer" else panel_forward)(call, plan)
         if bias is not None:
             y.add_(bias)
-        outs.append(rows.scatter(y.to(x.dtype), x))
+        outs.append(rows.scatter(_cast(y, x.dtype), x))
     return outs
+
+
+def _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, backward):
+    """(Call, Plan) of one projection."""
+    problem = problem_of(x, context, weight, bilinear, rows, context.dim() == 3, backward)
+    plan = plan_modulated(problem, workspace_bytes)
+    contexts = _token_contexts(rows, context, len(grouped)) if plan.strategy == "outer" else rows.pick(context)
+    return Call(grouped, contexts, rows, weight, bilinear, compute), plan
 
 
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
     rows = _group(x, context, context_index, cu_seqlens)
+    if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
+        douts = [rows.batch(dout) for dout in douts]
+        dx, dcontext, *rest = whole.backward(douts, rows.batch(x), rows.pick(context), weights, bilinears, needs)
+        dx = None if dx is None else rows.scatter(dx, x)
+        return dx, None if dcontext is None else rows.unpick(dcontext, len(context)), *rest
     compute = compute_dtype(x.device.type, x.dtype)
-    per_token = context.dim() == 3
-    grouped = rows.gather(x).to(compute)
+    grouped = _cast(rows.gather(x), compute)
     n = len(bilinears)
     need_x, need_context, *each = needs
     need_w, need_t, need_b = each[:n], each[n : 2 * n], each[2 * n :]
-    dx = torch.zeros_like(grouped) if need_x else None
-    dcontext = context.new_zeros(context.shape, dtype=_accumulator(context.dtype)) if need_context else None
+    dx = dcontext = None
     dweights, dbilinears, dbiases = [None] * n, [None] * n, [None] * n
     for i, (dout, weight, bilinear) in enumerate(zip(douts, weights, bilinears, strict=True)):
         if need_b[i]:
-            dbiases[i] = _column_sum(dout)
-        if need_t[i]:
-            dbilinears[i] = torch.empty_like(bilinear)
-        if need_w[i]:
-            dweights[i] = torch.empty_like(weight)
-        dy = rows.gather(dout).to(compute)
+            dbiases[i] = dout.flatten(0, -2).sum(0, dtype=_accumulator(dout.dtype))
+        dy = _cast(rows.gather(dout), compute)
         if _empty(x, bilinear):
-            _plain_backward(grouped, dy, weight, dx, dweights[i], dbilinears[i])
-            continue
-        plan = plan_modulated(problem_of(x, context, weight, bilinear, rows, per_token, backward=True), workspace_bytes)
-        outer = plan.strategy == "outer"
-        contexts = _token_contexts(rows, context, len(grouped)) if outer else rows.pick(context)
-        call = Call(grouped, contexts, rows, weight, bilinear, compute)
-        dcontexts = (outer_backward if outer else panel_backward)(
-            call, plan, dy, dx, dweights[i], dbilinears[i], need_context
-        )
-        if need_context:
-            dcontext += _to_table(dcontexts, rows, context, outer)
+            grads = Gradients(dx, need_x, False, need_w[i], need_t[i])
+            _plain_backward(grouped, dy, weight, bilinear, grads)
+        else:
+            call, plan = _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, True)
+            grads = Gradients(dx, need_x, need_context, need_w[i], need_t[i])
+            (outer_backward if plan.strategy == "outer" else panel_backward)(call, plan, dy, grads)
+            if need_context:
+                part = _to_table(grads.contexts, rows, context, plan.strategy == "outer")
+                dcontext = part if dcontext is None else dcontext.to(_accumulator(part.dtype)).add_(part)
+        dx, dweights[i], dbilinears[i] = grads.x, grads.weight, grads.bilinear
     if need_x:
-        dx = rows.scatter(dx.to(x.dtype), x)
+        dx = rows.scatter(_cast(dx, x.dtype), x)
     if need_context:
-        dcontext = dcontext.to(context.dtype)
+        dcontext = context.new_zeros(context.shape) if dcontext is None else _cast(dcontext, context.dtype)
     return dx, dcontext, dweights, dbilinears, dbiases
 
 
@@ -162,8 +155,9 @@ def _accumulator(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _column_sum(dout):
-    return dout.flatten(0, -2).sum(0, dtype=_accumulator(dout.dtype))
+def _cast(t, dtype):
+    """t.to(dtype), without the microsecond that it costs where nothing changes."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _plain(x, weight, d_out):
@@ -171,10 +165,11 @@ def _plain(x, weight, d_out):
     return x.new_zeros(len(x), d_out) if weight is None else x @ weight.to(x.dtype)
 
 
-def _plain_backward(x, dy, weight, dx, dweight, dbilinear):
-    if dx is not None and weight is not None:
-        dx.addmm_(dy, weight.to(dy.dtype).mT)
-    if dweight is not None:
-        dweight.copy_(x.mT @ dy)
-    if dbilinear is not None:
-        dbilinear.zero_()
+def _plain_backward(x, dy, weight, bilinear, grads):
+    if grads.need_x:
+        dx = torch.zeros_like(x) if weight is None else dy @ _cast(weight, dy.dtype).mT
+        grads.x = dx if grads.x is None else grads.x.add_(dx)
+    if grads.need_weight:
+        grads.weight = torch.empty_like(weight).copy_(x.mT @ dy)
+    if grads.need_bilinear:
+        grads.bilinear = torch.zeros_like(bilinear)

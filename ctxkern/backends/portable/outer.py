@@ -34,44 +34,47 @@ def outer_forward(call, plan):
     return y
 
 
-def outer_backward(call, plan, dy, dx, dweight, dbilinear, need_context):
-    """Adds to dx [N, D], writes dweight and dbilinear (each may be None); returns the gradient of each row's context,
-    [N, K], or None."""
-    _, d_out, context_dim = call.bilinear.shape
+def outer_backward(call, plan, dy, grads):
+    """Fills `grads`; `grads.contexts` is that of each row's context, [N, K]."""
     x, contexts = call.x, call.contexts
     wide = _product_dtype(call)
     total = torch.promote_types(wide, torch.float32)
-    dx_total = None if dx is None else dx.to(total)
-    dcontexts = contexts.new_zeros(contexts.shape, dtype=total) if need_context else None
-    chunks = _chunks(len(x), plan.group)
-    for cols in _chunks(d_out, plan.strip):
+    dx = None
+    if grads.need_x:
+        dx = x.new_zeros(x.shape, dtype=total) if grads.x is None else grads.x.to(total)
+    if grads.need_contexts:
+        grads.contexts = contexts.new_zeros(contexts.shape, dtype=total)
+    if grads.need_weight:
+        grads.weight = torch.empty_like(call.weight)
+    if grads.need_bilinear:
+        grads.bilinear = torch.empty_like(call.bilinear)
+    for cols in _chunks(call.bilinear.shape[1], plan.strip):
         matrix = _matrix(call, cols, wide)
-        weight = None if call.weight is None or dx is None else call.weight[:, cols].to(wide).mT
+        if grads.need_weight:
+            grads.weight[:, cols] = x.mT @ dy[:, cols]
         dmatrix = None
-        for rows in chunks:
-            rows_x, rows_c, rows_dy = x[rows].to(wide), contexts[rows].to(wide), dy[rows, cols].to(wide)
-            if need_context:
-                inner = (rows_x @ matrix).view(len(rows_x), -1, context_dim)
-                dcontexts[rows] += torch.bmm(rows_dy[:, None], inner)[:, 0]
+        for rows in _chunks(len(x), plan.group):
+            rows_dy = dy[rows, cols].to(wide)
+            if grads.need_contexts:
+                inner = (x[rows].to(wide) @ matrix).view(len(rows_dy), rows_dy.shape[1], -1)
+                grads.contexts[rows] += torch.bmm(rows_dy[:, None], inner)[:, 0]
                 del inner
-            if dx is not None or dbilinear is not None:
-                pairs = (rows_dy[:, :, None] * rows_c[:, None, :]).view(len(rows_x), -1)
+            if not (grads.need_x or grads.need_bilinear):
+                continue
+            pairs = (rows_dy[:, :, None] * contexts[rows].to(wide)[:, None, :]).flatten(1)
             if dx is not None:
-                dx_total[rows] += pairs @ matrix.mT
-                if weight is not None:
-                    dx_total[rows] += rows_dy @ weight
-            if dbilinear is not None:
-                part = rows_x.mT @ pairs
-                if len(chunks) > 1:
+                dx[rows] += pairs @ matrix.mT
+                if call.weight is not None:
+                    dx[rows] += rows_dy @ call.weight[:, cols].to(wide).mT
+            if grads.need_bilinear:
+                part = x[rows].to(wide).mT @ pairs
+                if plan.group < len(x):
                     part = part.to(total) if dmatrix is None else dmatrix.add_(part)
                 dmatrix = part
-        if dbilinear is not None:
-            dbilinear[:, cols] = dmatrix.view(x.shape[1], -1, context_dim)
-        if dweight is not None:
-            dweight[:, cols] = x.mT @ dy[:, cols]
+        if grads.need_bilinear:
+            grads.bilinear[:, cols] = dmatrix.view(x.shape[1], -1, contexts.shape[1])
     if dx is not None:
-        dx.copy_(dx_total)
-    return dcontexts
+        grads.x = dx.to(call.compute)
 
 
 def _product_dtype(call):

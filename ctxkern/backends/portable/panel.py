@@ -66,8 +66,17 @@ class _Strips:
         made = made.view(shape)
         return made if self.spread is None else made.index_select(0, self.spread)
 
+    def widen(self, products):
+        """G as [contexts, strip·E] in the dtype of the strips."""
+        flat = products.view(len(products), -1)
+        if self.wide == flat.dtype:
+            return flat
+        if self.spread is not None:
+            return flat.to(self.wide)
+        return self.buffer[: flat.numel()].view(flat.shape).copy_(flat)
 
-def _bucket(rows, bucket, t):
+
+def _bucket(bucket, t):
     """The rows of a bucket as [contexts, rows, columns]."""
     return t[bucket.start : bucket.start + bucket.count * bucket.rows].view(bucket.count, bucket.rows, t.shape[1])
 
@@ -85,9 +94,9 @@ def panel_forward(call, plan):
             weights = strips.weights(span, group, bilinear)
             for b in buckets:
                 _project(
-                    _bucket(call.rows, b, call.x)[:, :, span[0] : span[1]],
+                    _bucket(b, call.x)[:, :, span[0] : span[1]],
                     weights[b.first - group.start : b.first - group.start + b.count],
-                    _bucket(call.rows, b, y),
+                    _bucket(b, y),
                     first=span[0] == 0,
                 )
     return y
@@ -104,49 +113,54 @@ def _project(x, weights, y, first):
         y.add_(torch.bmm(x, weights))
 
 
-def panel_backward(call, plan, dy, dx, dweight, dbilinear, need_context):
-    """Adds to dx [N, D], writes dweight and dbilinear (each may be None); returns dcontexts [U or B, K] or None."""
+def panel_backward(call, plan, dy, grads):
+    """Fills `grads`."""
     strips = _Strips(call, plan)
     wide = torch.promote_types(strips.wide, torch.float32)
     groups = strips.groups()
     contexts = strips.contexts if strips.spread is None else strips.contexts.index_select(0, strips.spread)
-    dcontexts = contexts.new_zeros(contexts.shape, dtype=wide) if need_context else None
+    if grads.need_x and grads.x is None:
+        grads.x = torch.zeros_like(call.x)
+    if grads.need_contexts:
+        grads.contexts = contexts.new_zeros(contexts.shape, dtype=wide)
+    if grads.need_weight:
+        grads.weight = torch.empty_like(call.weight)
+    if grads.need_bilinear:
+        grads.bilinear = torch.empty_like(call.bilinear)
     for span in strips.spans():
         lo, hi = span
         bilinear = strips.bilinear(span)
-        sums = [_Sum(out[lo:hi], len(groups), wide) if out is not None else None for out in (dweight, dbilinear)]
+        dweight, dbilinear = (
+            None if out is None else _Sum(out[lo:hi], len(groups), wide) for out in (grads.weight, grads.bilinear)
+        )
         for group, buckets in groups:
-            if dx is not None:
-                weights = strips.weights(span, group, bilinear)
-                for b in buckets:
-                    at = b.first - group.start
-                    # [contexts, rows, E] x [contexts, E, strip]
-                    _bucket(call.rows, b, dx)[:, :, lo:hi].baddbmm_(
-                        _bucket(call.rows, b, dy), weights[at : at + b.count].mT
-                    )
-                del weights
-            if dweight is None and dbilinear is None and dcontexts is None:
+            if grads.need_x:
+                _add_dx(call, strips, span, group, buckets, bilinear, dy, grads.x)
+            if not (grads.need_weight or grads.need_bilinear or grads.need_contexts):
                 continue
-            grads = _outer_products(call, strips, buckets, span, group, dy)
-            if strips.spread is not None:
-                group = slice(0, len(grads))
+            products = _outer_products(call, strips, buckets, span, group, dy)
             if dweight is not None:
-                sums[0].add(torch.sum(grads, 0, dtype=wide))
-            flat = grads.view(len(grads), -1)
-            if strips.wide != flat.dtype:
-                flat = (
-                    strips.buffer[: flat.numel()].view(flat.shape).copy_(flat)
-                    if strips.spread is None
-                    else flat.to(strips.wide)
-                )
+                dweight.add(torch.sum(products, 0, dtype=wide))
+            if strips.spread is not None:
+                group = slice(0, len(products))
+            flat = strips.widen(products)
             if dbilinear is not None:
-                sums[1].add_product(flat.t(), contexts[group])
-            if dcontexts is not None:
-                dcontexts[group] += flat @ bilinear
-        for total in sums:
+                dbilinear.add_product(flat.t(), contexts[group])
+            if grads.need_contexts:
+                grads.contexts[group] += flat @ bilinear
+        for total in (dweight, dbilinear):
             if total is not None:
                 total.write()
-    return dcontexts
+
+
+def _add_dx(call, strips, span, group, buckets, bilinear, dy, dx):
+    """dx_u[:, strip] += dy_u W_u^T"""
+    weights = strips.weights(span, group, bilinear)
+    for b in buckets:
+        at = b.first - group.start
+        # [contexts, rows, E] x [contexts, E, strip]
+        to = _bucket(b, dx)[:, :, span[0] : span[1]]
+        to.baddbmm_(_bucket(b, dy), weights[at : at + b.count].mT)
 
 
 def _outer_products(call, strips, buckets, span, group, dy):
@@ -159,8 +173,8 @@ def _outer_products(call, strips, buckets, span, group, dy):
         grads = call.x.new_empty(shape)
     for b in buckets:
         at = b.first - group.start
-        x = _bucket(call.rows, b, call.x)[:, :, span[0] : span[1]]
-        torch.bmm(x.mT, _bucket(call.rows, b, dy), out=grads[at : at + b.count])
+        x = _bucket(b, call.x)[:, :, span[0] : span[1]]
+        torch.bmm(x.mT, _bucket(b, dy), out=grads[at : at + b.count])
     return grads
 
 

@@ -23,7 +23,7 @@ class Bucket(NamedTuple):
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
     buckets: list
     contexts: int  # U
@@ -46,8 +46,17 @@ class Rows:
         x = x if self.order is None else x.index_select(0, self.order)
         return x.flatten(0, -2)
 
+    def batch(self, x):
+        """The rows of a single bucket as [U, R, D]."""
+        bucket = self.buckets[0]
+        if self.order is None and x.dim() == 3 and x.shape[0] == bucket.count:
+            return x
+        return self.gather(x).view(bucket.count, bucket.rows, -1)
+
     def scatter(self, y, like):
-        """The inverse of `gather`: y [N, E] in the order and leading shape of `like`."""
+        """The inverse of `gather`: y [N, E] or [U, R, E] in the order and leading shape of `like`."""
+        if self.order is None and y.dim() == like.dim() and y.shape[0] == like.shape[0]:
+            return y
         y = y.view(*like.shape[:-1], y.shape[-1])
         return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
 

@@ -1,0 +1,21 @@
+#pragma once
+
+namespace ctxkern {
+
+// Each level contains the ones before it, except that scalar code runs everywhere.
+enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx_bf16 };
+constexpr int kIsaCount = 5;
+
+const char* isa_name(Isa isa);
+
+// Whether this build has code for it and this machine runs it.
+bool isa_available(Isa isa);
+
+// The best available, or the one named by CTXKERN_CPU_ISA; read once. Throws std::invalid_argument
+// if that is unknown or not available.
+Isa chosen_isa();
+
+// The brand string, or "" where the processor has none.
+const char* cpu_name();
+
+}  // namespace ctxkern

@@ -1,0 +1,72 @@
+"""`ctxkern check`: what is installed, what can run, and whether its numbers are right. For a bug report."""
+
+import platform
+import sys
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser(
+        "check",
+        help="versions, devices, backends, and a numerical self-test",
+        description="Prints versions, devices, instruction sets and backends (with the reason where one is not there), "
+        "then compares every backend that is there with a float64 oracle. Exit status 1 if any is wrong.",
+    )
+    parser.set_defaults(command="check")
+
+
+def run(args):
+    import torch
+
+    import ctxkern
+    from ctxkern.testing.selftest import self_tests
+
+    for name, value in [*_versions(ctxkern, torch), *_devices(torch), *_compiled()]:
+        print(f"{name:<14}{value}")
+    print("\nbackends")
+    for name, status in ctxkern.backends().items():
+        print(f"  {name:<12}{status}")
+    print("\nself-test against a float64 oracle")
+    wrong = 0
+    for title, failures, count, seconds in self_tests():
+        verdict = "right" if not failures else f"WRONG in {len(failures)}"
+        print(f"  {title:<34}{count:>4} checks  {seconds:6.1f} s  {verdict}", flush=True)
+        for failure in failures[:5]:
+            print(f"    {failure}")
+        wrong += len(failures)
+    print("\nall right" if not wrong else f"\n{wrong} checks are wrong")
+    return 1 if wrong else 0
+
+
+def _versions(ctxkern, torch):
+    yield "ctxkern", ctxkern.__version__
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "platform", platform.platform()
+    yield "torch", torch.__version__
+    try:
+        import triton
+
+        yield "triton", triton.__version__
+    except ImportError:
+        yield "triton", "not installed"
+
+
+def _devices(torch):
+    from ctxkern import planner
+    from ctxkern.testing.measure import device_name
+
+    yield "cpu", f"{device_name()}, {torch.get_num_threads()} threads, torch products use {planner.cpu_isa()}"
+    if not torch.cuda.is_available():
+        yield "gpu", "none that torch can use"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        yield f"gpu {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+
+
+def _compiled():
+    from ctxkern import _compiled
+
+    if not _compiled.available():
+        yield "compiled core", f"no: {_compiled.reason()}"
+        return
+    yield "compiled core", f"yes: {_compiled.build_info().get('cpu', {}).get('compiler', 'compiler not recorded')}"
+    yield "instructions", f"{', '.join(_compiled.cpu_isas())}; in use: {_compiled.cpu_isa()}"

@@ -1,0 +1,160 @@
+"""Measuring: interleaved times, peak memory, and the ceilings of the machine in the same run."""
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Percentiles of the time of one call, in seconds, over `rounds` rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+
+def interleaved(fns, seconds=1.0, min_rounds=5, max_rounds=200, device="cpu"):
+    """{name: Timing} of callables, one call of each a round, so that a slow moment of the machine meets all of them.
+
+    seconds: the time aimed at for all rounds together. Each callable runs once before.
+    """
+    samples = {name: [] for name in fns}
+    started = time.perf_counter()
+    for fn in fns.values():
+        _timed(fn, device)
+    a_round = time.perf_counter() - started
+    rounds = int(min(max(seconds / max(a_round, 1e-9), min_rounds), max_rounds))
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            samples[name].append(_timed(fn, device))
+    return {name: _percentiles(values) for name, values in samples.items()}
+
+
+def _timed(fn, device):
+    _synchronize(device)
+    started = time.perf_counter()
+    fn()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _percentiles(values):
+    values = sorted(values)
+    at = [values[round(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8)]
+    return Timing(*at, len(values))
+
+
+def peak_extra_bytes(fn, device="cpu"):
+    """The most memory that torch's allocator held at once during fn(), beyond what it held before and what the result of
+    fn() holds: the temporaries, in bytes."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        kept = fn()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        del kept
+        return peak
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        kept = fn()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    del kept
+    return peak - held
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what the profiler's library writes to the standard error stream by itself."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches in this run: FLOP/s of a large product and bytes/s of a large read and write."""
+
+    flops: float
+    bandwidth: float
+
+    def floor(self, flops, moved):
+        """Seconds below which no way of computing it can get."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
+
+def ceilings(dtype, device="cpu", size=None):
+    """The `Ceilings` of a device for a dtype: the best of a few runs."""
+    size = size or (8192 if torch.device(device).type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.randn((256 << 20) // 4, device=device)
+    target = torch.empty_like(source)
+    product = min(_timed(lambda: a @ b, device) for _ in range(5))
+    copy = min(_timed(lambda: target.copy_(source), device) for _ in range(4))
+    return Ceilings(2 * size**3 / product, 2 * source.numel() * 4 / copy)
+
+
+def provenance(device="cpu"):
+    """{column: value} that every row of results carries."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = ""
+    return {
+        "date": date.today().isoformat(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def device_name(device="cpu"):
+    """The processor's or GPU's own name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*args):
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,156 @@
+"""One measured case as rows, a readable table of them, and the file that they are appended to."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from ctxkern.functional import explain
+
+from .measure import ceilings, interleaved, peak_extra_bytes, provenance
+from .oracle import check
+from .peers import calls, forms
+
+COLUMNS = (
+    "date device threads torch triton commit dirty case B S D E K U tokens dtype param_dtype pass peer "
+    "p20_ms p50_ms p80_ms rounds speedup_over_einsum price_over_linear gflops gbs floor_share peak_extra_mib "
+    "floor_ms strategy"
+).split()
+
+
+def measure_case(case, inputs, backward, *, compiled=False, seconds=1.0, peaks=None, only=None):
+    """Rows, one a peer, of a case: raises AssertionError, and measures nothing, where ctxkern's result is wrong.
+
+    peaks: `Ceilings` of this run, measured where None. only: names of peers to keep.
+    """
+    check(forms(inputs)["ctxkern"], inputs, case.id)
+    device, dtype = inputs.x.device, inputs.x.dtype
+    peaks = peaks or ceilings(dtype, device)
+    positional, keyword = inputs.arguments()
+    plan = explain(*positional, **keyword, backward=backward)
+    run = {k: v for k, v in calls(inputs, backward, compiled).items() if only is None or k in only}
+    timings = interleaved(run, seconds, device=device)
+    flops, moved = _counts(plan, inputs, backward)
+    floor = peaks.floor(flops, moved)
+    common = {
+        **provenance(device),
+        "case": case.id,
+        "B": case.B,
+        "S": case.S,
+        "D": case.D,
+        "E": case.E,
+        "K": case.K,
+        "U": case.contexts,
+        "tokens": case.tokens,
+        "dtype": _short(dtype),
+        "param_dtype": _short(inputs.bilinear.dtype),
+        "pass": "forward+backward" if backward else "forward",
+        "floor_ms": f"{floor * 1e3:.4f}",
+    }
+    rows = []
+    for name, timing in timings.items():
+        seconds_each = timing.p50
+        rows.append(
+            {
+                **common,
+                "peer": name,
+                "p20_ms": f"{timing.p20 * 1e3:.4f}",
+                "p50_ms": f"{timing.p50 * 1e3:.4f}",
+                "p80_ms": f"{timing.p80 * 1e3:.4f}",
+                "rounds": timing.rounds,
+                "speedup_over_einsum": _ratio(timings.get("einsum"), timing),
+                "price_over_linear": _ratio(timing, timings.get("linear")),
+                "gflops": "" if name == "linear" else f"{flops / seconds_each / 1e9:.1f}",
+                "gbs": "" if name == "linear" else f"{moved / seconds_each / 1e9:.2f}",
+                "floor_share": "" if name == "linear" else f"{floor / seconds_each:.3f}",
+                "peak_extra_mib": f"{peak_extra_bytes(run[name], device) / 2**20:.2f}",
+                "strategy": plan.strategy if name == "ctxkern" else "",
+            }
+        )
+    return rows
+
+
+def _counts(plan, inputs, backward):
+    """(flops, bytes) that the work itself asks for, whoever does it: each operand once, each result once."""
+    flops, moved = min(plan.flops, _panel_flops(plan)), plan.bytes
+    if not backward:
+        return flops, moved
+    parameters = sum(t.numel() * t.element_size() for t in inputs.arguments()[0][1:] if t is not None)
+    return 3 * flops, 2 * moved + parameters
+
+
+def _panel_flops(plan):
+    return 2 * plan.tokens * plan.d_in * plan.d_out + 2 * plan.contexts * plan.d_in * plan.d_out * plan.context_dim
+
+
+def _ratio(a, b):
+    return "" if a is None or b is None else f"{a.p50 / b.p50:.3f}"
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+_TABLE = (
+    ("peer", "peer", "<"),
+    ("p50_ms", "median ms", ">"),
+    ("p20_ms", "p20", ">"),
+    ("p80_ms", "p80", ">"),
+    ("speedup_over_einsum", "× einsum", ">"),
+    ("price_over_linear", "price", ">"),
+    ("gflops", "GFLOP/s", ">"),
+    ("gbs", "GB/s", ">"),
+    ("floor_share", "of floor", ">"),
+    ("peak_extra_mib", "peak MiB", ">"),
+)
+
+
+def table(rows):
+    """The rows as text, a block for each case, dtype and pass. "price" is over one plain shared linear layer."""
+    lines, last = [], None
+    for row in rows:
+        head = (row["case"], row["dtype"], row["param_dtype"], row["pass"])
+        if head != last:
+            lines += ["", _headline(row), _line({key: title for key, title, _ in _TABLE})]
+            last = head
+        lines.append(_line(row))
+    return "\n".join(lines[1:])
+
+
+def _headline(row):
+    mixed = "" if row["param_dtype"] == row["dtype"] else f" with {row['param_dtype']} parameters"
+    sizes = " ".join(f"{name}={row[name]}" for name in ("B", "S", "D", "E", "K", "U"))
+    return f"{row['case']}: {sizes}, {row['dtype']}{mixed}, {row['pass']} (floor {float(row['floor_ms']):.3g} ms)"
+
+
+def _line(row):
+    return "  ".join(f"{row[key]!s:{align}{18 if key == 'peer' else 10}}" for key, _, align in _TABLE)
+
+
+def append(rows, path):
+    """Appends rows to a CSV file, with a header where it is new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def results_file(device="cpu", root="bench/results"):
+    """bench/results/<device>.csv below the current folder, where the tree has it; None elsewhere."""
+    root = Path(root)
+    if not root.is_dir():
+        return None
+    name = provenance(device)["device"].lower()
+    return root / ("-".join("".join(c if c.isalnum() else " " for c in name).split()) + ".csv")
+
+
+def parse_dtype(name):
+    """float32, bfloat16, float16 or float64 by name."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in names:
+        raise ValueError(f"dtype is {name!r}, takes one of {', '.join(names)}")
+    return names[name]

@@ -1,0 +1,254 @@
+"""The oracle rejects what is wrong: damaged results, in every tensor and dtype, and damaged implementations."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+import ctxkern
+from ctxkern.backends.portable import lora, modulated, outer, panel, rows
+from ctxkern.reference import lora_linear_ref, modulated_linear_ref
+from ctxkern.testing.cases import CASES, Case, make_inputs
+from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.oracle import assert_matches, baseline, check, check_family, oracle, run
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SQUARE = Case("square", 6, 7, 12, 12, 4, rows=4, index=(0, 1, 3, 1, 2, 0), bias=True)
+NAMES = ("y", "dx", "dcontext", "dweight", "dbilinear", "dbias")
+
+
+def last_element(t, change):
+    changed = t.clone()
+    last = (-1,) * t.dim()
+    changed[last] = change(t[last], t.abs().max())
+    return changed
+
+
+# of one tensor, whatever it is
+DAMAGE = {
+    "zeroed": torch.zeros_like,
+    "negated": torch.neg,
+    "scaled": lambda t: t * 1.05,
+    "rolled": lambda t: t.roll(1, 0),
+    "one-wrong-element": lambda t: last_element(t, lambda v, top: v + 0.25 * top),
+    "one-zero-row": lambda t: torch.cat([torch.zeros_like(t[:1]), t[1:]]),
+    "nan": lambda t: last_element(t, lambda v, top: v * float("nan")),
+    "infinite": lambda t: last_element(t, lambda v, top: v + float("inf")),
+    "another-dtype": lambda t: t.to(torch.float32 if t.dtype is torch.float64 else torch.float64),
+    "another-shape": lambda t: t[None],
+    "cut": lambda t: t[:-1],
+}
+# of the tensors that have the structure in question
+STRUCTURAL = {
+    "sequences-swapped": (("y", "dx"), lambda t: t[[1, 0, *range(2, len(t))]]),
+    "tokens-reversed": (("y", "dx"), lambda t: t.flip(1)),
+    "contexts-rolled": (("dcontext",), lambda t: t.roll(1, 0)),
+    "d-and-e-transposed": (("dweight", "dbilinear"), lambda t: t.transpose(0, 1).contiguous()),
+    "context-dim-rolled": (("dbilinear", "dcontext"), lambda t: t.roll(1, -1)),
+    "columns-reversed": (NAMES, lambda t: t.flip(-1)),
+}
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def results(request):
+    inputs = make_inputs(SQUARE, request.param)
+    return inputs, oracle(inputs), baseline(inputs)
+
+
+def assert_rejected(name, wrong, exact, plain):
+    with pytest.raises(AssertionError, match=name):
+        assert_matches({name: wrong}, {name: exact[name]}, {name: plain[name]})
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("name", NAMES)
+def test_rejects_a_damaged_tensor(results, name, damage):
+    _, exact, plain = results
+    assert_matches(plain, exact, plain)
+    assert_rejected(name, damage(plain[name]), exact, plain)
+
+
+@pytest.mark.parametrize(("names", "damage"), STRUCTURAL.values(), ids=STRUCTURAL)
+def test_rejects_a_permutation(results, names, damage):
+    _, exact, plain = results
+    for name in names:
+        assert_rejected(name, damage(plain[name]), exact, plain)
+
+
+# what a context's values reach: not dweight and dbias, which are sums of x^T dy and dy
+@pytest.mark.parametrize("name", ["y", "dx", "dbilinear", "dcontext"])
+def test_rejects_the_next_sequences_context(results, name):
+    inputs, exact, plain = results
+    shifted = replace(inputs, context_index=inputs.context_index.roll(1))
+    assert_rejected(name, baseline(shifted)[name], exact, plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rejects_a_missing_context(results, name):
+    inputs, exact, plain = results
+    present = (inputs.context_index != 3).to(inputs.dy.dtype)[:, None, None]
+    without = baseline(replace(inputs, dy=inputs.dy * present))
+    without["y"] = plain["y"] * present
+    assert_rejected(name, without[name], exact, plain)
+
+
+def test_rejects_a_missing_or_additional_tensor(results):
+    _, exact, plain = results
+    with pytest.raises(AssertionError, match="tensors"):
+        assert_matches({n: plain[n] for n in NAMES[1:]}, exact, plain)
+    with pytest.raises(AssertionError, match="tensors"):
+        assert_matches(plain | {"dz": plain["y"]}, exact, plain)
+
+
+def test_rejects_half_precision_sums_of_a_float32_call():
+    def rounded(x, *rest, **how):
+        return modulated_linear_ref(x.half().float(), *rest, **how)
+
+    with pytest.raises(AssertionError, match="y: rms"):
+        check(rounded, make_inputs(SQUARE))
+
+
+def catches(dtype=torch.float32, workspace=1 << 12):
+    """The names of the cases of the table that fail as the implementation now is."""
+
+    caught = []
+    for case in CASES:
+        try:
+            check(partial(ctxkern.modulated_linear, workspace_bytes=workspace), make_inputs(case, dtype), case.id)
+        except AssertionError:
+            caught.append(case.id)
+    return caught
+
+
+def test_the_table_catches_nothing_as_it_is():
+    assert catches() == []
+
+
+def test_catches_a_skipped_strip(monkeypatch):
+    spans = panel._Strips.spans
+    monkeypatch.setattr(panel._Strips, "spans", lambda self: spans(self)[:-1] or spans(self))
+    assert {"debug", "prime", "deep"} <= set(catches())
+
+
+def test_catches_a_skipped_group_of_contexts(monkeypatch):
+    groups = panel._Strips.groups
+    monkeypatch.setattr(panel._Strips, "groups", lambda self: groups(self)[:-1] or groups(self))
+    assert "non-power-of-two" in catches(workspace=1)
+
+
+def test_catches_a_skipped_chunk_of_columns(monkeypatch):
+    chunks = outer._chunks
+    monkeypatch.setattr(outer, "_chunks", lambda size, step: chunks(size, step)[:-1] or chunks(size, step))
+    assert {"decode", "context-per-token"} <= set(catches(workspace=1))
+
+
+def test_catches_rows_left_in_grouped_order(monkeypatch):
+    monkeypatch.setattr(rows.Rows, "scatter", lambda self, y, like: y.view(*like.shape[:-1], y.shape[-1]))
+    assert {"shared-uneven", "ragged-shared"} <= set(catches())
+
+
+def test_catches_rows_under_the_neighbours_context(monkeypatch):
+    pick = rows.Rows.pick
+    monkeypatch.setattr(rows.Rows, "pick", lambda self, table: pick(self, table).roll(1, 0))
+    assert {"tiny", "shared-uneven", "ragged"} <= set(catches())
+
+
+def test_catches_rows_under_the_wrong_bucket(monkeypatch):
+    made = rows._rows
+
+    def shifted(slots, *rest):
+        found = made(slots, *rest)
+        order = torch.tensor([*slots[1:], *slots[:1]])
+        return replace(found, slots=order)
+
+    monkeypatch.setattr(rows, "_rows", shifted)
+    assert {"shared-uneven", "ragged-shared", "ragged"} <= set(catches())
+
+
+def test_catches_bounds_off_by_one(monkeypatch):
+    packed = rows._group_packed
+
+    def shifted(index, bounds, *rest):
+        inner = [min(b + 1, bounds[-1]) for b in bounds[1:-1]]
+        return packed(index, [bounds[0], *inner, bounds[-1]], *rest)
+
+    monkeypatch.setattr(rows, "_group_packed", shifted)
+    assert {"ragged", "ragged-empty-sequences", "ragged-shared"} <= set(catches())
+
+
+def test_catches_float16_accumulation_over_strips(monkeypatch):
+    project = panel._project
+
+    def rounded(x, weights, y, first):
+        project(x, weights, y, first)
+        y.copy_(y.half())
+
+    monkeypatch.setattr(panel, "_project", rounded)
+    assert {"debug", "prime"} <= set(catches())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_catches_accumulation_in_a_half_over_many_strips(monkeypatch, dtype):
+    project = panel._project
+
+    def rounded(x, weights, y, first):
+        project(x, weights, y, first)
+        y.copy_(y.to(dtype))
+
+    monkeypatch.setattr(panel, "_project", rounded)
+    deep = next(case for case in CASES if case.id == "deep")
+    with pytest.raises(AssertionError, match="deep y: rms"):
+        check(partial(ctxkern.modulated_linear, workspace_bytes=1), make_inputs(deep, dtype), deep.id)
+
+
+def test_catches_dcontext_of_the_last_strip_alone(monkeypatch):
+    backward, spans = panel.panel_backward, panel._Strips.spans
+
+    def last_alone(call, plan, dy, dx, dweight, dbilinear, need_context):
+        backward(call, plan, dy, dx, dweight, dbilinear, False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(panel._Strips, "spans", lambda self: spans(self)[-1:])
+            return backward(call, plan, dy, None, None, None, need_context)
+
+    monkeypatch.setattr(modulated, "panel_backward", last_alone)
+    assert {"debug", "prime"} <= set(catches())
+
+
+def test_catches_dcontext_not_summed_over_a_contexts_sequences(monkeypatch):
+    def last(self, picked, size):
+        return picked if self.slots is None else picked.new_zeros(size, picked.shape[1])
+
+    monkeypatch.setattr(rows.Rows, "unpick", last)
+    assert {"shared-uneven", "table-larger-than-batch"} <= set(catches())
+
+
+def test_catches_dbilinear_of_the_last_group_alone(monkeypatch):
+    def overwrite(self, left, right):
+        self.total.copy_((left @ right).view(self.total.shape))
+
+    monkeypatch.setattr(panel._Sum, "add_product", overwrite)
+    assert "non-power-of-two" in catches(workspace=1)
+
+
+def test_catches_a_projection_that_writes_over_the_strip_before(monkeypatch):
+    project = panel._project
+    monkeypatch.setattr(panel, "_project", lambda x, weights, y, first: project(x, weights, y, True))
+    assert {"debug", "prime"} <= set(catches())
+
+
+def test_catches_lora_pieces_under_the_wrong_adapter(monkeypatch):
+    pieces = lora._pieces
+
+    def shifted(rows, x, A, *rest):
+        return pieces(rows, x, A.roll(1, 0), *rest)
+
+    monkeypatch.setattr(lora, "_pieces", shifted)
+    arguments, dout = lora_arguments(CASES[2], 3)
+    with pytest.raises(AssertionError, match=r"y: rms"):
+        check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
+
+
+def test_run_gives_every_gradient():
+    inputs = make_inputs(SQUARE)
+    assert tuple(run(ctxkern.modulated_linear, inputs)) == ("y", "dx", "dcontext", "dweight", "dbilinear", "dbias")
