@@ -150,8 +150,9 @@ def test_commands_are_asked_for(capsys):
     assert ctxkern.__version__ in capsys.readouterr()[0]
 
 
-def test_missing_extras_say_what_to_install(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+@pytest.mark.parametrize("missing", ["tqdm", "safetensors.torch", "matplotlib"])
+def test_missing_extras_say_what_to_install(corpus, tmp_path, capsys, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
     err = failed(capsys, "train", corpus, *TINY, "--steps", "1", "--run-dir", tmp_path / "run")
     assert "pip install 'ctxkern[train]'" in err
 
@@ -168,7 +169,9 @@ def test_a_run_is_neither_overwritten_nor_mixed(corpus, tmp_path, capsys):
     assert "--num-files: got 2, but" in failed(capsys, *resume, "--preset", "debug")
     assert "--balanced: got True" in failed(capsys, *resume, "--balanced")
     assert "other files" in failed(capsys, *resume[:1], corpus / "f1.jsonl", *resume[1:])
-    assert "steps: got 3, but" in failed(capsys, *resume, "--steps", "3")
+    stored = (run_dir / "config.json").read_bytes()
+    assert "--steps: got 3, but" in failed(capsys, *resume, "--steps", "3")
+    assert (run_dir / "config.json").read_bytes() == stored
     assert main([*map(str, resume), "--steps", "7", "--no-compare-einsum", "--lr", "0.002"]) == 0
     assert "step 0 and step 7" in capsys.readouterr()[0]
     text = (corpus / "f1.jsonl").read_text()

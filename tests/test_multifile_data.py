@@ -137,7 +137,9 @@ def test_names_take_folders_where_files_share_one(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder, "a.txt", "some text")
-    assert MultiFileDataset([tmp_path / "x/a.txt", tmp_path / "y/a.txt"]).file_names == ["x/a.txt", "y/a.txt"]
+    paths = [tmp_path / "x/a.txt", tmp_path / "y/a.txt"]
+    assert MultiFileDataset(paths).file_names == ["x/a.txt", "y/a.txt"]
+    assert MultiFileDataset([*paths, paths[0]]).file_names == ["x/a.txt (0)", "y/a.txt", "x/a.txt (2)"]
 
 
 def test_split_is_seeded_tail_or_nothing(tmp_path):

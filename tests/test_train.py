@@ -235,7 +235,7 @@ def test_logs_and_checkpoints_of_a_run(tmp_path):
     assert math.isnan(result.last["c"])
     assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "last.safetensors", "logs", "metrics.jsonl"]
     restored = make_net(seed=4)
-    assert ckpt.load_checkpoint(tmp_path / ckpt.LAST, restored).step == 20
+    assert ckpt.load_checkpoint(tmp_path / ckpt.LAST, restored).step == ckpt.read_step(tmp_path / ckpt.LAST) == 20
     assert_same_bits(model, restored)
     assert ckpt.load_checkpoint(tmp_path / ckpt.BEST, restored).step == result.best_step
 
