@@ -215,6 +215,8 @@ def _train(args: argparse.Namespace, job, run_dir: Path, files: list[dict]) -> i
     for file_id in job.train_data.file_ids:
         windows[names[file_id]] += 1
     print(report.loss_table(result.first, result.last, windows) if result.first else "no file has any set apart")
+    if result.best_step not in (None, result.step):
+        print(f"the mean was lowest at step {result.best_step}: {result.best_loss:.4f}")
     best = "" if result.best_step is None else f", best.safetensors (step {result.best_step})"
     print(f"\ncheckpoints {run_dir / LAST}{best}")
     print(f"plot        {run_dir / PLOT}")

@@ -109,7 +109,8 @@ class FitResult:
     """How a call of :func:`fit` ended.
 
     ``step`` of ``steps`` are done; ``interrupted`` is the signal that ended it early, or None; ``first`` and ``last``
-    are the validation losses by name of the first and the last evaluation (empty without one).
+    are the validation losses by name of the first and the last evaluation (empty without one); ``best_loss`` is the
+    lowest mean of an evaluation, at ``best_step``.
     """
 
     step: int
