@@ -103,6 +103,13 @@ def test_no_comparison_where_it_is_not_wanted(corpus, tmp_path, capsys):
     assert "attention   einsum" in out
 
 
+def test_without_validation_it_trains_all_the_same(corpus, tmp_path, capsys):
+    argv = ["train", str(corpus), *TINY, "--steps", "2", "--val-fraction", "0", "--run-dir", str(tmp_path / "run")]
+    assert main(argv) == 0
+    assert "no file has any set apart" in capsys.readouterr()[0]
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
 def test_the_debug_preset_takes_two_files_and_one_step(corpus, tmp_path, capsys):
     assert main(["train", str(corpus), "--preset", "debug", "--quiet", "--run-dir", str(tmp_path / "run")]) == 0
     out, _ = capsys.readouterr()
@@ -194,9 +201,6 @@ def test_a_damaged_checkpoint_is_told(corpus, tmp_path, capsys):
     path = run_dir / "last.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     assert "last.safetensors is damaged" in failed(capsys, "train", "--resume", "--run-dir", run_dir, "--steps", "5")
-
-
-# processes
 
 
 def start(*argv):
