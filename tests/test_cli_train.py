@@ -103,6 +103,13 @@ def test_no_comparison_where_it_is_not_wanted(corpus, tmp_path, capsys):
     assert "attention   einsum" in out
 
 
+def test_without_validation_it_trains_all_the_same(corpus, tmp_path, capsys):
+    argv = ["train", str(corpus), *TINY, "--steps", "2", "--val-fraction", "0", "--run-dir", str(tmp_path / "run")]
+    assert main(argv) == 0
+    assert "no file has any set apart" in capsys.readouterr()[0]
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
 def test_the_debug_preset_takes_two_files_and_one_step(corpus, tmp_path, capsys):
     assert main(["train", str(corpus), "--preset", "debug", "--quiet", "--run-dir", str(tmp_path / "run")]) == 0
     out, _ = capsys.readouterr()
@@ -150,8 +157,9 @@ def test_commands_are_asked_for(capsys):
     assert ctxkern.__version__ in capsys.readouterr()[0]
 
 
-def test_missing_extras_say_what_to_install(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+@pytest.mark.parametrize("missing", ["tqdm", "safetensors.torch", "matplotlib"])
+def test_missing_extras_say_what_to_install(corpus, tmp_path, capsys, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
     err = failed(capsys, "train", corpus, *TINY, "--steps", "1", "--run-dir", tmp_path / "run")
     assert "pip install 'ctxkern[train]'" in err
 
@@ -168,7 +176,9 @@ def test_a_run_is_neither_overwritten_nor_mixed(corpus, tmp_path, capsys):
     assert "--num-files: got 2, but" in failed(capsys, *resume, "--preset", "debug")
     assert "--balanced: got True" in failed(capsys, *resume, "--balanced")
     assert "other files" in failed(capsys, *resume[:1], corpus / "f1.jsonl", *resume[1:])
-    assert "steps: got 3, but" in failed(capsys, *resume, "--steps", "3")
+    stored = (run_dir / "config.json").read_bytes()
+    assert "--steps: got 3, but" in failed(capsys, *resume, "--steps", "3")
+    assert (run_dir / "config.json").read_bytes() == stored
     assert main([*map(str, resume), "--steps", "7", "--no-compare-einsum", "--lr", "0.002"]) == 0
     assert "step 0 and step 7" in capsys.readouterr()[0]
     text = (corpus / "f1.jsonl").read_text()
@@ -191,9 +201,6 @@ def test_a_damaged_checkpoint_is_told(corpus, tmp_path, capsys):
     path = run_dir / "last.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     assert "last.safetensors is damaged" in failed(capsys, "train", "--resume", "--run-dir", run_dir, "--steps", "5")
-
-
-# processes
 
 
 def start(*argv):

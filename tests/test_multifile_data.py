@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
@@ -137,7 +137,9 @@ def test_names_take_folders_where_files_share_one(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder, "a.txt", "some text")
-    assert MultiFileDataset([tmp_path / "x/a.txt", tmp_path / "y/a.txt"]).file_names == ["x/a.txt", "y/a.txt"]
+    paths = [tmp_path / "x/a.txt", tmp_path / "y/a.txt"]
+    assert MultiFileDataset(paths).file_names == ["x/a.txt", "y/a.txt"]
+    assert MultiFileDataset([*paths, paths[0]]).file_names == ["x/a.txt (0)", "y/a.txt", "x/a.txt (2)"]
 
 
 def test_split_is_seeded_tail_or_nothing(tmp_path):
@@ -186,6 +188,10 @@ sizes = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 
 
 @given(sizes, st.integers(1, 9), st.booleans(), st.booleans(), st.integers(0, 3))
+@example([30, 1], 3, False, False, 0)
+@example([30, 1], 3, True, False, 0)
+@example([2, 1], 2, False, False, 0)
+@example([30, 1, 1], 8, True, True, 0)
 def test_sampler_mixes_files_and_loses_nothing(counts, batch_size, drop_last, balanced, epoch):
     ids = [i for i, n in enumerate(counts) for _ in range(n)]
     if drop_last and len(ids) < batch_size:

@@ -200,15 +200,18 @@ def test_parameter_counts_are_those_of_the_document():
 
 def test_parameter_groups_keep_the_decays_apart():
     model = make_model()
-    groups = parameter_groups(model, weight_decay=0.1, bilinear_weight_decay=0.3)
+    groups = parameter_groups(model, lr=0.4, weight_decay=0.1, bilinear_weight_decay=0.3)
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     attention = model.blocks[0].attention
     assert decay[id(attention.bilinear_k)] == 0.3
     assert decay[id(attention.W_k_base.weight)] == decay[id(model.head.weight)] == 0.1
     assert decay[id(model.context_embeddings.weight)] == decay[id(model.norm.weight)] == 0.0
-    shared = parameter_groups(model, weight_decay=0.1)
+    shared = parameter_groups(model, lr=0.4, bilinear_lr_scale=0.5, weight_decay=0.1)
     assert {group["weight_decay"] for group in shared} == {0.1, 0.0}
+    rates = [{id(p): group["lr"] for group in g for p in group["params"]} for g in (groups, shared)]
+    assert [rate[id(attention.bilinear_k)] for rate in rates] == [0.1, 0.2]
+    assert [rate[id(model.head.weight)] for rate in rates] == [0.4, 0.4]
 
 
 def score_spread(init, seed=0, d_model=64, context_dim=16):

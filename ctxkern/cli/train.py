@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from ctxkern.cli import CommandError
 
 CONFIG, TOKENIZER, PLOT = "config.json", "tokenizer.json", "loss.png"
 _COMPARED_STEPS = 7
+_EXTRAS = ("numpy", "safetensors.torch", "tqdm", "matplotlib", "torch.utils.tensorboard")
 
 # flag, field of TrainConfig, type, help
 FLAGS = (
@@ -25,6 +27,7 @@ FLAGS = (
     ("--lr", "lr", float, "peak learning rate (default: 0.002)"),
     ("--schedule", "schedule", str, "cosine or constant, after the warmup (default: cosine)"),
     ("--warmup-steps", "warmup_steps", int, "steps of linear warmup (default: 20)"),
+    ("--bilinear-lr-scale", "bilinear_lr_scale", float, "of bilinear tensors, over --lr (default: 1 / context-dim)"),
     ("--weight-decay", "weight_decay", float, "of weight matrices (default: 0.01)"),
     ("--bilinear-weight-decay", "bilinear_weight_decay", float, "of bilinear tensors (default: as --weight-decay)"),
     ("--grad-clip", "grad_clip", float, "largest gradient norm, 0 for none (default: 1.0)"),
@@ -100,6 +103,7 @@ def _read_config(run_dir: Path) -> dict:
 
 def _resumed(args: argparse.Namespace):
     """Settings and paths of the run in ``--run-dir``, with what may differ taken from the command line."""
+    from ctxkern.experiments.checkpoint import LAST, read_step
     from ctxkern.experiments.multifile.config import PRESETS, RESUMABLE, TrainConfig
     from ctxkern.experiments.multifile.paths import expand_paths, fingerprint
 
@@ -126,6 +130,10 @@ def _resumed(args: argparse.Namespace):
             raise CommandError(f"--resume: {entry['path']} is gone; the run in {args.run_dir} trains on it")
         if fingerprint(entry["path"]) != entry["sha256"]:
             raise CommandError(f"--resume: {entry['path']} has changed since the run in {args.run_dir} began")
+    if (args.run_dir / LAST).exists():
+        done = read_step(args.run_dir / LAST)
+        if settings["training_steps"] < done:
+            raise CommandError(f"--steps: got {settings['training_steps']}, but {args.run_dir} is at step {done}")
     return TrainConfig(**settings), paths, args.run_dir
 
 
@@ -158,12 +166,16 @@ def _told():
 
 def run(args: argparse.Namespace) -> int:
     """Train as ``args`` say; 0, or 128 + the signal that stopped it."""
+    from ctxkern.experiments._extras import require
     from ctxkern.experiments.files import write_json_atomic
     from ctxkern.experiments.multifile import report
     from ctxkern.experiments.multifile.paths import fingerprint
     from ctxkern.experiments.multifile.train import prepare
     from ctxkern.experiments.tokenizers import save_tokenizer
 
+    # told before the work, not after it
+    for module in _EXTRAS:
+        require(module)
     with _told():
         config, paths, run_dir = _resumed(args) if args.resume else _fresh(args)
         job = prepare(config, paths)
@@ -194,7 +206,7 @@ def _train(args: argparse.Namespace, job, run_dir: Path, files: list[dict]) -> i
     if result.interrupted:
         print(
             f"\nstopped at step {result.step} of {result.steps} by {result.interrupted.name}; go on with:\n"
-            f"  ctxkern train --resume --run-dir {run_dir}"
+            f"  ctxkern train --resume --run-dir {shlex.quote(str(run_dir))}"
         )
         return 128 + result.interrupted
     print(f"\nvalidation loss (nats a token), step 0 and step {result.step}:")
@@ -203,6 +215,8 @@ def _train(args: argparse.Namespace, job, run_dir: Path, files: list[dict]) -> i
     for file_id in job.train_data.file_ids:
         windows[names[file_id]] += 1
     print(report.loss_table(result.first, result.last, windows) if result.first else "no file has any set apart")
+    if result.best_step not in (None, result.step):
+        print(f"the mean was lowest at step {result.best_step}: {result.best_loss:.4f}")
     best = "" if result.best_step is None else f", best.safetensors (step {result.best_step})"
     print(f"\ncheckpoints {run_dir / LAST}{best}")
     print(f"plot        {run_dir / PLOT}")

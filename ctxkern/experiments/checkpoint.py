@@ -1,5 +1,6 @@
 """Checkpoints: model, optimizer and step in one safetensors file, replaced as a whole."""
 
+import contextlib
 import json
 import os
 import zlib
@@ -92,21 +93,42 @@ def save_checkpoint(
     write_atomic(path, lambda temporary: safetensors.save_file(tensors, temporary, metadata=metadata))
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+@contextlib.contextmanager
+def _open(path: Path):
     safetensors = require("safetensors")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("ctxkern", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _read_meta(path: Path) -> dict:
+    with _open(path) as file:
+        meta = json.loads((file.metadata() or {}).get("ctxkern", "{}"))
     if meta.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no ctxkern checkpoint: format {meta.get('format')!r}, not {_FORMAT!r}")
+    return meta
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    meta = _read_meta(path)
+    with _open(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _checksum(tensors) != meta["crc32"]:
         raise CheckpointError(f"{path} is damaged: the checksum of its tensors differs from the stored one")
     return tensors, meta
+
+
+def read_step(path: str | os.PathLike) -> int:
+    """The step of a checkpoint, without its tensors.
+
+    Raises:
+        CheckpointError: no such file, or damaged.
+    """
+    return _read_meta(Path(path))["step"]
 
 
 def check_config(stored: Mapping, given: Mapping, where: object) -> None:

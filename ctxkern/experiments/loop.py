@@ -109,7 +109,8 @@ class FitResult:
     """How a call of :func:`fit` ended.
 
     ``step`` of ``steps`` are done; ``interrupted`` is the signal that ended it early, or None; ``first`` and ``last``
-    are the validation losses by name of the first and the last evaluation (empty without one).
+    are the validation losses by name of the first and the last evaluation (empty without one); ``best_loss`` is the
+    lowest mean of an evaluation, at ``best_step``.
     """
 
     step: int
@@ -245,6 +246,10 @@ class _Run:
         result.step += 1
         self.pending.append((result.step, self.base_lrs[0] * factor, torch.stack([loss.detach(), norm]).double()))
 
+    def _due(self, every: int | None) -> bool:
+        step = self.result.step
+        return step == self.config.steps or (every is not None and step % every == 0)
+
     def _train(self, signals: _Signals) -> None:
         config, result = self.config, self.result
         tokens, began = 0, time.perf_counter()
@@ -254,20 +259,15 @@ class _Run:
             tokens += _count_tokens(batch)
             self._step(batch)
             self.bar.update()
-            done = result.step == config.steps
-
-            def due(every: int | None, done: bool = done) -> bool:
-                return done or (every is not None and result.step % every == 0)
-
-            if due(config.log_every):
+            if self._due(config.log_every):
                 self._flush()
                 rate = tokens / (time.perf_counter() - began)
                 self.bar.set_postfix_str(f"loss {self.latest_loss:.3f}, {rate:,.0f} tokens/s")
-            if self.evaluate_fn and due(config.eval_every):
+            if self.evaluate_fn and self._due(config.eval_every):
                 self._evaluate()
-            if due(config.checkpoint_every):
+            if self._due(config.checkpoint_every):
                 self._save()
-            if done:
+            if result.step == config.steps:
                 return
 
     def run(self) -> FitResult:

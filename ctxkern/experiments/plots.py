@@ -110,11 +110,13 @@ def _draw_overall(axes, train: list, mean: list, label: str) -> None:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
     if train or mean:
-        axes.legend(loc="upper right")
+        axes.legend(loc="best")
 
 
 def _draw_panels(figure, names: list[str], files: Mapping, columns: int) -> None:
     rows = math.ceil(len(names) / columns)
+    # room for the figures above the curves
+    top = 1.3 * max(max(losses) for _, losses in files.values())
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for position, axes in enumerate(grid.flat):
         if position >= len(names):
@@ -131,7 +133,7 @@ def _draw_panels(figure, names: list[str], files: Mapping, columns: int) -> None
         )  # fmt: skip
         axes.tick_params(labelsize=7, labelbottom=position + columns >= len(names))
         axes.locator_params(axis="x", nbins=3)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, top)
     figure.suptitle("validation loss by file (grey: all the others)", fontsize=10, x=0.01, ha="left")
 
 

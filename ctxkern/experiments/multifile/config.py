@@ -39,6 +39,9 @@ class TrainConfig:
         device: ``"auto"`` takes a GPU where there is one.
         dtype: of the computation; ``"bfloat16"`` is autocast over float32 parameters.
         lr, schedule, warmup_steps: peak learning rate; linear warmup, then ``"cosine"`` down to a tenth, or constant.
+        bilinear_lr_scale: learning rate of the bilinear tensors over ``lr``; None takes 1 / ``context_dim``. A file's
+            weight is a sum over ``context_dim`` entries, which Adam moves by equal amounts: at scale 1 the modulated
+            weights would run ahead of the base.
         weight_decay: of weight matrices (not of embeddings, norms, biases).
         bilinear_weight_decay: of the bilinear tensors; None takes ``weight_decay``.
         grad_clip: largest gradient norm; 0 does not clip.
@@ -65,6 +68,7 @@ class TrainConfig:
     lr: float = 2e-3
     schedule: str = "cosine"
     warmup_steps: int = 20
+    bilinear_lr_scale: float | None = None
     weight_decay: float = 0.01
     bilinear_weight_decay: float | None = None
     grad_clip: float = 1.0
@@ -84,7 +88,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("batch_size", "training_steps", "eval_windows", "num_files", "eval_every", "checkpoint_every"):
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "num_workers", "bilinear_weight_decay"):
+        not_negative = ("warmup_steps", "grad_clip", "num_workers", "weight_decay", "bilinear_weight_decay")
+        for name in (*not_negative, "bilinear_lr_scale"):
             self._check(name, lambda value: value is None or value >= 0, "0 or more")
         self._check("lr", lambda value: value > 0, "a positive number")
         self._check("val_fraction", lambda value: 0 <= value < 1, "a share in [0, 1)")

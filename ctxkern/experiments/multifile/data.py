@@ -25,8 +25,9 @@ def _display_names(paths: Sequence[Path]) -> list[str]:
     for depth in range(1, 1 + max((len(path.parts) for path in resolved), default=0)):
         names = ["/".join(path.parts[-depth:]) for path in resolved]
         if len(set(names)) == len(set(resolved)):
-            return names
-    return [str(path) for path in resolved]
+            break
+    # a file given twice
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
 
 
 class MultiFileDataset(Dataset):

@@ -12,7 +12,10 @@ from ctxkern.nn.block import TransformerBlock
 ATTENTION = {"fused": ContextModulatedAttention, "einsum": EinsumContextModulatedAttention}
 INITS = ("normal", "hyperfan", "low_rank", "randn")
 ADD_FILE_INITS = ("mean", "normal")
-_EMBEDDING_STD = 0.02
+# 0.2 trained faster than 0.02 and 0.5 (200 steps of the default run: 2.34 against 2.40 and 2.38)
+_EMBEDDING_STD = 0.2
+# logits near 0: the first loss is ln(vocab_size)
+_HEAD_STD = 0.02
 
 
 @dataclass
@@ -85,8 +88,9 @@ class MultiFileTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(c.d_model)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        for weight in (self.token_embeddings.weight, self.position_embeddings.weight, self.head.weight):
-            nn.init.normal_(weight, std=_EMBEDDING_STD)
+        nn.init.normal_(self.token_embeddings.weight, std=_EMBEDDING_STD)
+        nn.init.normal_(self.position_embeddings.weight, std=_EMBEDDING_STD)
+        nn.init.normal_(self.head.weight, std=_HEAD_STD)
 
     def get_file_context(self, file_ids: torch.Tensor) -> torch.Tensor:
         """The vectors [B, K] of ``file_ids`` [B] int64; differentiable."""

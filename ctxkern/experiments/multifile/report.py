@@ -17,7 +17,7 @@ def describe(job: Job) -> str:
     kind = "characters and 4 specials" if config.tokens == "chars" else "bytes and 3 specials"
     specials = len(job.tokenizer.specials)
     ratio = counts["bilinear"] / max(1, counts["base"])
-    threads = f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()}" if job.device.type == "cpu" else ""
     lines = [
         f"files       {job.dataset.num_files}: {_join(job.dataset.file_names)}",
         f"tokens      {tokens:,} to train on in {len(job.train_data):,} windows of up to {config.seq_len}, "

@@ -52,9 +52,22 @@ def batch_loss(model: MultiFileTransformer, batch: Batch) -> torch.Tensor:
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, bilinear_weight_decay: float | None = None
+    model: MultiFileTransformer,
+    *,
+    lr: float,
+    bilinear_lr_scale: float | None = None,
+    weight_decay: float = 0.0,
+    bilinear_weight_decay: float | None = None,
 ) -> list[dict]:
-    """Optimizer groups: weight matrices, bilinear tensors with a decay of their own, and the rest without decay."""
+    """Optimizer groups: weight matrices, bilinear tensors, and the rest without decay.
+
+    Args:
+        model: its parameters.
+        lr: learning rate.
+        bilinear_lr_scale: that of the bilinear tensors over ``lr``; None takes 1 / context_dim.
+        weight_decay: of matrices.
+        bilinear_weight_decay: of bilinear tensors; None takes ``weight_decay``.
+    """
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "bilinear": [], "plain": []}
     for name, parameter in model.named_parameters():
         if is_bilinear(name):
@@ -63,18 +76,24 @@ def parameter_groups(
             kinds["matrix"].append(parameter)
         else:
             kinds["plain"].append(parameter)
-    decays = {
-        "matrix": weight_decay,
-        "bilinear": weight_decay if bilinear_weight_decay is None else bilinear_weight_decay,
-        "plain": 0.0,
+    scale = 1 / model.config.context_dim if bilinear_lr_scale is None else bilinear_lr_scale
+    decay = weight_decay if bilinear_weight_decay is None else bilinear_weight_decay
+    settings = {
+        "matrix": {"lr": lr, "weight_decay": weight_decay},
+        "bilinear": {"lr": lr * scale, "weight_decay": decay},
+        "plain": {"lr": lr, "weight_decay": 0.0},
     }
-    return [{"params": params, "weight_decay": decays[kind]} for kind, params in kinds.items() if params]
+    return [{"params": params, **settings[kind]} for kind, params in kinds.items() if params]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over :func:`parameter_groups`."""
     groups = parameter_groups(
-        model, weight_decay=config.weight_decay, bilinear_weight_decay=config.bilinear_weight_decay
+        model,
+        lr=config.lr,
+        bilinear_lr_scale=config.bilinear_lr_scale,
+        weight_decay=config.weight_decay,
+        bilinear_weight_decay=config.bilinear_weight_decay,
     )
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=fused)
