@@ -9,6 +9,7 @@ import torch
 from torch.library import Library
 
 from . import reference
+from ._check import autocast_enabled
 from .backends.registry import implementation
 
 _library = Library("ctxkern", "DEF")
@@ -23,7 +24,7 @@ def _operator(schema, fake):
             first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
             device = first.device.type
             with torch.no_grad():
-                if torch.is_autocast_enabled(device):
+                if autocast_enabled(device):
                     with torch.autocast(device, enabled=False):
                         return fn(*args)
                 return fn(*args)

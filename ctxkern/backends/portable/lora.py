@@ -60,7 +60,7 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
     compute = compute_dtype(x.device.type, x.dtype)
     grouped, dy = rows.gather(x).to(compute), rows.gather(dout).to(compute)
     need_x, need_w, need_a, need_b, need_bias = needs
-    dx = torch.zeros_like(grouped) if need_x else None
+    dx = grouped.new_zeros(grouped.shape) if need_x else None
     dweight = torch.empty_like(weight) if need_w else None
     if need_x:
         for strip in _strips(weight, 1, compute, workspace_bytes):

@@ -30,7 +30,7 @@ class Call:
 def problem_of(x, context, weight, bilinear, rows, per_token, backward=False):
     """The planner's view of a call; x [..., D]."""
     d_in, d_out, context_dim = bilinear.shape
-    tokens = x.numel() // d_in if d_in else 0
+    tokens = x.shape[:-1].numel()
     stride = bilinear.stride()
     return Problem(
         tokens,
@@ -116,7 +116,7 @@ def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_
     n = len(bilinears)
     need_x, need_context, *each = needs
     need_w, need_t, need_b = each[:n], each[n : 2 * n], each[2 * n :]
-    dx = torch.zeros_like(grouped) if need_x else None
+    dx = grouped.new_zeros(grouped.shape) if need_x else None
     dcontext = context.new_zeros(context.shape, dtype=_accumulator(context.dtype)) if need_context else None
     dweights, dbilinears, dbiases = [None] * n, [None] * n, [None] * n
     for i, (dout, weight, bilinear) in enumerate(zip(douts, weights, bilinears, strict=True)):

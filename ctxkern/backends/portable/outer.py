@@ -55,7 +55,9 @@ def outer_backward(call, plan, dy, dx, dweight, dbilinear, need_context):
                 dcontexts[rows] += torch.bmm(rows_dy[:, None], inner)[:, 0]
                 del inner
             if dx is not None or dbilinear is not None:
-                pairs = (rows_dy[:, :, None] * rows_c[:, None, :]).view(len(rows_x), -1)
+                # an elementwise product is laid out as its factors are
+                pairs = rows_dy.contiguous()[:, :, None] * rows_c.contiguous()[:, None, :]
+                pairs = pairs.view(len(rows_x), -1)
             if dx is not None:
                 dx_total[rows] += pairs @ matrix.mT
                 if weight is not None:
