@@ -303,7 +303,7 @@ def _number(op, name, value):
 def _backend(name, x, table, index, cu_seqlens, what="context_index"):
     """The backend that runs; the reference, which has no operator of its own, gets its values checked here."""
     name = resolve(name)
-    if name == "reference":
+    if name == "reference" or ops.transformed():
         _values(x, table, index, cu_seqlens, what)
     return name
 
@@ -312,6 +312,7 @@ def _values(x, table, index, cu_seqlens, what):
     """The values of indices, on the CPU and outside of a compiler; elsewhere torch's own indexing checks them."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return
+    index, cu_seqlens = ops.readable(index), ops.readable(cu_seqlens)
     if index is not None:
         _check.check_index(index, table.shape[0], what)
     if cu_seqlens is not None:

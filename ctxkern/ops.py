@@ -224,17 +224,25 @@ def _grad(outs, inputs, douts):
     return torch.autograd.grad(outs, inputs, douts, create_graph=True, materialize_grads=True)
 
 
-def _transformed():
+def transformed():
     """Whether torch.func or forward-mode differentiation is under way."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def readable(t):
+    """The tensor under the wrappers of torch.func, None where it is one of a vmap."""
+    functorch = torch._C._functorch
+    while t is not None and functorch.is_functorch_wrapped_tensor(t):
+        t = None if functorch.is_batchedtensor(t) else functorch.get_unwrapped(t)
+    return t
+
+
 def call(family, tensors, index, cu_seqlens, options):
     """The outputs of a family's operator, differentiable; options end with the name of the backend."""
     ways = _FAMILIES[family]
-    if options[-1] == "reference" or _transformed():
+    if options[-1] == "reference" or transformed():
         return ways.reference(tensors, index, cu_seqlens, options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Forward.apply(family, index, cu_seqlens, options, *tensors)

@@ -1,4 +1,4 @@
-"""Laws that hold whatever the shapes: linearity, permutation, sharing, splitting, packing, strides, counts of a plan."""
+"""Laws that hold whatever the shapes: linearity, permutation, sharing, splitting, packing, strides, a plan's counts."""
 
 from dataclasses import replace
 from functools import partial
