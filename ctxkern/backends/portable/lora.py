@@ -68,8 +68,8 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
     if need_w:
         for strip in _strips(weight, 0, compute, workspace_bytes):
             dweight[strip] = dy[:, strip].mT @ grouped
-    dA = A.new_zeros(A.shape) if need_a else None
-    dB = B.new_zeros(B.shape) if need_b else None
+    dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32)) if need_a else None
+    dB = B.new_zeros(B.shape, dtype=torch.promote_types(B.dtype, torch.float32)) if need_b else None
     for table, x_u, a, b, span in _pieces(rows, grouped, A, B, compute, workspace_bytes):
         dy_u = dy[span].view(*x_u.shape[:2], -1)
         inner = torch.bmm(dy_u, b).mul_(scale)
@@ -82,6 +82,7 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
     if need_x:
         dx = rows.scatter(dx.to(x.dtype), x)
     dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_bias else None
+    dA, dB = (total if total is None else total.to(t.dtype) for total, t in ((dA, A), (dB, B)))
     return dx, dweight, dA, dB, dbias
 
 
