@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._functorch.compilers import make_boxed_func
+from torch._functorch.aot_autograd import make_boxed_func
 
 import ctxkern
 from ctxkern.nn import ContextModulatedAttention

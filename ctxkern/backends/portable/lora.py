@@ -27,7 +27,7 @@ def _pieces(rows, x, A, B, compute, workspace_bytes):
         if rows.spread is not None:
             table = rows.spread[adapters]
         span = slice(b.start, b.start + b.count * b.rows)
-        yield table, x[span].view(b.count, b.rows, -1), A[table].to(compute), B[table].to(compute), span
+        yield table, x[span].view(b.count, b.rows, x.shape[1]), A[table].to(compute), B[table].to(compute), span
 
 
 def _strips(weight, dim, compute, workspace_bytes):
@@ -48,7 +48,7 @@ def lora_forward(x, weight, A, B, scale, bias, adapter_index, cu_seqlens, worksp
     for strip in _strips(weight, 0, compute, workspace_bytes):
         torch.mm(grouped, weight[strip].to(compute).mT, out=y[:, strip])
     for _, x_u, a, b, span in _pieces(rows, grouped, A, B, compute, workspace_bytes):
-        y[span].view(*x_u.shape[:2], -1).baddbmm_(torch.bmm(x_u, a.mT), b.mT, alpha=scale)
+        y[span].view(*x_u.shape[:2], B.shape[1]).baddbmm_(torch.bmm(x_u, a.mT), b.mT, alpha=scale)
     if bias is not None:
         y.add_(bias)
     return rows.scatter(y.to(x.dtype), x)
@@ -71,7 +71,7 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
     dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32)) if need_a else None
     dB = B.new_zeros(B.shape, dtype=torch.promote_types(B.dtype, torch.float32)) if need_b else None
     for table, x_u, a, b, span in _pieces(rows, grouped, A, B, compute, workspace_bytes):
-        dy_u = dy[span].view(*x_u.shape[:2], -1)
+        dy_u = dy[span].view(*x_u.shape[:2], B.shape[1])
         inner = torch.bmm(dy_u, b).mul_(scale)
         if need_x:
             dx[span].view(x_u.shape).baddbmm_(inner, a)
