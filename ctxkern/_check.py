@@ -111,10 +111,15 @@ def projections(op, name, values, count, optional):
 def autocast(*tensors):
     """The tensors as autocast would have them: float32 and halves in its dtype, others as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors)
+
+
+def autocast_enabled(device_type):
+    """Whether autocast is on; never for a device type that has none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_index(index, table_rows, what):

@@ -219,7 +219,8 @@ def factored_modulated_linear(
     _check.bias(op, "bias", bias, x, d_out)
     _values(x, context, context_index, cu_seqlens, "context_index")
     wide = torch.promote_types(context_factor.dtype, context.dtype)
-    gate = (context.to(wide) @ context_factor.to(wide)).to(x.dtype)
+    # picked in float32, in which the gradients of one context's tokens then add up
+    gate = (context.to(wide) @ context_factor.to(wide)).to(torch.promote_types(x.dtype, torch.float32))
     if context.dim() == 2:
         gate = gate if context_index is None else gate[context_index]
         if cu_seqlens is None:
@@ -227,7 +228,7 @@ def factored_modulated_linear(
         else:
             token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
             gate = gate[torch.bucketize(token, cu_seqlens[1:], right=True)]
-    y = ((x @ in_factor.to(x.dtype)) * gate) @ out_factor.to(x.dtype)
+    y = ((x @ in_factor.to(x.dtype)) * gate.to(x.dtype)) @ out_factor.to(x.dtype)
     y = y if weight is None else y + x @ weight.to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
 
@@ -303,7 +304,7 @@ def _number(op, name, value):
 def _backend(name, x, table, index, cu_seqlens, what="context_index"):
     """The backend that runs; the reference, which has no operator of its own, gets its values checked here."""
     name = resolve(name)
-    if name == "reference":
+    if name == "reference" or ops.transformed():
         _values(x, table, index, cu_seqlens, what)
     return name
 
@@ -312,6 +313,7 @@ def _values(x, table, index, cu_seqlens, what):
     """The values of indices, on the CPU and outside of a compiler; elsewhere torch's own indexing checks them."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return
+    index, cu_seqlens = ops.readable(index), ops.readable(cu_seqlens)
     if index is not None:
         _check.check_index(index, table.shape[0], what)
     if cu_seqlens is not None:

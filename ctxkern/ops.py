@@ -13,6 +13,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.library import Library
 
 from . import reference
+from ._check import autocast_enabled
 from .backends.registry import implementation
 
 _library = Library("ctxkern", "DEF")
@@ -25,7 +26,7 @@ def _operator(schema, fake):
     def register(fn):
         def kernel(*args):
             device = (args[0] if isinstance(args[0], torch.Tensor) else args[0][0]).device.type
-            if torch.is_autocast_enabled(device):
+            if autocast_enabled(device):
                 with torch.autocast(device, enabled=False), torch.no_grad():
                     return fn(*args)
             if torch.is_grad_enabled():
@@ -254,17 +255,25 @@ def _grad(outs, inputs, douts):
     return torch.autograd.grad(outs, inputs, douts, create_graph=True, materialize_grads=True)
 
 
-def _transformed():
+def transformed():
     """Whether torch.func or forward-mode differentiation is under way."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def readable(t):
+    """The tensor under the wrappers of torch.func, None where it is one of a vmap."""
+    functorch = torch._C._functorch
+    while t is not None and functorch.is_functorch_wrapped_tensor(t):
+        t = None if functorch.is_batchedtensor(t) else functorch.get_unwrapped(t)
+    return t
+
+
 def call(family, tensors, index, cu_seqlens, options):
     """The outputs of a family's operator, differentiable; options end with the name of the backend."""
     ways = _FAMILIES[family]
-    if options[-1] == "reference" or _transformed():
+    if options[-1] == "reference" or transformed():
         return ways.reference(tensors, index, cu_seqlens, options)
     if torch.is_grad_enabled():
         for t in tensors:

@@ -28,15 +28,18 @@ def attend(q, k, v, head_dim, *, is_causal=False, dropout=0.0, key_padding_mask=
     """
     q, k, v = (t.unflatten(2, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))
     past = 0 if cache is None else len(cache)
-    if cache is not None:
-        k, v = cache.append(k, v)
+    total = past + k.shape[2]
     causal = is_causal and q.shape[2] > 1
     mask = attn_mask
+    if mask is not None:
+        _check_mask(mask, q, total)
     if key_padding_mask is not None:
-        mask = _both(mask, _allowed(key_padding_mask, q.shape[0], k.shape[2]))
+        mask = _both(mask, _allowed(key_padding_mask, q.shape[0], total))
     if causal and (past or mask is not None):
-        ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        ones = torch.ones(q.shape[2], total, dtype=torch.bool, device=q.device)
         mask, causal = _both(mask, ones.tril(past)), False
+    if cache is not None:
+        k, v = cache.append(k, v)
     gqa = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=gqa)
     return y.transpose(1, 2).flatten(2)
@@ -51,6 +54,17 @@ def _allowed(key_padding_mask, batch, total):
         shape = list(key_padding_mask.shape)
         raise ValueError(f"attention: key_padding_mask has shape {shape}, takes [B, T] = {[batch, total]}")
     return ~key_padding_mask[:, None, None, :]
+
+
+def _check_mask(mask, q, total):
+    takes = "takes a bool tensor, or one added to scores, that broadcasts to [B, H, S, T]"
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention: attn_mask is {type(mask).__name__}, {takes}")
+    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(f"attention: attn_mask is {mask.dtype}, {takes}")
+    full = (*q.shape[:3], total)
+    if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"attention: attn_mask has shape {list(mask.shape)}, {takes} = {list(full)}")
 
 
 def _both(mask, allowed):

@@ -33,24 +33,31 @@ def swap(model, mapping=None):
         raise ValueError(
             f"swap: model itself is a {type(model).__name__}: call its convert, takes a model that holds it"
         )
-    names, converted = [], {}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        cls = type(layer)
-        if cls in mapping:
-            if id(layer) not in converted:
-                converted[id(layer)] = _convert(layer, mapping[cls], name)
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, converted[id(layer)][1])
-            names.append(name)
-        elif cls is EinsumContextModulatedAttention:
+    layers = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False)]
+    layers = [(n, m) for n, m in layers if type(m) in mapping or type(m) is EinsumContextModulatedAttention]
+    converted, replaced = {}, []
+    try:
+        # inner layers first, so that the conversion of an outer one finds them swapped
+        for name, layer in reversed(layers):
+            if type(layer) in mapping:
+                if id(layer) not in converted:
+                    converted[id(layer)] = _convert(layer, mapping[type(layer)], name)
+                path, _, last = name.rpartition(".")
+                parent = model.get_submodule(path)
+                replaced.append((parent, last, layer))
+                setattr(parent, last, converted[id(layer)])
+    except BaseException:
+        for parent, last, layer in replaced:
+            setattr(parent, last, layer)
+        raise
+    for _, layer in layers:
+        if type(layer) not in mapping:
             layer.__class__ = ContextModulatedAttention
-            names.append(name)
-    return names
+    return [name for name, _ in layers]
 
 
 def _convert(layer, convert, name):
-    """(layer, new layer): the old one is kept so that its id is not given again."""
     new = convert(layer)
     if not isinstance(new, nn.Module):
         raise TypeError(f"swap: the conversion of {name!r} gave a {type(new).__name__}, takes a torch.nn.Module")
-    return layer, new.train(layer.training)
+    return new.train(layer.training)

@@ -143,7 +143,7 @@ def make_inputs(case, dtype=torch.float32, param_dtype=None, device="cpu", seed=
 
     lead = (case.tokens,) if case.lengths is not None else (B, S)
     table = (B, S, K) if case.per_token else (case.rows if case.rows is not None else B, K)
-    index = None if case.index is None else torch.tensor(case.index, device=device)
+    index = None if case.index is None else torch.tensor(case.index, dtype=torch.int64, device=device)
     bounds = None
     if case.lengths is not None:
         bounds = torch.tensor([0, *torch.tensor(case.lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)

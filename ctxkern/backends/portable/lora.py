@@ -27,7 +27,7 @@ def _pieces(rows, x, A, B, compute, workspace_bytes):
         if rows.spread is not None:
             table = rows.spread[adapters]
         span = slice(b.start, b.start + b.count * b.rows)
-        yield table, x[span].view(b.count, b.rows, -1), A[table].to(compute), B[table].to(compute), span
+        yield table, x[span].view(b.count, b.rows, x.shape[1]), A[table].to(compute), B[table].to(compute), span
 
 
 def _strips(weight, dim, compute, workspace_bytes):
@@ -48,7 +48,7 @@ def lora_forward(x, weight, A, B, scale, bias, adapter_index, cu_seqlens, worksp
     for strip in _strips(weight, 0, compute, workspace_bytes):
         torch.mm(grouped, weight[strip].to(compute).mT, out=y[:, strip])
     for _, x_u, a, b, span in _pieces(rows, grouped, A, B, compute, workspace_bytes):
-        y[span].view(*x_u.shape[:2], -1).baddbmm_(torch.bmm(x_u, a.mT), b.mT, alpha=scale)
+        y[span].view(*x_u.shape[:2], B.shape[1]).baddbmm_(torch.bmm(x_u, a.mT), b.mT, alpha=scale)
     if bias is not None:
         y.add_(bias)
     return rows.scatter(y.to(x.dtype), x)
@@ -60,7 +60,7 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
     compute = compute_dtype(x.device.type, x.dtype)
     grouped, dy = rows.gather(x).to(compute), rows.gather(dout).to(compute)
     need_x, need_w, need_a, need_b, need_bias = needs
-    dx = torch.zeros_like(grouped) if need_x else None
+    dx = grouped.new_zeros(grouped.shape) if need_x else None
     dweight = torch.empty_like(weight) if need_w else None
     if need_x:
         for strip in _strips(weight, 1, compute, workspace_bytes):
@@ -68,10 +68,10 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
     if need_w:
         for strip in _strips(weight, 0, compute, workspace_bytes):
             dweight[strip] = dy[:, strip].mT @ grouped
-    dA = A.new_zeros(A.shape) if need_a else None
-    dB = B.new_zeros(B.shape) if need_b else None
+    dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32)) if need_a else None
+    dB = B.new_zeros(B.shape, dtype=torch.promote_types(B.dtype, torch.float32)) if need_b else None
     for table, x_u, a, b, span in _pieces(rows, grouped, A, B, compute, workspace_bytes):
-        dy_u = dy[span].view(*x_u.shape[:2], -1)
+        dy_u = dy[span].view(*x_u.shape[:2], B.shape[1])
         inner = torch.bmm(dy_u, b).mul_(scale)
         if need_x:
             dx[span].view(x_u.shape).baddbmm_(inner, a)
@@ -82,6 +82,7 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
     if need_x:
         dx = rows.scatter(dx.to(x.dtype), x)
     dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_bias else None
+    dA, dB = (total if total is None else total.to(t.dtype) for total, t in ((dA, A), (dB, B)))
     return dx, dweight, dA, dB, dbias
 
 

@@ -18,7 +18,7 @@ from .rows import Bucket, Rows, group_rows
 def problem_of(x, context, weight, bilinear, rows, per_token, backward=False):
     """The planner's view of a call; x [..., D]."""
     d_in, d_out, context_dim = bilinear.shape
-    tokens = x.numel() // d_in if d_in else 0
+    tokens = x.shape[:-1].numel()
     stride = bilinear.stride()
     return Problem(
         tokens,
@@ -65,7 +65,10 @@ def _token_contexts(rows, context, tokens):
         return context.reshape(tokens, -1)
     if rows.spread is not None:
         return context.index_select(0, rows.spread).repeat_interleave(rows.buckets[0].rows, 0, output_size=tokens)
-    repeats = torch.tensor([b.rows for b in rows.buckets for _ in range(b.count)], device=context.device)
+    # of one bucket a number: nothing is copied to the device
+    repeats = rows.buckets[0].rows
+    if len(rows.buckets) > 1:
+        repeats = torch.tensor([b.rows for b in rows.buckets for _ in range(b.count)], device=context.device)
     return rows.pick(context).repeat_interleave(repeats, 0, output_size=tokens)
 
 

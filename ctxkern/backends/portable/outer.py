@@ -61,7 +61,9 @@ def outer_backward(call, plan, dy, grads):
                 del inner
             if not (grads.need_x or grads.need_bilinear):
                 continue
-            pairs = (rows_dy[:, :, None] * contexts[rows].to(wide)[:, None, :]).flatten(1)
+            # an elementwise product is laid out as its factors are
+            pairs = rows_dy.contiguous()[:, :, None] * contexts[rows].to(wide).contiguous()[:, None, :]
+            pairs = pairs.view(len(rows_dy), -1)
             if dx is not None:
                 dx[rows] += pairs @ matrix.mT
                 if call.weight is not None:

@@ -120,7 +120,7 @@ def panel_backward(call, plan, dy, grads):
     groups = strips.groups()
     contexts = strips.contexts if strips.spread is None else strips.contexts.index_select(0, strips.spread)
     if grads.need_x and grads.x is None:
-        grads.x = torch.zeros_like(call.x)
+        grads.x = call.x.new_zeros(call.x.shape)
     if grads.need_contexts:
         grads.contexts = contexts.new_zeros(contexts.shape, dtype=wide)
     if grads.need_weight:
