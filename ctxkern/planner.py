@@ -69,6 +69,8 @@ def compute_dtype(device_type, dtype):
 class Plan:
     """How one modulated projection runs. Counts are of the forward; the backward is about twice each.
 
+    flops, bytes: what the strategy asks for, with each of `contexts` distinct contexts made once. weights_made: how many
+    are: more where making the weight of a repeated context again costs less than bringing its sequences together.
     strip: rows of D (panel) or columns of E (outer) at a time; group: contexts (panel) or tokens (outer) at a time.
     workspace_bytes: temporary memory beyond O(N·D). linear_flops: those of one plain shared linear layer on the same x.
     floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates are not known.
@@ -89,16 +91,19 @@ class Plan:
     linear_flops: int
     floor_seconds: float | None = None
     rates: str = ""
+    weights_made: int = 0
 
     def __str__(self):
         floor = "unknown here" if self.floor_seconds is None else f"{self.floor_seconds * 1e3:.3g} ms ({self.rates})"
         unit = {"panel": ("rows of D", "contexts"), "outer": ("columns of E", "tokens")}.get(self.strategy)
         tiles = f"{self.strip} {unit[0]} × {self.group} {unit[1]} a strip" if unit else "one weight a sequence, whole"
         ratio = self.flops / self.linear_flops if self.linear_flops else 1.0
+        made = f", {self.weights_made} weights made" if self.weights_made > self.contexts else ""
         return "\n".join(
             (
                 f"{self.strategy} on {self.backend}: {tiles}",
-                f"  N={self.tokens} tokens, U={self.contexts} contexts ({self.tokens / max(self.contexts, 1):.4g} tokens each), "
+                f"  N={self.tokens} tokens, U={self.contexts} contexts ({self.tokens / max(self.contexts, 1):.4g} tokens each)"
+                f"{made}, "
                 f"D={self.d_in}, E={self.d_out}, K={self.context_dim}",
                 f"  flops      {self.flops:.4g} ({ratio:.3g}× a shared linear layer)",
                 f"  bytes      {self.bytes:.4g}",
@@ -171,6 +176,17 @@ def plan_modulated(problem, workspace_bytes=DEFAULT_WORKSPACE, backend="portable
         floor,
         rates.source if rates else "",
     )
+
+
+# weights, in elements, below which the operations that bring sequences together cost more than making weights twice
+_WORTH_GROUPING = 1 << 20
+
+
+def sharing_pays(sequences, contexts, shape):
+    """Whether to make the weights [D, E] of repeated contexts once, at the price of bringing their sequences together."""
+    d_in, d_out, context_dim = shape
+    spared = (sequences - contexts) * context_dim
+    return spared > 0 and (spared * 2 > _TRAFFIC * sequences or sequences * d_in * d_out > _WORTH_GROUPING)
 
 
 # operations that one element of the intermediate (written once, read once) costs beside a product's; bench/LOG.md

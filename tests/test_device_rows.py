@@ -31,7 +31,7 @@ class Elsewhere:
     device = torch.device("cuda")
 
 
-def as_on_a_device(x, table_rows, index, cu_seqlens, what="context_index"):
+def as_on_a_device(x, table_rows, index, cu_seqlens, what="context_index", worth_sharing=None):
     """`group_rows` of a padded batch with its index out of reach."""
     if index is None or cu_seqlens is not None:
         return rows.group_rows(x, table_rows, index, cu_seqlens, what)

@@ -8,6 +8,7 @@ import torch
 
 import ctxkern
 from ctxkern.backends.portable import lora, modulated, outer, panel, rows
+from ctxkern.backends.portable.call import Gradients
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref
 from ctxkern.testing.cases import CASES, Case, make_inputs
 from ctxkern.testing.families import lora_arguments
@@ -145,13 +146,13 @@ def test_catches_a_skipped_chunk_of_columns(monkeypatch):
 
 def test_catches_rows_left_in_grouped_order(monkeypatch):
     monkeypatch.setattr(rows.Rows, "scatter", lambda self, y, like: y.view(*like.shape[:-1], y.shape[-1]))
-    assert {"shared-uneven", "ragged-shared"} <= set(catches())
+    assert {"shared-uneven-wide-k", "ragged-shared"} <= set(catches())
 
 
 def test_catches_rows_under_the_neighbours_context(monkeypatch):
     pick = rows.Rows.pick
     monkeypatch.setattr(rows.Rows, "pick", lambda self, table: pick(self, table).roll(1, 0))
-    assert {"tiny", "shared-uneven", "ragged"} <= set(catches())
+    assert {"tiny", "shared-uneven-wide-k", "ragged"} <= set(catches())
 
 
 def test_catches_rows_under_the_wrong_bucket(monkeypatch):
@@ -163,7 +164,7 @@ def test_catches_rows_under_the_wrong_bucket(monkeypatch):
         return replace(found, slots=order)
 
     monkeypatch.setattr(rows, "_rows", shifted)
-    assert {"shared-uneven", "ragged-shared", "ragged"} <= set(catches())
+    assert {"shared-uneven-wide-k", "ragged-shared", "ragged"} <= set(catches())
 
 
 def test_catches_bounds_off_by_one(monkeypatch):
@@ -205,11 +206,13 @@ def test_catches_accumulation_in_a_half_over_many_strips(monkeypatch, dtype):
 def test_catches_dcontext_of_the_last_strip_alone(monkeypatch):
     backward, spans = panel.panel_backward, panel._Strips.spans
 
-    def last_alone(call, plan, dy, dx, dweight, dbilinear, need_context):
-        backward(call, plan, dy, dx, dweight, dbilinear, False)
+    def last_alone(call, plan, dy, grads):
+        backward(call, plan, dy, grads)
+        last = Gradients(None, False, grads.need_contexts, False, False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(panel._Strips, "spans", lambda self: spans(self)[-1:])
-            return backward(call, plan, dy, None, None, None, need_context)
+            backward(call, plan, dy, last)
+        grads.contexts = last.contexts
 
     monkeypatch.setattr(modulated, "panel_backward", last_alone)
     assert {"debug", "prime"} <= set(catches())
@@ -220,7 +223,7 @@ def test_catches_dcontext_not_summed_over_a_contexts_sequences(monkeypatch):
         return picked if self.slots is None else picked.new_zeros(size, picked.shape[1])
 
     monkeypatch.setattr(rows.Rows, "unpick", last)
-    assert {"shared-uneven", "table-larger-than-batch"} <= set(catches())
+    assert {"shared-uneven", "shared-uneven-wide-k", "table-larger-than-batch"} <= set(catches())
 
 
 def test_catches_dbilinear_of_the_last_group_alone(monkeypatch):

@@ -55,6 +55,8 @@ CASES = [
     Case("single-context", 1, 64, 32, 32, 8, bias=True),
     Case("many-sequences-of-one-context", 8, 6, 20, 12, 5, rows=1, index=(0,) * 8),
     Case("shared-uneven", 8, 5, 18, 14, 6, rows=4, index=_SHARED, bias=True),
+    Case("shared-uneven-wide-k", 8, 5, 18, 14, 48, rows=4, index=_SHARED, bias=True),
+    Case("shared-even-wide-k", 6, 7, 16, 10, 48, rows=3, index=(2, 0, 1, 1, 2, 0)),
     Case("shared-even", 6, 7, 16, 16, 4, rows=3, index=(2, 0, 1, 1, 2, 0)),
     Case("reversed-index", 4, 9, 10, 12, 3, rows=4, index=(3, 2, 1, 0)),
     Case("table-larger-than-batch", 3, 8, 12, 10, 4, rows=50, index=(41, 7, 41)),

@@ -4,9 +4,11 @@ Several projections (q, k and v) share one x, one context and so one grouping of
 `needs` asks for them.
 """
 
+from dataclasses import replace
+
 import torch
 
-from ctxkern.planner import Problem, compute_dtype, plan_modulated
+from ctxkern.planner import Problem, compute_dtype, plan_modulated, sharing_pays
 
 from . import whole
 from .call import Call, Gradients
@@ -42,21 +44,29 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
     per_token = context.dim() == 3
     hidden = any(t is not None and t.device.type != "cpu" for t in (context_index, cu_seqlens))
     if per_token or not hidden:
-        rows = _group(x, context, context_index, cu_seqlens)
+        rows = _group(x, context, [bilinear], context_index, cu_seqlens)
     else:
         batch = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
         rows = Rows([], min(batch, len(context)))
     problem = problem_of(x, context, weight, bilinear, rows, per_token, backward)
     if backend == "reference" and not per_token:
         problem = problem._replace(contexts=len(context if context_index is None else context_index))
-    return plan_modulated(problem, workspace_bytes, backend)
+    plan = plan_modulated(problem, workspace_bytes, backend)
+    if hidden or context_index is None or cu_seqlens is not None or backend == "reference":
+        return plan
+    once = plan_modulated(problem._replace(contexts=len(set(context_index.tolist()))), workspace_bytes)
+    return replace(once, strategy=plan.strategy, strip=plan.strip, group=plan.group, weights_made=problem.contexts)
 
 
-def _group(x, context, context_index, cu_seqlens):
+def _group(x, context, bilinears, context_index, cu_seqlens):
     if context.dim() == 3:
         batch, seq = x.shape[:2]
         return Rows([Bucket(0, batch * seq, 0, 1)], batch * seq)
-    return group_rows(x, context.shape[0], context_index, cu_seqlens)
+
+    def worth_sharing(sequences, contexts):
+        return any(sharing_pays(sequences, contexts, t.shape) for t in bilinears)
+
+    return group_rows(x, context.shape[0], context_index, cu_seqlens, worth_sharing=worth_sharing)
 
 
 def _token_contexts(rows, context, tokens):
@@ -78,7 +88,7 @@ def _empty(x, bilinear):
 
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
     """[y], one a projection, in the dtype of x and the leading shape of x."""
-    rows = _group(x, context, context_index, cu_seqlens)
+    rows = _group(x, context, bilinears, context_index, cu_seqlens)
     if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
         outs = whole.forward(rows.batch(x), rows.pick(context), weights, bilinears, biases)
         return [rows.scatter(y, x) for y in outs]
@@ -107,12 +117,13 @@ def _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes,
 
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    rows = _group(x, context, context_index, cu_seqlens)
+    rows = _group(x, context, bilinears, context_index, cu_seqlens)
     if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
         douts = [rows.batch(dout) for dout in douts]
         dx, dcontext, *rest = whole.backward(douts, rows.batch(x), rows.pick(context), weights, bilinears, needs)
         dx = None if dx is None else rows.scatter(dx, x)
-        return dx, None if dcontext is None else rows.unpick(dcontext, len(context)), *rest
+        dcontext = None if dcontext is None else _cast(rows.unpick(dcontext, len(context)), context.dtype)
+        return dx, dcontext, *rest
     compute = compute_dtype(x.device.type, x.dtype)
     grouped = _cast(rows.gather(x), compute)
     n = len(bilinears)

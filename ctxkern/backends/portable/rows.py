@@ -27,7 +27,7 @@ class Bucket(NamedTuple):
 class Rows:
     buckets: list
     contexts: int  # U
-    slots: torch.Tensor | None = None  # [U] rows of the context table, None: all of them in order
+    slots: torch.Tensor | None = None  # [U] rows of the context table (equal ones unshared), None: all of them in order
     order: torch.Tensor | None = None  # permutation of the sequences or packed rows, None: as they are
     spread: torch.Tensor | None = None  # [B] context of each sequence where weights are gathered instead of rows
 
@@ -36,9 +36,10 @@ class Rows:
         return table if self.slots is None else table.index_select(0, self.slots)
 
     def unpick(self, picked, size):
-        """The gradient of a table of `size` rows from that of its picked rows."""
+        """The gradient of a table of `size` rows from that of its picked rows; equal ones add up in float32 or wider."""
         if self.slots is None:
             return picked
+        picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
         return picked.new_zeros(size, *picked.shape[1:]).index_put_((self.slots,), picked, accumulate=True)
 
     def gather(self, x):
@@ -61,8 +62,11 @@ class Rows:
         return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
 
 
-def group_rows(x, table_rows, index, cu_seqlens, what="context_index"):
-    """Rows of x [B, S, D] or packed [N, D] by context. `index` [B] or None, `cu_seqlens` [B + 1] or None."""
+def group_rows(x, table_rows, index, cu_seqlens, what="context_index", worth_sharing=None):
+    """Rows of x [B, S, D] or packed [N, D] by context. `index` [B] or None, `cu_seqlens` [B + 1] or None.
+
+    worth_sharing(sequences, contexts): whether the sequences of a padded batch are to be brought together; None: always.
+    """
     if cu_seqlens is None and (index is None or index.device.type != "cpu"):
         batch, seq = x.shape[:2]
         if index is None:
@@ -70,12 +74,13 @@ def group_rows(x, table_rows, index, cu_seqlens, what="context_index"):
         if table_rows <= batch:
             return Rows([Bucket(0, batch, 0, seq)], table_rows, spread=index)
         return Rows([Bucket(0, batch, 0, seq)], batch, slots=index)
-    if index is not None:
-        index = check_index(index, table_rows, what)
+    values = None if index is None else check_index(index, table_rows, what)
     if cu_seqlens is None:
-        return _group_padded(index, x.shape[1], table_rows, x.device)
+        if worth_sharing is not None and not worth_sharing(len(values), len(set(values))):
+            return Rows([Bucket(0, len(values), 0, x.shape[1])], len(values), slots=index)
+        return _group_padded(values, x.shape[1], table_rows, x.device)
     bounds = check_bounds(cu_seqlens, x.shape[0])
-    return _group_packed(index, bounds, table_rows, x.device)
+    return _group_packed(values, bounds, table_rows, x.device)
 
 
 def _group_padded(index, seq, table_rows, device):

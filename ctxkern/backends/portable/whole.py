@@ -74,6 +74,4 @@ def backward(douts, x, context, weights, bilinears, needs):
             if n > 1:
                 part = part.to(torch.promote_types(part.dtype, torch.float32))
             dcontext = part if dcontext is None else dcontext.add_(part)
-    if need_context:
-        dcontext = dcontext.to(context.dtype)
     return dx, dcontext, dweights, dbilinears, dbiases
