@@ -8,6 +8,7 @@ import torch
 
 import ctxkern
 from ctxkern.backends.portable import lora, modulated, outer, panel, rows
+from ctxkern.backends.portable.call import Gradients
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref
 from ctxkern.testing.cases import CASES, Case, make_inputs
 from ctxkern.testing.families import lora_arguments
@@ -205,11 +206,14 @@ def test_catches_accumulation_in_a_half_over_many_strips(monkeypatch, dtype):
 def test_catches_dcontext_of_the_last_strip_alone(monkeypatch):
     backward, spans = panel.panel_backward, panel._Strips.spans
 
-    def last_alone(call, plan, dy, dx, dweight, dbilinear, need_context):
-        backward(call, plan, dy, dx, dweight, dbilinear, False)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(panel._Strips, "spans", lambda self: spans(self)[-1:])
-            return backward(call, plan, dy, None, None, None, need_context)
+    def last_alone(call, plan, dy, grads):
+        backward(call, plan, dy, grads)
+        if grads.need_contexts:
+            last = Gradients(None, False, True, False, False)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(panel._Strips, "spans", lambda self: spans(self)[-1:])
+                backward(call, plan, dy, last)
+            grads.contexts = last.contexts
 
     monkeypatch.setattr(modulated, "panel_backward", last_alone)
     assert {"debug", "prime"} <= set(catches())
