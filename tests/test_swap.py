@@ -122,13 +122,18 @@ def test_a_subclass_is_left_alone():
 def test_nested_layers_of_a_mapping():
     model = nn.ModuleDict({"outer": Block(UserAttention(D, K)), "other": nn.Sequential(Block(einsum_layer()))})
 
+    found = []
+
     def rebuild(block):
+        found.append(type(block.attention))
         new = Block(block.attention)
         new.norm = block.norm
         return new
 
     names = ctxkern.swap(model, {UserAttention: fused, Block: rebuild})
     assert names == ["outer", "outer.attention", "other.0", "other.0.attention"]
+    assert ContextModulatedAttention in found
+    assert UserAttention not in found
     assert type(model["outer"].attention) is ContextModulatedAttention
     assert type(model["other"][0].attention) is ContextModulatedAttention
     model["outer"](*inputs())

@@ -1,7 +1,7 @@
 """The float64 oracle and the error budget.
 
-A result passes where its error against the oracle is at most twice that of the plain einsum in the same dtypes, plus the
-rounding band of the dtype: in the root mean square over the tensor, and at its worst element.
+A result passes where its error against the oracle is at most twice that of the plain einsum in the same dtypes, plus
+the rounding band of the dtype: in the root mean square over the tensor, and at its worst element.
 """
 
 import torch
@@ -66,8 +66,8 @@ def check(fn, inputs, where=""):
 
 
 def differentiate(fn, tensors, dout):
-    """{name: tensor}: the output y of fn(**tensors), or y0, y1, ... of several, and the gradient of every floating tensor
-    for `dout`, one an output."""
+    """{name: tensor}: the output y of fn(**tensors), or y0, y1, ... of several, and the gradient of every floating
+    tensor for `dout`, one an output."""
     leaves = {n: t.detach().requires_grad_() if is_floating(t) else t for n, t in tensors.items()}
     given = {n: t for n, t in leaves.items() if is_floating(t)}
     outs = fn(**leaves)
