@@ -29,6 +29,8 @@ def outer_forward(call, plan):
             rows_x, rows_c = x[rows].to(wide), contexts[rows].to(wide)
             inner = (rows_x @ matrix).view(len(rows_x), -1, context_dim)
             y[rows, cols] = torch.bmm(inner, rows_c[:, :, None])[:, :, 0]
+            # the next chunk's is made before the name is bound again
+            del inner
             if weight is not None:
                 y[rows, cols] += rows_x @ weight
     return y
@@ -73,6 +75,8 @@ def outer_backward(call, plan, dy, grads):
                 if plan.group < len(x):
                     part = part.to(total) if dmatrix is None else dmatrix.add_(part)
                 dmatrix = part
+                del part
+            del pairs
         if grads.need_bilinear:
             grads.bilinear[:, cols] = dmatrix.view(x.shape[1], -1, contexts.shape[1])
     if dx is not None:
