@@ -33,7 +33,7 @@ def modulated_linear(
         bias: [E] or None. Parameters and context have the dtype of x, or float32 beside a half.
         context_index: [B] int64, the row of `context` of each sequence; None: F == B, in order.
         cu_seqlens: [B + 1] int32, the bounds of the packed sequences, from 0 to N; empty sequences are allowed.
-        workspace_bytes: temporary memory beyond O(N·(D + E)); 32 MiB by default, at least one row of one weight.
+        workspace_bytes: temporary memory beyond O(N·(D + E)); 32 MiB by default, at least one row or column of one weight.
         backend: None for the best one there, or a name of `ctxkern.backends()`, which then runs or raises.
 
     Returns:

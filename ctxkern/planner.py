@@ -71,7 +71,7 @@ class Plan:
 
     flops, bytes: what the strategy asks for, with each of `contexts` distinct contexts made once. weights_made: how many
     are: more where making the weight of a repeated context again costs less than bringing its sequences together.
-    strip: rows of D (panel) or columns of E (outer) at a time; group: contexts (panel) or tokens (outer) at a time.
+    strip: how many rows of D or columns of E (`strip_of`) at a time; group: contexts (panel) or tokens (outer) at a time.
     workspace_bytes: temporary memory beyond O(N·D). linear_flops: those of one plain shared linear layer on the same x.
     floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates are not known.
     """
@@ -91,12 +91,14 @@ class Plan:
     linear_flops: int
     floor_seconds: float | None = None
     rates: str = ""
+    strip_of: str = "E"
     weights_made: int = 0
 
     def __str__(self):
         floor = "unknown here" if self.floor_seconds is None else f"{self.floor_seconds * 1e3:.3g} ms ({self.rates})"
-        unit = {"panel": ("rows of D", "contexts"), "outer": ("columns of E", "tokens")}.get(self.strategy)
-        tiles = f"{self.strip} {unit[0]} × {self.group} {unit[1]} a strip" if unit else "one weight a sequence, whole"
+        unit = {"panel": "contexts", "outer": "tokens"}.get(self.strategy)
+        lines = "columns of E" if self.strip_of == "E" else "rows of D"
+        tiles = f"{self.strip} {lines} × {self.group} {unit} a strip" if unit else "one weight a sequence, whole"
         ratio = self.flops / self.linear_flops if self.linear_flops else 1.0
         made = f", {self.weights_made} weights made" if self.weights_made > self.contexts else ""
         return "\n".join(
@@ -133,6 +135,11 @@ class Problem(NamedTuple):
     @property
     def compute(self):
         return compute_dtype(self.device_type, self.dtype)
+
+    @property
+    def strip_of(self):
+        """What a panel takes strips of: columns of E forward, unless strips are in a half; rows of D backward."""
+        return "D" if self.backward or self.strip_dtype.itemsize == 2 else "E"
 
     @property
     def strip_dtype(self):
@@ -175,6 +182,8 @@ def plan_modulated(problem, workspace_bytes=DEFAULT_WORKSPACE, backend="portable
         2 * p.tokens * p.d_in * p.d_out,
         floor,
         rates.source if rates else "",
+        p.strip_of if strategy == "panel" else "E",
+        0 if strategy == "outer" else p.contexts,
     )
 
 
@@ -209,30 +218,35 @@ def _sizes(p):
     return element, copied
 
 
-# a forward strip in float32 of this many bytes stays in cache: 25 % faster than 32 MiB at B=32, S=128, d=512, K=64
-_CACHED_STRIP = 8 << 20
+# strips in float32 that stay in cache beside what they are multiplied with: up to 10 % faster than 32 MiB (bench/LOG.md)
+_CACHED_PANEL = 16 << 20
+# the intermediate of the outer form, likewise
+_CACHED_OUTER = 8 << 20
 
 
 def _panel_tiles(p, budget):
-    """(rows of D, contexts, bytes): the pair that fits the budget with the least loss in the two products."""
+    """(strip, contexts, bytes): the pair that fits the budget with the least loss in the two products."""
     element, copied = _sizes(p)
-    if p.device_type == "cpu" and p.strip_dtype == torch.float32 and not p.backward:
-        budget = min(budget, _CACHED_STRIP)
+    size, across = (p.d_in, p.d_out) if p.strip_of == "D" else (p.d_out, p.d_in)
+    if p.device_type == "cpu" and p.strip_dtype.itemsize > 2:
+        budget = min(budget, _CACHED_PANEL)
     held = 1 + p.spread / max(p.contexts, 1)
     best = None
-    for strip in _halvings(p.d_in):
+    for strip in _halvings(size):
         for group in (p.contexts,) if p.spread else _halvings(p.contexts):
             gathered = (2 if p.backward else 1) * copied + (4 if p.backward and group < p.contexts else 0)
-            used = int(strip * p.d_out * (group * element * held + p.context_dim * gathered))
+            used = int(strip * across * (group * element * held + p.context_dim * gathered))
+            if p.backward and p.strip_dtype.itemsize > 2:
+                used += strip * group * p.context_dim * p.strip_dtype.itemsize
             if used <= budget or (strip <= 1 and group <= 1):
-                # the projection's inner size is `strip`, the weights' outer size is `group`
+                # the narrow size of the projection is `strip`, that of the weights' making is `group`
                 project = p.tokens * (1 + 16 / strip)
                 make = p.contexts * p.context_dim * (1 + 4 / group)
                 if best is None or project + make < best[0]:
                     best = (project + make, strip, group, used)
                 break
     if best is None:
-        return 1, p.contexts, int(p.d_out * p.contexts * element * held)
+        return 1, p.contexts, int(across * p.contexts * element * held)
     return best[1:]
 
 
@@ -241,14 +255,14 @@ def _outer_tiles(p, budget):
     _, copied = _sizes(p)
     wide = p.strip_dtype.itemsize
     if p.device_type == "cpu":
-        budget = min(budget, _CACHED_STRIP)
+        budget = min(budget, _CACHED_OUTER)
     group = max(1, min(p.tokens, 1024))
     while True:
         # the strip of bilinear where it is copied, and in the backward its gradient, in float32 over several chunks
         held = copied + (wide + (4 if group < p.tokens else 0) if p.backward else 0)
         column = p.context_dim * (group * wide + p.d_in * held)
         strip = min(p.d_out, budget // max(column, 1))
-        if strip >= min(p.d_out, 8) or group == 1:
+        if strip >= min(max(p.d_out, 1), 8) or group == 1:
             strip = max(1, strip)
             return strip, group, strip * column
         group = -(-group // 2)

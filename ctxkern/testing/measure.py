@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ class Timing:
 
 
 def interleaved(fns, seconds=1.0, min_rounds=5, max_rounds=200, device="cpu"):
-    """{name: Timing} of callables, one call of each a round, so that a slow moment of the machine meets all of them.
+    """{name: Timing} of callables, one call of each a round, so that a slow moment of the machine meets all of them, in
+    another order every round: what one leaves in caches and in the allocator would else always meet the same next.
 
     seconds: the time aimed at for all rounds together. Each callable runs once before.
     """
@@ -35,9 +37,11 @@ def interleaved(fns, seconds=1.0, min_rounds=5, max_rounds=200, device="cpu"):
         _timed(fn, device)
     a_round = time.perf_counter() - started
     rounds = int(min(max(seconds / max(a_round, 1e-9), min_rounds), max_rounds))
+    order, shuffler = list(fns), random.Random(0)
     for _ in range(rounds):
-        for name, fn in fns.items():
-            samples[name].append(_timed(fn, device))
+        shuffler.shuffle(order)
+        for name in order:
+            samples[name].append(_timed(fns[name], device))
     return {name: _percentiles(values) for name, values in samples.items()}
 
 

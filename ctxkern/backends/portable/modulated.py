@@ -22,6 +22,8 @@ def problem_of(x, context, weight, bilinear, rows, per_token, backward=False):
     d_in, d_out, context_dim = bilinear.shape
     tokens = x.shape[:-1].numel()
     stride = bilinear.stride()
+    param_dtype = torch.promote_types(bilinear.dtype, context.dtype)
+    half = param_dtype.itemsize == 2 and compute_dtype(x.device.type, x.dtype).itemsize == 2
     return Problem(
         tokens,
         tokens if per_token else rows.contexts,
@@ -29,11 +31,11 @@ def problem_of(x, context, weight, bilinear, rows, per_token, backward=False):
         d_out,
         context_dim,
         x.dtype,
-        torch.promote_types(bilinear.dtype, context.dtype),
+        param_dtype,
         x.device.type,
         per_token,
         weight is not None,
-        stride[2] != 1 or stride[1] != context_dim,
+        stride[2] != 1 or (half and stride[1] != context_dim),
         backward,
         0 if rows.spread is None else rows.spread.numel(),
     )
@@ -69,6 +71,11 @@ def _group(x, context, bilinears, context_index, cu_seqlens):
     return group_rows(x, context.shape[0], context_index, cu_seqlens, worth_sharing=worth_sharing)
 
 
+def _even(rows, context):
+    """Whether every context has equally many rows."""
+    return context.dim() == 2 and len(rows.buckets) == 1 and rows.spread is None
+
+
 def _token_contexts(rows, context, tokens):
     """The context of every grouped row, [N, K]."""
     if context.dim() == 3:
@@ -88,8 +95,12 @@ def _empty(x, bilinear):
 
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
     """[y], one a projection, in the dtype of x and the leading shape of x."""
+    if context_index is None and cu_seqlens is None and context.dim() == 2:
+        # nothing to group
+        if whole.fits(x, context, weights, bilinears, *x.shape[:2], workspace_bytes):
+            return whole.forward(x, context, weights, bilinears, biases)
     rows = _group(x, context, bilinears, context_index, cu_seqlens)
-    if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
+    if _even(rows, context) and whole.fits(x, context, weights, bilinears, *rows.even, workspace_bytes):
         outs = whole.forward(rows.batch(x), rows.pick(context), weights, bilinears, biases)
         return [rows.scatter(y, x) for y in outs]
     compute = compute_dtype(x.device.type, x.dtype)
@@ -117,8 +128,12 @@ def _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes,
 
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
+    if context_index is None and cu_seqlens is None and context.dim() == 2:
+        # nothing to group
+        if whole.fits(x, context, weights, bilinears, *x.shape[:2], workspace_bytes):
+            return whole.backward(douts, x, context, weights, bilinears, needs)
     rows = _group(x, context, bilinears, context_index, cu_seqlens)
-    if whole.fits(x, context, weights, bilinears, rows, workspace_bytes):
+    if _even(rows, context) and whole.fits(x, context, weights, bilinears, *rows.even, workspace_bytes):
         douts = [rows.batch(dout) for dout in douts]
         dx, dcontext, *rest = whole.backward(douts, rows.batch(x), rows.pick(context), weights, bilinears, needs)
         dx = None if dx is None else rows.scatter(dx, x)

@@ -31,6 +31,11 @@ class Rows:
     order: torch.Tensor | None = None  # permutation of the sequences or packed rows, None: as they are
     spread: torch.Tensor | None = None  # [B] context of each sequence where weights are gathered instead of rows
 
+    @property
+    def even(self):
+        """(contexts, rows each) of a single bucket."""
+        return self.buckets[0].count, self.buckets[0].rows
+
     def pick(self, table):
         """The rows of a context (or adapter) table that are used, [U, ...]."""
         return table if self.slots is None else table.index_select(0, self.slots)
