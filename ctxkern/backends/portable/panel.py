@@ -136,8 +136,12 @@ class _Flat(_Strips):
         return products.flatten(1) @ self._flat(bilinear)
 
 
-def _strips(call, plan):
-    wide = torch.promote_types(torch.promote_types(call.bilinear.dtype, call.contexts.dtype), call.compute)
+def _exact(call):
+    """The dtype in which no parameter is rounded."""
+    return torch.promote_types(torch.promote_types(call.bilinear.dtype, call.contexts.dtype), call.compute)
+
+
+def _strips(call, plan, wide):
     return (_Flat if wide.itemsize == 2 else _Strips)(call, plan, wide)
 
 
@@ -148,9 +152,10 @@ def _bucket(bucket, t):
 
 def panel_forward(call, plan):
     """y [N, E] in grouped order, in the compute dtype or wider."""
-    strips = _strips(call, plan)
-    spans = strips.spans()
     by_columns = plan.strip_of == "E"
+    # rows of D forward: in a half, to which wider parameters are rounded as they are read
+    strips = _strips(call, plan, _exact(call) if by_columns else call.compute)
+    spans = strips.spans()
     complete = by_columns or len(spans) == 1
     dtype = call.compute if complete else torch.promote_types(call.compute, torch.float32)
     y = call.x.new_empty(len(call.x), strips.d_out, dtype=dtype)
@@ -180,7 +185,7 @@ def _project(x, weights, y, first):
 
 def panel_backward(call, plan, dy, grads):
     """Fills `grads`."""
-    strips = _strips(call, plan)
+    strips = _strips(call, plan, _exact(call))
     groups = strips.groups()
     contexts = strips.contexts if strips.spread is None else strips.contexts.index_select(0, strips.spread)
     if grads.need_x and grads.x is None:
