@@ -125,7 +125,7 @@ def autocast_enabled(device_type):
 def check_index(index, table_rows, what):
     """The values of an index as a list; ValueError where one lies outside its table."""
     values = index.tolist()
-    if values and not (0 <= min(values) and max(values) < table_rows):
+    if values and not (min(values) >= 0 and max(values) < table_rows):
         at = next(i for i, v in enumerate(values) if not 0 <= v < table_rows)
         raise ValueError(f"{what}[{at}] is {values[at]}, takes 0 to {table_rows - 1}: rows of a table of {table_rows}")
     return values

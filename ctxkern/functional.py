@@ -21,7 +21,7 @@ def modulated_linear(
     workspace_bytes=None,
     backend=None,
 ):
-    """A linear layer whose weight depends on a context: y_b = x_b (weight + Σ_k bilinear[:, :, k] context[b, k]) + bias.
+    """A linear layer with a weight for each context: y_b = x_b (weight + Σ_k bilinear[:, :, k] context[b, k]) + bias.
 
     The weight of a context is never held whole; sequences of the same row of `context` share its making.
 
@@ -33,7 +33,8 @@ def modulated_linear(
         bias: [E] or None. Parameters and context have the dtype of x, or float32 beside a half.
         context_index: [B] int64, the row of `context` of each sequence; None: F == B, in order.
         cu_seqlens: [B + 1] int32, the bounds of the packed sequences, from 0 to N; empty sequences are allowed.
-        workspace_bytes: temporary memory beyond O(N·(D + E)); 32 MiB by default, at least one row or column of one weight.
+        workspace_bytes: temporary memory beyond O(N·(D + E)); 32 MiB by default, at least one row or
+            column of one weight.
         backend: None for the best one there, or a name of `ctxkern.backends()`, which then runs or raises.
 
     Returns:
@@ -94,7 +95,9 @@ def modulated_qkv(
 
 
 def bilinear(input1, input2, weight, bias=None):
-    """Drop-in for `torch.nn.functional.bilinear`: y[..., o] = Σ_ij input1[..., i] weight[o, i, j] input2[..., j] + bias[o].
+    """Drop-in for `torch.nn.functional.bilinear`:
+
+    y[..., o] = Σ_ij input1[..., i] weight[o, i, j] input2[..., j] + bias[o]
 
     The same map as `modulated_linear` with a context (input2) per row.
 
@@ -136,7 +139,7 @@ def bilinear(input1, input2, weight, bias=None):
 
 
 def lora_linear(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu_seqlens=None, backend=None):
-    """A linear layer with low-rank weights of its own for every sequence: y_b = x_b weightᵀ + scale (x_b A_bᵀ) B_bᵀ + bias.
+    """A linear layer with low-rank weights for each sequence: y_b = x_b weightᵀ + scale (x_b A_bᵀ) B_bᵀ + bias.
 
     Args:
         x: [B, S, D], or packed [N, D] with `cu_seqlens`.
@@ -187,7 +190,9 @@ def factored_modulated_linear(
     context_index=None,
     cu_seqlens=None,
 ):
-    """`modulated_linear` with `bilinear` in CP form: y = x weight + ((x in_factor) ∘ (context context_factor)) out_factor + bias.
+    """`modulated_linear` with `bilinear` in CP form.
+
+    y = x weight + ((x in_factor) ∘ (context context_factor)) out_factor + bias
 
     It stands for bilinear[d, e, k] = Σ_r in_factor[d, r] out_factor[r, e] context_factor[k, r], with (D + E + K)·R
     parameters in place of D·E·K.

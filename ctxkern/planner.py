@@ -7,7 +7,7 @@ Strategies (N tokens, U distinct contexts, D = d_in, E = d_out, K = context_dim)
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def device_rates(device_type):
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def compute_dtype(device_type, dtype):
     """The dtype in which matrix products of `dtype` run at full speed: float32 where a CPU has no units for a half."""
     if device_type == "cpu" and dtype in (torch.float16, torch.bfloat16):
@@ -69,9 +69,9 @@ def compute_dtype(device_type, dtype):
 class Plan:
     """How one modulated projection runs. Counts are of the forward; the backward is about twice each.
 
-    flops, bytes: what the strategy asks for, with each of `contexts` distinct contexts made once. weights_made: how many
-    are: more where making the weight of a repeated context again costs less than bringing its sequences together.
-    strip: how many rows of D or columns of E (`strip_of`) at a time; group: contexts (panel) or tokens (outer) at a time.
+    flops, bytes: what the strategy asks for, with each of `contexts` distinct contexts made once. weights_made: how
+    many are: more where making the weight of a repeated context again costs less than bringing its sequences together.
+    strip: how many rows of D or columns of E (`strip_of`) at a time; group: contexts (panel) or tokens (outer).
     workspace_bytes: temporary memory beyond O(N·D). linear_flops: those of one plain shared linear layer on the same x.
     floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates are not known.
     """
@@ -100,11 +100,12 @@ class Plan:
         lines = "columns of E" if self.strip_of == "E" else "rows of D"
         tiles = f"{self.strip} {lines} × {self.group} {unit} a strip" if unit else "one weight a sequence, whole"
         ratio = self.flops / self.linear_flops if self.linear_flops else 1.0
+        rows = self.tokens / max(self.contexts, 1)
         made = f", {self.weights_made} weights made" if self.weights_made > self.contexts else ""
         return "\n".join(
             (
                 f"{self.strategy} on {self.backend}: {tiles}",
-                f"  N={self.tokens} tokens, U={self.contexts} contexts ({self.tokens / max(self.contexts, 1):.4g} tokens each)"
+                f"  N={self.tokens} tokens, U={self.contexts} contexts ({rows:.4g} tokens each)"
                 f"{made}, "
                 f"D={self.d_in}, E={self.d_out}, K={self.context_dim}",
                 f"  flops      {self.flops:.4g} ({ratio:.3g}× a shared linear layer)",
@@ -150,8 +151,8 @@ class Problem(NamedTuple):
         return torch.promote_types(self.param_dtype, self.compute)
 
 
-# contexts from which a float32 `bilinear` is rounded to a half, strip by strip, ahead of the product: with 16 and 32 it is
-# 1.4 times as fast as the product in float32, with 8 it is slower (bench/LOG.md)
+# contexts from which a float32 `bilinear` is rounded to a half, strip by strip, ahead of the product: with 16 and 32
+# it is 1.4 times as fast as the product in float32, with 8 it is slower (bench/LOG.md)
 _ROUNDED = 12
 
 
@@ -200,7 +201,7 @@ _WORTH_GROUPING = 1 << 20
 
 
 def sharing_pays(sequences, contexts, shape):
-    """Whether to make the weights [D, E] of repeated contexts once, at the price of bringing their sequences together."""
+    """Whether to make the weights [D, E] of repeated contexts once, at the price of grouping their sequences."""
     d_in, d_out, context_dim = shape
     spared = (sequences - contexts) * context_dim
     return spared > 0 and (spared * 2 > _TRAFFIC * sequences or sequences * d_in * d_out > _WORTH_GROUPING)
@@ -226,7 +227,7 @@ def _sizes(p):
     return element, copied
 
 
-# strips in float32 that stay in cache beside what they are multiplied with: up to 10 % faster than 32 MiB (bench/LOG.md)
+# strips in float32 that stay in cache beside what they are multiplied with: 10 % faster than 32 MiB (bench/LOG.md)
 _CACHED_PANEL = 16 << 20
 # the intermediate of the outer form, likewise
 _CACHED_OUTER = 8 << 20

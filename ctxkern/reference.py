@@ -2,7 +2,7 @@
 
 Symbols: B sequences of S tokens, N tokens in all, D = d_in, E = d_out, K = context_dim, F rows in the context table.
 Parameters may be wider than `x` (float32 beside bfloat16): the weight of a context is made in the wider dtype and
-rounded once to that of `x`. Sources: per-context bilinear weights, Ha et al., HyperNetworks (2016) and Jayakumar et al.,
+rounded once to that of `x`. Sources: per-context bilinear weights, Ha et al., HyperNetworks (2016), Jayakumar et al.,
 Multiplicative Interactions (2020); LoRA, Hu et al. (2021); CP factors, Kolda and Bader (2009).
 """
 

@@ -1,6 +1,7 @@
 """Which implementations there are, which of them can run here, and why the others cannot.
 
-A backend is a module with `modulated_forward`, `modulated_backward`, `lora_forward`, `lora_backward`; none imports another.
+A backend is a module with `modulated_forward`, `modulated_backward`, `lora_forward` and `lora_backward`; none imports
+another.
 """
 
 from functools import lru_cache

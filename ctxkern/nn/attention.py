@@ -95,7 +95,7 @@ class _ContextAttention(nn.Module):
         """Attention of x under its contexts.
 
         Args:
-            x: [B, S, D]. context: [F, K] (F == B, or context_index [B] int64 picks its rows), or [B, S, K], one a token.
+            x: [B, S, D]. context: [F, K] (F == B, or context_index [B] picks its rows), or [B, S, K], one a token.
             key_padding_mask: [B, T] bool, True at padding, as in nn.MultiheadAttention; T = S, or with a cache all
                 tokens so far.
             attn_mask: bool (True where a query may attend) or float (added to scores), broadcast to [B, H, S, T].
@@ -139,7 +139,7 @@ class _Base(nn.Module):
 
 class EinsumContextModulatedAttention(_ContextAttention):
     __doc__ = (
-        "The layer as users first write it: a weight a sequence, whole, by einsum. The baseline of every comparison.\n\n"
+        "The layer as users first write it: a weight a sequence, whole, by einsum. The baseline of comparisons.\n\n"
         + _ContextAttention.__doc__
     )
 

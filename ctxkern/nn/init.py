@@ -1,8 +1,8 @@
 """Initialisation of bilinear tensors, so that a fresh modulated weight is near an ordinary one.
 
-With contexts of standard deviation `context_std`, Σ_k bilinear[d, e, k] c[k] has variance K · var(bilinear) · context_std².
-An ordinary linear weight has variance 1 / (3 D) (nn.Linear). With standard normal tensors (`randn`) the modulated part is
-3·K·D times that: attention scores of ≈ 1000 and a saturated softmax from the first step.
+With contexts of standard deviation `context_std`, Σ_k bilinear[d, e, k] c[k] has variance K·var(bilinear)·context_std².
+An ordinary linear weight has variance 1 / (3 D) (nn.Linear). With standard normal tensors (`randn`) the modulated part
+is 3·K·D times that: attention scores of ≈ 1000 and a saturated softmax from the first step.
 """
 
 import torch

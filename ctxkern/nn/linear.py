@@ -14,7 +14,7 @@ class ModulatedLinear(nn.Module):
 
     Args:
         in_features: D. out_features: E. context_dim: K.
-        bias: a bias [E], shared by all contexts. base: the shared weight [D, E]; without it the context makes all of it.
+        bias: a bias [E], shared by all contexts. base: the shared weight [D, E]; without it the context makes all.
         init: how `bilinear` [D, E, K] starts, see `ctxkern.nn.init_bilinear_`.
     """
 
@@ -77,7 +77,7 @@ class ModulatedLinear(nn.Module):
 
 
 class Bilinear(nn.Bilinear):
-    """Drop-in for torch.nn.Bilinear: same constructor, initialisation and state_dict, computed by `ctxkern.bilinear`."""
+    """Drop-in for torch.nn.Bilinear: same constructor, initialisation and state_dict, by `ctxkern.bilinear`."""
 
     def forward(self, input1, input2):
         return bilinear(input1, input2, self.weight, self.bias)

@@ -16,8 +16,8 @@ def merge(model, context):
     and unused. `bilinear` tensors are not copied. `model` stays as it is.
 
     Args:
-        model: a module with ContextModulatedAttention, EinsumContextModulatedAttention or ModulatedLinear layers, or one
-            such layer.
+        model: a module with ContextModulatedAttention, EinsumContextModulatedAttention or ModulatedLinear layers, or
+            one such layer.
         context: [K] or [1, K].
 
     Raises:

@@ -22,8 +22,9 @@ class KVCache:
 
 
 def attend(q, k, v, head_dim, *, is_causal=False, dropout=0.0, key_padding_mask=None, attn_mask=None, cache=None):
-    """Multi-head attention of projected q [B, S, H·head_dim] over k and v [B, S, G·head_dim], G dividing H: [B, S, H·head_dim].
+    """Multi-head attention of projected q [B, S, H·head_dim] over k and v [B, S, G·head_dim], G dividing H.
 
+    Returns [B, S, H·head_dim].
     Masks as in `ContextModulatedAttention.forward`. Raises TypeError or ValueError where a mask does not fit.
     """
     q, k, v = (t.unflatten(2, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))

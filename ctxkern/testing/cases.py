@@ -40,7 +40,7 @@ class Case:
         return len(set(self.index)) if self.index is not None else self.B
 
 
-_SHARED = tuple([3, 0, 3, 1, 3, 0, 1, 3])
+_SHARED = (3, 0, 3, 1, 3, 0, 1, 3)
 
 CASES = [
     Case("one", 1, 1, 1, 1, 1),

@@ -65,8 +65,8 @@ def _percentiles(values):
 
 
 def peak_extra_bytes(fn, device="cpu"):
-    """The most memory that torch's allocator held at once during fn(), beyond what it held before and what the result of
-    fn() holds: the temporaries, in bytes."""
+    """The most memory that torch's allocator held at once during fn(), beyond what it held before and what the result
+    of fn() holds: the temporaries, in bytes."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""What ctxkern is measured against, each as its users write it. A peer is made for one case and called without arguments."""
+"""What ctxkern is measured against, each as its users write it."""
 
 import functools
 

@@ -23,8 +23,8 @@ class Call:
 class Gradients:
     """Which gradients a backward makes, and then those gradients.
 
-    x: [N, D] in grouped order and the compute dtype, added to where an earlier projection has begun it. contexts: of each
-    context [U, K], each sequence [B, K] (spread) or each row [N, K] (outer).
+    x: [N, D] in grouped order and the compute dtype, added to where an earlier projection has begun it.
+    contexts: of each context [U, K], each sequence [B, K] (spread) or each row [N, K] (outer).
     """
 
     x: torch.Tensor | None

@@ -31,7 +31,7 @@ def _pieces(rows, x, A, B, compute, workspace_bytes):
 
 
 def _strips(weight, dim, compute, workspace_bytes):
-    """Slices of a dimension of weight [E, D]: one, or as many as keep a cast copy within the workspace; None has none."""
+    """Slices of a dimension of weight [E, D]: one, or as many as keep a cast copy within the workspace."""
     if weight is None:
         return []
     size, other = weight.shape[dim], weight.shape[1 - dim]

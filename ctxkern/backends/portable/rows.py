@@ -1,7 +1,7 @@
 """Which rows of x use which context: sequences of one context are brought together, so that its weight is made once.
 
-`Rows` holds the distinct contexts (U of them) and `buckets`: runs of adjacent contexts with equally many rows, so that a
-bucket is one batched product. On the CPU the indices are read and checked here; a padded batch on another device is
+`Rows` holds the distinct contexts (U of them) and `buckets`: runs of adjacent contexts with equally many rows, so that
+a bucket is one batched product. On the CPU the indices are read and checked here; a padded batch on another device is
 grouped without reading them (`spread`), so that nothing waits for the device.
 """
 
@@ -41,7 +41,7 @@ class Rows:
         return table if self.slots is None else table.index_select(0, self.slots)
 
     def unpick(self, picked, size):
-        """The gradient of a table of `size` rows from that of its picked rows; equal ones add up in float32 or wider."""
+        """The gradient of a table of `size` rows from that of its picked rows; equal ones add up in float32."""
         if self.slots is None:
             return picked
         picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
@@ -70,7 +70,7 @@ class Rows:
 def group_rows(x, table_rows, index, cu_seqlens, what="context_index", worth_sharing=None):
     """Rows of x [B, S, D] or packed [N, D] by context. `index` [B] or None, `cu_seqlens` [B + 1] or None.
 
-    worth_sharing(sequences, contexts): whether the sequences of a padded batch are to be brought together; None: always.
+    worth_sharing(sequences, contexts): whether the sequences of a padded batch are brought together; None: always.
     """
     if cu_seqlens is None and (index is None or index.device.type != "cpu"):
         batch, seq = x.shape[:2]
