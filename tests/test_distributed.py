@@ -1,11 +1,12 @@
 """Two processes over gloo: data parallel, sharded and tensor parallel layers equal one process on the joint batch."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -103,7 +104,7 @@ def tensor_parallel(rank):
 JOBS = {fn.__name__: fn for fn in (data_parallel, fully_sharded, tensor_parallel)}
 
 
-def work(rank, store, job):
+def work(job, rank, store):
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
@@ -115,4 +116,16 @@ def work(rank, store, job):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_two_processes_are_one(job, tmp_path):
-    mp.spawn(work, (str(tmp_path / "store"), job), nprocs=WORLD)
+    store = str(tmp_path / "store")
+    commands = [[sys.executable, __file__, job, str(rank), store] for rank in range(WORLD)]
+    ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * WORLD, "\n".join(said)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], int(sys.argv[2]), sys.argv[3])

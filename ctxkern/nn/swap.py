@@ -11,7 +11,7 @@ def swap(model, mapping=None):
     An EinsumContextModulatedAttention becomes a ContextModulatedAttention and stays the same object: its parameters,
     hooks and every reference to it remain, an optimizer built before goes on. With a mapping, layers of exactly the
     given classes are replaced too: `swap(model, {TheirClass: convert})`, convert(layer) → new layer; reuse the old
-    layer's parameters in it if an optimizer already holds them. A layer that stands in several places is converted once.
+    layer's parameters in it if an optimizer already holds them. A layer in several places is converted once.
 
     Raises:
         TypeError: model is no module, mapping no {class: callable}, or convert returns no module.

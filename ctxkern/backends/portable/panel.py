@@ -8,8 +8,8 @@
 
 The products that contract K or U are skinny. In float32 they are batches of D small ones, strips [strip, U, E]; in a
 half (`_Flat`) they are one with the strip flat, [U, strip·E], and the forward too goes by rows of D, adding up in
-float32: each is the faster way by 25 to 40 % on CPUs (bench/LOG.md). Contexts are taken in groups where a strip for all of them
-passes the workspace.
+float32: each is the faster way by 25 to 40 % on CPUs (bench/LOG.md). Contexts are taken in groups where a strip for all
+of them passes the workspace.
 """
 
 import torch
