@@ -24,12 +24,12 @@ class Rates:
     source: str
 
 
+# GFLOP/s of a 2048³ torch.mm in float32 and bfloat16, GB/s of a large read, each a thread; AMX: one thread of a Xeon,
+# avx512_bf16 and avx512: two threads of an EPYC (Zen 4)
 _CPU_CORE = {
-    # GFLOP/s of a 2048³ torch.mm with one thread, GB/s of a large read; AMX: Xeon, the others: EPYC (Zen 4)
     "amx": (135, 850, 11),
-    "avx512_bf16": (74, 147, 17),
-    "avx512": (74, 74, 17),
-    "avx2": (60, 60, 15),
+    "avx512_bf16": (92, 208, 17),
+    "avx512": (92, 92, 17),
 }
 _H100 = Rates({torch.float32: 378e12, torch.bfloat16: 770e12, torch.float16: 770e12}, 3.0e12, "H100 SXM, published")
 
@@ -46,6 +46,8 @@ def cpu_isa():
 def device_rates(device_type):
     """The `Rates` of a device type with all threads that torch uses, or None where nothing was measured."""
     if device_type == "cpu":
+        if cpu_isa() not in _CPU_CORE:
+            return None
         threads = torch.get_num_threads()
         single, half, read = _CPU_CORE[cpu_isa()]
         flops = {torch.float64: single / 2, torch.float32: single, torch.bfloat16: half, torch.float16: single}

@@ -30,7 +30,7 @@ def backends():
     reference: the specification, plain einsums that build a weight a sequence. portable: strips in plain PyTorch, any
     device. cpu: C++. triton, cuda: GPU kernels.
     """
-    missing = "not in this version, which has no {} kernels: the portable backend serves in their place"
+    missing = "this version has no {} kernels"
     return {
         "reference": _AVAILABLE,
         "portable": _AVAILABLE,
