@@ -31,7 +31,9 @@ _CPU_CORE = {
     "avx512_bf16": (92, 208, 17),
     "avx512": (92, 92, 17),
 }
-_H100 = Rates({torch.float32: 378e12, torch.bfloat16: 770e12, torch.float16: 770e12}, 3.0e12, "H100, cuBLAS and a device copy")
+_H100 = Rates(
+    {torch.float32: 378e12, torch.bfloat16: 770e12, torch.float16: 770e12}, 3.0e12, "H100, cuBLAS and a device copy"
+)
 
 
 def cpu_isa():

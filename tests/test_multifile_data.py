@@ -269,11 +269,11 @@ def encoded(tmp_path, prompt, target, seq_len, loss):
 
 @pytest.mark.parametrize("loss", ["target", "all"])
 @pytest.mark.parametrize("seq_len", [1, 4, 7, 8, 9, 100])
-def test_windows_hold_every_label_once_and_end_at_the_end(tmp_path, seq_len, loss):
+def test_windows_hold_every_label_once(tmp_path, seq_len, loss):
     tokenizer, data = encoded(tmp_path, "abcde", "xyz", seq_len, loss)
     sequence = [*b"abcde", tokenizer.sep_id, *b"xyz", tokenizer.eos_id]
     labels = []
-    for item in reversed(data):
+    for item in data:
         known = item["target"] != -100
         assert known.any()
         assert len(item["input"]) <= seq_len
@@ -283,9 +283,22 @@ def test_windows_hold_every_label_once_and_end_at_the_end(tmp_path, seq_len, los
             assert label in (-100, sequence[sequence.index(token) + 1])
     assert labels == (sequence[6:] if loss == "target" else sequence[1:])
     assert data.num_labels == len(labels)
-    # the answer's end has all the context that fits
-    assert len(data[0]["input"]) == min(seq_len, len(sequence) - 1)
-    assert data[0]["target"][-1] == tokenizer.eos_id
+
+
+@pytest.mark.parametrize("seq_len", [4, 7, 8, 9, 20])
+def test_where_an_answer_starts_does_not_tell_its_length(tmp_path, seq_len):
+    """Not in a window of the data set, nor in one that the collator cuts."""
+    targets = ["y", "no", "perhaps so"]
+    items = [{"input": "p" * 30, "target": target} for target in targets]
+    path = write(tmp_path, "one.json", json.dumps(items))
+    dataset, tokenizer = MultiFileDataset([path]), ByteTokenizer()
+    starts, first = [], EncodedDataset(dataset, tokenizer, seq_len)
+    for target in targets:
+        item = next(i for i in first if tokenizer.encode(target)[0] in i["target"].tolist())
+        starts.append(item["input"].tolist().index(tokenizer.sep_id))
+    assert len(set(starts)) == 1
+    batch = Collator(tokenizer, seq_len)([{**item, "file_id": 0} for item in items])
+    assert len({row.index(tokenizer.sep_id) for row in batch["input"].tolist()}) == 1
 
 
 def test_windows_without_labels_are_dropped(tmp_path):

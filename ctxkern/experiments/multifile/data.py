@@ -129,12 +129,38 @@ def _window(ids: torch.Tensor, start: int, stop: int, first_label: int) -> tuple
     return ids[start:stop].to(torch.int64), labels
 
 
+def _anchor(target_start: int, seq_len: int, reserve: int) -> int:
+    """Start of the window in which the target begins: ``reserve`` labels of it fit, whatever its own length.
+
+    A window placed by the end of the sequence would tell the length of the answer by where the answer starts.
+    """
+    return max(0, target_start - 1 + reserve - seq_len)
+
+
+def _cuts(pairs: int, target_start: int, first_label: int, seq_len: int, reserve: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first label) of the windows of a sequence with ``pairs`` labels; each label lies in one of them."""
+    if pairs <= seq_len:
+        return [(0, pairs, first_label)]
+    anchor = _anchor(target_start, seq_len, reserve)
+    # the prompt, where it has labels, backwards from the anchor
+    cuts = [(max(stop - seq_len, 0), stop, first_label) for stop in range(anchor, first_label - 1, -seq_len)]
+    # a text, which has no prompt, does not look back
+    step = seq_len if target_start == 1 else max(seq_len // 2, 1)
+    start, labelled = anchor, max(anchor, first_label - 1)
+    while labelled < pairs:
+        stop = min(start + seq_len, pairs)
+        cuts.append((start, stop, labelled + 1))
+        start, labelled = start + step, stop
+    return sorted(cuts)
+
+
 class EncodedDataset(Dataset):
     """The items of a :class:`MultiFileDataset` as windows of at most ``seq_len`` tokens.
 
     A sequence is ``input + <sep> + target + <eos>`` (a text chunk that another follows has no ``<eos>``). Longer ones
-    are cut aligned from the end, so that the answer keeps the most left context; each label lies in exactly one window,
-    and windows without labels are dropped.
+    are cut where the answer begins, with as much of the prompt before it as leaves room for the longest answer (at most
+    half a window), then in steps of half a window: where an answer starts never tells its length. Each label lies in
+    exactly one window, and windows without labels are dropped.
 
     Args:
         dataset: the items.
@@ -167,6 +193,9 @@ class EncodedDataset(Dataset):
         self.num_labels = 0
         ids = array("i")
         windows: list[tuple[int, int, int]] = []
+        # of all items, so that both splits are cut alike
+        answers = (len(tokenizer.encode(item["target"])) + 1 for item in dataset.data)
+        reserve = min(max(answers, default=1), max(seq_len // 2, 1))
         for i in range(len(dataset)) if split is None else dataset.indices(split):
             item = dataset.data[i]
             sequence, target_start = build_sequence(
@@ -176,8 +205,8 @@ class EncodedDataset(Dataset):
             first_label = target_start if loss == "target" else 1
             ids.extend(sequence)
             self.num_labels += pairs + 1 - first_label
-            for stop in range(pairs, first_label - 1, -seq_len):
-                windows.append((offset + max(stop - seq_len, 0), offset + stop, offset + first_label))
+            for start, stop, first in _cuts(pairs, target_start, first_label, seq_len, reserve):
+                windows.append((offset + start, offset + stop, offset + first))
                 self.file_ids.append(dataset.file_ids[i])
         self._ids = torch.tensor(ids, dtype=torch.int32)
         self._windows = torch.tensor(windows, dtype=torch.int64).reshape(-1, 3)
@@ -198,7 +227,7 @@ class Collator:
     """Lists of items to padded batches.
 
     Takes the encoded items of :class:`EncodedDataset`, or the text items of :class:`MultiFileDataset`, of which it
-    keeps the last ``seq_len`` tokens (use :class:`EncodedDataset` to lose nothing).
+    keeps the window in which the target begins (use :class:`EncodedDataset` to lose nothing).
 
     Args:
         tokenizer: gives the padding id, and encodes text items.
@@ -227,7 +256,8 @@ class Collator:
         sequence, target_start = build_sequence(self.tokenizer, item["input"], item["target"])
         pairs = len(sequence) - 1
         first_label = target_start if self.loss == "target" else 1
-        return _window(torch.tensor(sequence), max(pairs - self.seq_len, 0), pairs, first_label)
+        start = _anchor(target_start, self.seq_len, max(self.seq_len // 2, 1)) if pairs > self.seq_len else 0
+        return _window(torch.tensor(sequence), start, min(start + self.seq_len, pairs), first_label)
 
     def __call__(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         if not items:
