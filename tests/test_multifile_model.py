@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+import ctxkern
 from ctxkern.experiments.multifile.adapt import adapt_file
 from ctxkern.experiments.multifile.config import TrainConfig, debug_config
 from ctxkern.experiments.multifile.data import Collator, EncodedDataset, MultiFileDataset
@@ -57,6 +58,15 @@ def test_both_routes_are_equal_with_gradients():
     # and the context matters
     other = model(batch["input"], file_ids=(batch["file_id"] + 1) % 3)
     assert (other - by_id).abs().max() > 1e-3
+
+
+def test_a_merged_model_is_called_as_before_and_without_contexts():
+    model, batch = make_model().eval(), make_batch()
+    merged = ctxkern.merge(model, model.get_file_context(torch.tensor([2])))
+    expected = model(batch["input"], file_ids=torch.full((5,), 2))
+    assert_near(merged(batch["input"]), expected)
+    assert_near(merged(batch["input"], model.get_file_context(batch["file_id"])), expected)
+    assert_near(merged(batch["input"], file_ids=batch["file_id"]), expected)
 
 
 def test_exactly_one_route_is_taken():

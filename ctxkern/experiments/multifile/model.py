@@ -117,9 +117,11 @@ class MultiFileTransformer(nn.Module):
             start: position of the first input: the tokens before it are in ``caches``.
 
         Raises:
-            ValueError: neither or both of ``contexts`` and ``file_ids``; a wrong shape; too many positions.
+            ValueError: neither or both of ``contexts`` and ``file_ids`` (after :func:`ctxkern.merge` neither will do); a
+                wrong shape; too many positions.
         """
-        if (contexts is None) == (file_ids is None):
+        merged = not any(hasattr(block.attention, "bilinear_q") for block in self.blocks)
+        if (contexts is None) == (file_ids is None) and not (merged and contexts is None):
             got = "neither" if contexts is None else "both"
             raise ValueError(f"contexts, file_ids: got {got}, takes exactly one of them")
         if inputs.dim() != 2:
@@ -132,6 +134,8 @@ class MultiFileTransformer(nn.Module):
                 expected = [B, self.config.context_dim]
                 raise ValueError(f"contexts: got the shape {tuple(contexts.shape)}, takes {expected}")
             context, index = contexts, None
+        elif file_ids is None:
+            context = index = None
         else:
             if file_ids.shape != (B,):
                 raise ValueError(f"file_ids: got the shape {tuple(file_ids.shape)}, takes [{B}]")
