@@ -117,8 +117,8 @@ class MultiFileTransformer(nn.Module):
             start: position of the first input: the tokens before it are in ``caches``.
 
         Raises:
-            ValueError: neither or both of ``contexts`` and ``file_ids`` (after :func:`ctxkern.merge` neither will do); a
-                wrong shape; too many positions.
+            ValueError: neither or both of ``contexts`` and ``file_ids`` (neither will do after :func:`ctxkern.merge`);
+                a wrong shape; too many positions.
         """
         merged = not any(hasattr(block.attention, "bilinear_q") for block in self.blocks)
         if (contexts is None) == (file_ids is None) and not (merged and contexts is None):
