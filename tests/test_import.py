@@ -50,12 +50,19 @@ def test_trains_without_optional_packages():
     said = fresh(
         """
         import torch, ctxkern
-        from ctxkern.nn import ContextModulatedAttention
-        layer = ContextModulatedAttention(8, 3, 2)
-        y = layer(torch.ones(2, 4, 8), torch.ones(2, 3))
+        from ctxkern.nn import ContextModulatedAttention, EinsumContextModulatedAttention
+        from ctxkern.testing.oracle import assert_matches
+        torch.manual_seed(0)
+        layer, einsum = ContextModulatedAttention(8, 3, 2), EinsumContextModulatedAttention(8, 3, 2)
+        einsum.load_state_dict(layer.state_dict())
+        x, context = torch.randn(2, 4, 8), torch.randn(1, 3)
+        both = context.expand(2, 3)
+        y = layer(x, both)
         y.sum().backward()
-        merged = ctxkern.merge(layer, torch.ones(3))
-        assert torch.allclose(merged(torch.ones(2, 4, 8)), y, atol=1e-5)
+        merged, plain = ctxkern.merge(layer, context)(x), einsum(x, both)
+        exact = einsum.double()(x.double(), both.double())
+        for name, got in (("layer", y), ("merged", merged)):
+            assert_matches({name: got}, {name: exact}, {name: plain})
         print(ctxkern.explain(torch.ones(1, 2, 3), torch.ones(1, 4), None, torch.ones(3, 5, 4)))
         """,
         OPTIONAL,

@@ -14,6 +14,7 @@ from ctxkern.experiments import files
 from ctxkern.experiments.loop import LoaderBatches, LoopConfig, TrainingError, fit, warmup_cosine
 from ctxkern.experiments.runlog import read_metrics
 from ctxkern.experiments.seeding import derive_seed
+from ctxkern.testing.oracle import assert_same_bits
 
 
 def make_net(seed=0, dropout=0.3):
@@ -45,13 +46,6 @@ def run_fit(run_dir, steps=20, *, optimizer=torch.optim.AdamW, loss_fn=net_loss,
         loss_fn=loss_fn, evaluate=net_evaluate, lr_factor=lambda step: 1 / (1 + step),
     )  # fmt: skip
     return model, result
-
-
-def assert_same_bits(first, second):
-    states = first.state_dict(), second.state_dict()
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
 
 
 class KilledError(Exception):

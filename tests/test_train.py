@@ -9,13 +9,7 @@ from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.train import Evaluator, criterion, prepare, train
 from ctxkern.experiments.plots import plot_losses, short_name, smooth
 from ctxkern.experiments.runlog import read_metrics
-
-
-def assert_same_bits(first, second):
-    states = first.state_dict(), second.state_dict()
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+from ctxkern.testing.oracle import assert_same_bits
 
 
 class KilledError(Exception):

@@ -88,9 +88,6 @@ class _ContextAttention(nn.Module):
             [b.bias for b in bases],
         )
 
-    def qkv(self, x, context, context_index):
-        raise NotImplementedError
-
     def forward(self, x, context, *, context_index=None, key_padding_mask=None, attn_mask=None, cache=None):
         """Attention of x under its contexts.
 

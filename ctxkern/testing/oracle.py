@@ -94,3 +94,11 @@ def _rms(t):
 
 def _max(t):
     return t.abs().max().item()
+
+
+def assert_same_bits(first, second):
+    """Two modules hold the same state, bit for bit."""
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name

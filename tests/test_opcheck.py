@@ -1,0 +1,75 @@
+"""The operators as torch.library checks them: schema, fake, autograd, ahead-of-time dispatch."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from ctxkern.testing.cases import make_inputs
+from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.kinds import CHECKED, PADDED, PER_TOKEN, RAGGED, SHARED
+
+ops = torch.ops.ctxkern
+by_case = pytest.mark.parametrize("case", CHECKED, ids=lambda c: c.id)
+by_kind = pytest.mark.parametrize("case", [PADDED, SHARED, RAGGED, PER_TOKEN], ids=lambda c: c.id)
+
+
+def modulated_operands(inputs, projections=1):
+    """The arguments of the modulated operators but for `needs`."""
+    lists = [[t] * projections for t in (inputs.weight, inputs.bilinear, inputs.bias)]
+    options = (1 << 12, "portable")
+    return (inputs.x, inputs.context, *lists, inputs.context_index, inputs.cu_seqlens, *options)
+
+
+def needs_of(inputs, projections=1):
+    return [
+        True,
+        True,
+        *(t is not None for t in (inputs.weight, inputs.bilinear, inputs.bias) for _ in range(projections)),
+    ]
+
+
+@by_case
+def test_modulated_operators(case):
+    inputs = make_inputs(case)
+    opcheck(ops.modulated_forward.default, modulated_operands(inputs))
+    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), needs_of(inputs)))
+
+
+@by_kind
+def test_modulated_operators_in_bfloat16_with_float32_parameters(case):
+    inputs = make_inputs(case, torch.bfloat16, torch.float32)
+    opcheck(ops.modulated_forward.default, modulated_operands(inputs))
+    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), needs_of(inputs)))
+
+
+def test_modulated_operators_with_three_projections():
+    inputs = make_inputs(SHARED)
+    opcheck(ops.modulated_forward.default, modulated_operands(inputs, 3))
+    opcheck(ops.modulated_backward.default, ([inputs.dy] * 3, *modulated_operands(inputs, 3), needs_of(inputs, 3)))
+
+
+@pytest.mark.parametrize("needed", range(5))
+def test_modulated_backward_of_one_gradient(needed):
+    inputs = make_inputs(PADDED)
+    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), [i == needed for i in range(5)]))
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 0, 2), (0, 2, 1)], ids=str)
+@pytest.mark.parametrize("case", [PADDED, PER_TOKEN, SHARED], ids=lambda c: c.id)
+def test_modulated_operators_with_permuted_x(case, order):
+    inputs = make_inputs(case)
+    inverse = [order.index(i) for i in range(3)]
+    inputs.x = inputs.x.permute(order).contiguous().permute(inverse)
+    inputs.dy = inputs.dy.permute(order).contiguous().permute(inverse)
+    opcheck(ops.modulated_forward.default, modulated_operands(inputs))
+    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), needs_of(inputs)))
+
+
+@pytest.mark.parametrize("case", [c for c in CHECKED if not c.per_token], ids=lambda c: c.id)
+def test_lora_operators(case):
+    arguments, dout = lora_arguments(case, 3)
+    names = ("x", "weight", "A", "B", "bias", "adapter_index", "cu_seqlens", "scale")
+    operands = (*(arguments[n] for n in names), 1 << 12, "portable")
+    needs = [arguments[n] is not None for n in names[:5]]
+    opcheck(ops.lora_forward.default, operands)
+    opcheck(ops.lora_backward.default, (dout, *operands, needs))
