@@ -24,16 +24,14 @@ class Rates:
     source: str
 
 
-# GFLOP/s of a 2048³ torch.mm in float32 and bfloat16, GB/s of a large read, each a thread; AMX: one thread of a Xeon,
-# avx512_bf16 and avx512: two threads of an EPYC (Zen 4)
+# GFLOP/s of a 2048³ torch.mm by dtype, GB/s of a large read, each a thread; AMX: one thread of a Xeon, the others: two
+# threads of an EPYC (Zen 4). A dtype that is not here was not measured.
 _CPU_CORE = {
-    "amx": (135, 850, 11),
-    "avx512_bf16": (92, 208, 17),
-    "avx512": (92, 92, 17),
+    "amx": ({torch.float32: 135, torch.bfloat16: 850}, 11),
+    "avx512_bf16": ({torch.float32: 92, torch.bfloat16: 208}, 17),
+    "avx512": ({torch.float32: 92}, 17),
 }
-_H100 = Rates(
-    {torch.float32: 378e12, torch.bfloat16: 770e12, torch.float16: 770e12}, 3.0e12, "H100, cuBLAS and a device copy"
-)
+_H100 = Rates({torch.bfloat16: 770e12}, 3.0e12, "H100, cuBLAS and a device copy")
 
 
 def cpu_isa():
@@ -51,9 +49,12 @@ def device_rates(device_type):
         if cpu_isa() not in _CPU_CORE:
             return None
         threads = torch.get_num_threads()
-        single, half, read = _CPU_CORE[cpu_isa()]
-        flops = {torch.float64: single / 2, torch.float32: single, torch.bfloat16: half, torch.float16: single}
-        return Rates({k: v * 1e9 * threads for k, v in flops.items()}, read * 1e9, f"{cpu_isa()}, {threads} threads")
+        flops, read = _CPU_CORE[cpu_isa()]
+        return Rates(
+            {dtype: rate * 1e9 * threads for dtype, rate in flops.items()},
+            read * 1e9 * threads,
+            f"{cpu_isa()}, {threads} threads",
+        )
     if device_type == "cuda" and torch.cuda.is_available() and "H100" in torch.cuda.get_device_name():
         return _H100
     return None
@@ -179,7 +180,8 @@ def plan_modulated(problem, workspace_bytes=DEFAULT_WORKSPACE, backend="portable
     elements = p.d_in * p.d_out * (p.context_dim + p.has_weight) + p.contexts * p.context_dim
     moved = p.tokens * (p.d_in + p.d_out) * p.dtype.itemsize + elements * per_param
     rates = device_rates(p.device_type)
-    floor = rates and max(moved / rates.bandwidth, flops / rates.flops.get(p.dtype, rates.flops[torch.float32]))
+    peak = rates and rates.flops.get(p.compute)
+    floor = max(moved / rates.bandwidth, flops / peak) if peak else None
     return Plan(
         strategy,
         backend,
@@ -194,13 +196,14 @@ def plan_modulated(problem, workspace_bytes=DEFAULT_WORKSPACE, backend="portable
         used,
         2 * p.tokens * p.d_in * p.d_out,
         floor,
-        rates.source if rates else "",
+        rates.source if peak else "",
         p.strip_of if strategy == "panel" else "E",
         0 if strategy == "outer" else p.contexts,
     )
 
 
-# weights, in elements, below which the operations that bring sequences together cost more than making weights twice
+# weights, in elements, below which the operations that bring sequences together cost more than making weights twice:
+# at 2^18 with 12 contexts of 16 sequences sharing lost 9 %, at 2^23 with 4 of 32 it won 37 % over the einsum
 _WORTH_GROUPING = 1 << 20
 
 
@@ -211,8 +214,10 @@ def sharing_pays(sequences, contexts, shape):
     return spared > 0 and (spared * 2 > _TRAFFIC * sequences or sequences * d_in * d_out > _WORTH_GROUPING)
 
 
-# operations that one element of the intermediate (written once, read once) costs beside a product's; bench/LOG.md
+# operations that writing and reading an element of the intermediate costs beside a product's, and the rate of the outer
+# form's products in float32 over the panel's: chosen by the crossover at R = 1 to 3 (bench/LOG.md)
 _TRAFFIC = 24
+_OUTER_RATE = 0.8
 
 
 def _panel_cost(p):
@@ -221,7 +226,8 @@ def _panel_cost(p):
 
 
 def _outer_cost(p):
-    return p.tokens * p.d_out * p.context_dim * (2 * p.d_in + _TRAFFIC)
+    cost = p.tokens * p.d_out * p.context_dim * (2 * p.d_in + _TRAFFIC)
+    return cost if p.compute.itemsize == 2 and p.param_dtype.itemsize == 2 else cost / _OUTER_RATE
 
 
 def _sizes(p):
