@@ -1,12 +1,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/modulated.h"
+
+namespace py = pybind11;
 
 namespace {
+
+using ctxkern::Dtype;
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
@@ -17,6 +23,110 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
+// The integers of a Python tuple, one after another.
+class Reader {
+ public:
+  explicit Reader(const py::tuple& values) : values_(values) {}
+
+  int64_t number() {
+    const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(values_.ptr(), at_++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  char* pointer() { return reinterpret_cast<char*>(number()); }
+  Dtype dtype() { return static_cast<Dtype>(number()); }
+  ctxkern::Matrix matrix() { return {pointer(), dtype(), number(), number()}; }
+  ctxkern::Bilinear bilinear() { return {pointer(), dtype(), number(), number(), number()}; }
+
+  void expect(Py_ssize_t count) const {
+    if (PyTuple_GET_SIZE(values_.ptr()) != count) throw std::invalid_argument("a tuple of another length");
+  }
+
+ private:
+  const py::tuple& values_;
+  Py_ssize_t at_ = 0;
+};
+
+struct Call {
+  ctxkern::GroupedRows grouped;
+  ctxkern::Rows rows;
+  ctxkern::Problem problem;
+};
+
+// See backends/cpu.py, which builds the tuples.
+void read(Call& call, const py::tuple& sizes, const py::tuple& projections, double outer_below) {
+  Reader in(sizes);
+  in.expect(18);
+  ctxkern::Problem& q = call.problem;
+  q.tokens = in.number();
+  q.d_in = in.number();
+  q.context_dim = in.number();
+  q.table = in.number();
+  q.dtype = in.dtype();
+  q.x = in.pointer();
+  q.context = in.matrix();
+  q.dx = in.pointer();
+  q.dcontext = in.pointer();
+  q.threads = static_cast<int>(in.number());
+  q.budget = in.number();
+  const int64_t sequences = in.number(), length = in.number();
+  const auto* const bounds = reinterpret_cast<const int32_t*>(in.pointer());
+  const auto* const index = reinterpret_cast<const int64_t*>(in.pointer());
+  call.grouped = ctxkern::group_rows(sequences, length, q.tokens, bounds, index, q.table);
+  call.rows = call.grouped.view();
+  q.rows = &call.rows;
+  q.outer = static_cast<double>(q.tokens) < outer_below * static_cast<double>(call.rows.contexts);
+  q.projections = static_cast<int>(projections.size());
+  if (q.projections > ctxkern::kMaxProjections) throw std::invalid_argument("too many projections");
+  for (int i = 0; i < q.projections; ++i) {
+    const py::tuple each = projections[i];
+    Reader one(each);
+    one.expect(22);
+    ctxkern::Projection& p = q.projection[i];
+    p.d_out = one.number();
+    p.weight = one.matrix();
+    p.bilinear = one.bilinear();
+    p.bias = one.pointer();
+    p.bias_dtype = one.dtype();
+    char* const rows = one.pointer();
+    p.y = rows;
+    p.dy = rows;
+    p.dweight = one.matrix();
+    p.dbilinear = one.bilinear();
+  }
+}
+
+const ctxkern::Kernels& kernels(const ctxkern::Problem& q) {
+  return ctxkern::kernels_for(ctxkern::chosen_isa(), q.dtype);
+}
+
+void modulated(const py::tuple& sizes, const py::tuple& projections, bool backward, double outer_below,
+               const py::object& allocate) {
+  Call call;
+  read(call, sizes, projections, outer_below);
+  const ctxkern::Kernels& run = kernels(call.problem);
+  const ctxkern::Tiles tiles = run.tiles(call.problem, backward);
+  auto* const workspace = reinterpret_cast<char*>(py::cast<uintptr_t>(allocate(tiles.bytes + 64)));
+  auto* const aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
+  py::gil_scoped_release unlocked;
+  (backward ? run.backward : run.forward)(call.problem, tiles, aligned);
+}
+
+py::dict modulated_tiles(const py::tuple& sizes, const py::tuple& projections, bool backward, double outer_below) {
+  Call call;
+  read(call, sizes, projections, outer_below);
+  const ctxkern::Tiles tiles = kernels(call.problem).tiles(call.problem, backward);
+  py::dict made;
+  made["outer"] = call.problem.outer;
+  made["contexts"] = call.rows.contexts;
+  made["strip"] = tiles.strip;
+  made["group"] = tiles.group;
+  made["threads"] = tiles.threads;
+  made["weights_bytes"] = tiles.weights_bytes;
+  made["bytes"] = tiles.bytes;
+  return made;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -25,4 +135,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return ctxkern::isa_name(ctxkern::chosen_isa()); },
         "The instruction set in use: the best, or the one named by CTXKERN_CPU_ISA.");
   m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
+  m.def("modulated", &modulated, "Runs modulated projections forward or backward; see backends/cpu.py.");
+  m.def("modulated_tiles", &modulated_tiles, "How `modulated` would run the same arguments.");
 }

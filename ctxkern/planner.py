@@ -14,6 +14,9 @@ import torch
 
 DEFAULT_WORKSPACE = 32 << 20
 
+# rows a context below which the C++ kernels take the outer form
+OUTER_BELOW = 3.0
+
 
 @dataclass(frozen=True)
 class Rates:

@@ -6,7 +6,8 @@ another.
 
 from functools import lru_cache
 
-from . import portable
+from .. import _compiled
+from . import cpu, portable
 
 NAMES = ("reference", "portable", "cpu", "triton", "cuda")
 
@@ -34,7 +35,7 @@ def backends():
     return {
         "reference": _AVAILABLE,
         "portable": _AVAILABLE,
-        "cpu": Status(missing.format("C++")),
+        "cpu": Status(_compiled.reason() or "available"),
         "triton": Status(missing.format("Triton")),
         "cuda": Status(missing.format("CUDA")),
     }
@@ -57,4 +58,4 @@ def resolve(name):
 
 def implementation(name):
     """The module of a backend that has kernels behind the operators."""
-    return {"portable": portable}[name]
+    return {"portable": portable, "cpu": cpu}[name]

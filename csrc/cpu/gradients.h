@@ -1,0 +1,253 @@
+// What the backward takes from G_u[d, :], the gradient of one row of every context's weight:
+//
+//   dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]    dweight[d, e] = Σ_u G_u[d, e]    dcontext[u, k] += Σ_e bilinear[d, e, k] G_u[d, e]
+#pragma once
+
+#include "operands.h"
+
+namespace ctxkern {
+namespace {
+
+// Columns of E at a time: a piece of a row of `bilinear` stays in cache between the products that read it.
+constexpr int64_t kChunk = 128;
+// Ranges of D whose sums for dcontext are kept apart, at most: that many threads can share a backward.
+constexpr int64_t kRanges = 64;
+
+// Rows d to d + rows and columns e to e + columns of a projection's weight, of contexts begin to end.
+struct Block {
+  int64_t d, rows, e, columns, begin, end;
+};
+
+inline bool needs_products(const Problem& q) {
+  bool needed = q.dcontext != nullptr;
+  for (int i = 0; i < q.projections; ++i) needed = needed || q.projection[i].dweight.data || q.projection[i].dbilinear.data;
+  return needed;
+}
+
+inline int64_t range_bytes(const Problem& q) { return q.dcontext ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0; }
+
+// As many as a quarter of the budget holds.
+inline int64_t ranges_for(const Problem& q, int64_t units) {
+  int64_t ranges = units < kRanges ? units : kRanges;
+  const int64_t each = range_bytes(q);
+  if (each > 0 && ranges > q.budget / 4 / each) ranges = q.budget / 4 / each;
+  return ranges > 1 ? ranges : 1;
+}
+
+inline int64_t threads_for(const Problem& q, int64_t bytes_each, int64_t ranges) {
+  int64_t threads = q.threads < ranges ? q.threads : ranges;
+  if (bytes_each > 0 && threads > q.budget / bytes_each) threads = q.budget / bytes_each;
+  return threads > 1 ? threads : 1;
+}
+
+// Sums for dcontext, one a range, [ranges, U, K padded], added in their order at the end.
+class DContext {
+ public:
+  void place(const Problem& q, int64_t ranges, Arena& arena) {
+    lanes_ = round_up(q.context_dim, VL);
+    size_ = q.rows->contexts * lanes_;
+    ranges_ = ranges;
+    sums_ = q.dcontext ? arena.take(ranges * size_) : nullptr;
+  }
+
+  void clear() const {
+    if (sums_) std::memset(sums_, 0, static_cast<size_t>(ranges_ * size_) * 4);
+  }
+
+  // [U, K padded], null where not asked for
+  float* at(int64_t range) const { return sums_ ? sums_ + range * size_ : nullptr; }
+
+  void write(const Problem& q) const {
+    if (!sums_) return;
+    const int64_t size = size_of(q.context.dtype), row = q.context_dim * size;
+    if (q.rows->contexts < q.table) std::memset(q.dcontext, 0, static_cast<size_t>(q.table * row));
+    for (int64_t u = 0; u < q.rows->contexts; ++u) {
+      char* const to = q.dcontext + q.rows->slot[u] * row;
+      for (int64_t k = 0; k < q.context_dim; k += VL) {
+        V total = load<V>(at(0) + u * lanes_ + k);
+        for (int64_t range = 1; range < ranges_; ++range) total += load<V>(at(range) + u * lanes_ + k);
+        with_dtype(q.context.dtype, [&](auto type) { store_as_first<decltype(type)::value>(to + k * size, total, q.context_dim - k); });
+      }
+    }
+  }
+
+ private:
+  float* sums_ = nullptr;
+  int64_t lanes_ = 0, size_ = 0, ranges_ = 0;
+};
+
+// G_u[d, e...] of contexts begin to begin + count, in the dtype of words, `context` bytes apart.
+struct Products {
+  const char* data;
+  int64_t context, begin, count;
+};
+
+// Sums over groups of contexts, [columns] and [columns, K padded]; null where one group is all.
+struct Sums {
+  float *dweight = nullptr, *dbilinear = nullptr;
+  bool started = false, last = true;
+};
+
+struct RowScratch {
+  float *rows, *pairs, *out;
+};
+
+template <class W>
+class RowGradients {
+ public:
+  // columns: at most so many at a time; group: contexts, likewise
+  RowGradients(const Problem& q, const Contexts<W>& contexts, int64_t columns, int64_t group)
+      : q_(q), contexts_(contexts), columns_(round_up(columns, 2 * VL)), group_(group) {}
+
+  void place(Arena& arena, RowScratch& at) const {
+    at.rows = arena.take(words<W>(columns_) * contexts_.lanes);
+    at.pairs = W::PER == 2 ? arena.take(words<W>(group_) * columns_) : nullptr;
+    at.out = arena.take(columns_ * (contexts_.lanes + 1));
+  }
+
+  void add(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext, const Sums& sums,
+           const RowScratch& at) const {
+    if (dcontext) add_dcontext(p, d, e, columns, g, dcontext, at);
+    if (p.dweight.data) add_dweight(p, d, e, columns, g, sums, at);
+    if (p.dbilinear.data) add_dbilinear(p, d, e, columns, g, sums, at);
+  }
+
+ private:
+  void add_dcontext(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext,
+                    const RowScratch& at) const {
+    const int64_t size = size_of(p.bilinear.dtype);
+    const char* const from = p.bilinear.data + (d * p.bilinear.d + e * p.bilinear.e) * size;
+    Right right{reinterpret_cast<const float*>(from), p.bilinear.e};
+    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.k != 1 || q_.context_dim % VL != 0) {
+      with_source<W>(p.bilinear.dtype, [&](auto type) {
+        pack_rows<W, decltype(type)::value>(at.rows, contexts_.lanes, from, p.bilinear.e * size, p.bilinear.k * size, columns,
+                                            q_.context_dim);
+      });
+      right = {at.rows, contexts_.lanes};
+    }
+    Out out{reinterpret_cast<char*>(dcontext + g.begin * contexts_.lanes), contexts_.lanes * 4, Store::f32_add, contexts_.lanes};
+    product_wide<W>(g.count, contexts_.lanes, words<W>(columns), {g.data, g.context, 4}, right, out);
+  }
+
+  void add_dweight(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Sums& sums,
+                   const RowScratch& at) const {
+    const int64_t size = W::PER == 2 ? 2 : 4, out_size = size_of(p.dweight.dtype);
+    float* const kept = sums.dweight ? sums.dweight : at.out;
+    for (int64_t j = 0; j < columns; j += VL) {
+      V total = sums.started ? load_f32_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), columns - j) : V{};
+      for (int64_t u = 0; u < g.count; ++u) total += load_f32_first<W::dtype>(g.data + u * g.context + j * size, columns - j);
+      store_as_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), total, columns - j);
+    }
+    if (sums.last) {
+      write(p.dweight.dtype, p.dweight.data + (d * p.dweight.rows + e * p.dweight.columns) * out_size, p.dweight.columns, kept, columns);
+    }
+  }
+
+  void add_dbilinear(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Sums& sums,
+                     const RowScratch& at) const {
+    Left left{g.data, 4, g.context};
+    if (W::PER == 2) {
+      pack_rows<W, W::dtype>(at.pairs, columns_, g.data, g.context, 2, g.count, columns);
+      left = {reinterpret_cast<const char*>(at.pairs), 4, columns_ * 4};
+    }
+    const int64_t steps = words<W>(g.count), size = size_of(p.dbilinear.dtype);
+    char* const to = p.dbilinear.data + (d * p.dbilinear.d + e * p.dbilinear.e) * size;
+    if (!sums.dbilinear && p.dbilinear.k == 1) {
+      const Out out{to, p.dbilinear.e * size, store_of(p.dbilinear.dtype), q_.context_dim};
+      return product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out);
+    }
+    float* const kept = sums.dbilinear ? sums.dbilinear : at.out;
+    const Out out{reinterpret_cast<char*>(kept), contexts_.lanes * 4, sums.started ? Store::f32_add : Store::f32, contexts_.lanes};
+    product_wide<W>(columns, contexts_.lanes, steps, left, contexts_.right(g.begin), out);
+    for (int64_t j = 0; sums.last && j < columns; ++j) {
+      write(p.dbilinear.dtype, to + j * p.dbilinear.e * size, p.dbilinear.k, kept + j * contexts_.lanes, q_.context_dim);
+    }
+  }
+
+  static void write(Dtype dtype, char* to, int64_t stride, const float* from, int64_t n) {
+    const int64_t size = size_of(dtype);
+    if (stride != 1) {
+      for (int64_t j = 0; j < n; ++j) store_scalar(dtype, to + j * stride * size, from[j]);
+      return;
+    }
+    with_dtype(dtype, [&](auto type) {
+      for (int64_t j = 0; j < n; j += VL) store_as_first<decltype(type)::value>(to + j * size, load<V>(from + j), n - j);
+    });
+  }
+
+  const Problem& q_;
+  const Contexts<W>& contexts_;
+  int64_t columns_, group_;
+};
+
+// x and dy as the backward's products read them.
+template <class W>
+struct SharedRows {
+  SharedRows(const Problem& q, bool need_products)
+      : need_products(need_products),
+        need_dx(q.dx != nullptr),
+        count(q.projections),
+        x(q, q.x, q.d_in, in_place(q)),
+        x_words(q, q.x, q.d_in) {
+    for (int i = 0; i < count; ++i) {
+      const Projection& p = q.projection[i];
+      dy[i] = LeftRows<W>(q, p.dy, p.d_out, in_place(q));
+      dy_words[i] = RowWords<W>(q, p.dy, p.d_out);
+    }
+  }
+
+  // All or none, so that one numbering of rows serves them; a right operand is read in whole vectors.
+  static bool in_place(const Problem& q) {
+    bool whole = q.d_in % (W::PER * W::STEP) == 0;
+    for (int i = 0; i < q.projections; ++i) whole = whole && q.projection[i].d_out % (W::PER == 1 ? VL : W::PER * W::STEP) == 0;
+    return whole;
+  }
+
+  static constexpr bool kPairs = W::PER == 2;
+
+  void place(Arena& arena) {
+    for (int i = 0; i < count; ++i) dy[i].place(arena);
+    if (!need_products) return;
+    if (kPairs) {
+      x_words.place(arena);
+      for (int i = 0; i < count; ++i) dy_words[i].place(arena);
+    } else {
+      x.place(arena);
+    }
+  }
+
+  void pack(int64_t u) const {
+    for (int i = 0; i < count; ++i) {
+      if (need_dx || (need_products && !kPairs)) dy[i].pack(u);
+    }
+    if (!need_products) return;
+    if (kPairs) {
+      x_words.pack(u);
+      for (int i = 0; i < count; ++i) dy_words[i].pack(u);
+    } else {
+      x.pack(u);
+    }
+  }
+
+  // G_u of a block
+  void products(int i, int64_t u, const Block& b, const Out& out) const {
+    if (kPairs) {
+      const Left left{reinterpret_cast<const char*>(x_words.at(u) + b.d), 4, x_words.step() * 4};
+      return product_wide<W>(b.rows, b.columns, x_words.steps(u), left, {dy_words[i].at(u) + b.e, dy_words[i].step()}, out);
+    }
+    Out part = out;
+    dy[i].pieces(u, [&](const Piece& piece) {
+      const Left left{x.at(piece.left).data + b.d * 4, 4, x.row_bytes()}, right = dy[i].at(piece.left);
+      product_wide<W>(b.rows, b.columns, piece.count, left, {reinterpret_cast<const float*>(right.data) + b.e, right.row / 4}, part);
+      part.store = Store::f32_add;
+    });
+  }
+
+  bool need_products, need_dx;
+  int count;
+  LeftRows<W> x, dy[kMaxProjections];
+  RowWords<W> x_words, dy_words[kMaxProjections];
+};
+
+}  // namespace
+}  // namespace ctxkern

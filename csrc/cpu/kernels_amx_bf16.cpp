@@ -1,0 +1,8 @@
+#include "kernels.h"
+
+namespace ctxkern {
+
+extern const Kernels bf16_amx_bf16;
+const Kernels bf16_amx_bf16 = kernels_of<Bf16>;
+
+}  // namespace ctxkern

@@ -1,0 +1,179 @@
+// Small matrix products over 32-bit words: out[m, lanes] = Σ_s A[m, s] B[s, lanes], accumulated in float32 registers.
+//
+// A word is one float32 or a pair of bfloat16 that lie next to each other along the sum. A is read word by word and
+// broadcast, at any strides; B is rows of words, one a step, at least as many as the panel has lanes.
+#pragma once
+
+#include "vec.h"
+
+namespace ctxkern {
+namespace {
+
+// Words of one float32.
+struct F32 {
+  static constexpr int PER = 1;       // elements a word
+  static constexpr int64_t STEP = 1;  // words a sum is padded to
+  static constexpr Dtype dtype = Dtype::f32;
+
+  static V multiply_add(V acc, V a, V b) { return acc + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Words of two bfloat16.
+struct Bf16 {
+  static constexpr int PER = 2;
+  static constexpr int64_t STEP = 1;
+  static constexpr Dtype dtype = Dtype::bf16;
+
+  static V multiply_add(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Words that n elements along a sum take.
+template <class W>
+constexpr int64_t words(int64_t n) {
+  return round_up((n + W::PER - 1) / W::PER, W::STEP);
+}
+
+struct Left {
+  const char* data;
+  int64_t row, step;  // bytes
+};
+
+struct Right {
+  const float* data;
+  int64_t step;  // words
+};
+
+// pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the first half and of the second.
+enum class Store { f32, f32_add, bf16, f16, pairs };
+
+constexpr Store store_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? Store::f32 : dtype == Dtype::bf16 ? Store::bf16 : Store::f16;
+}
+
+struct Out {
+  char* data;
+  int64_t row;           // bytes
+  Store store;
+  int64_t lanes;         // of one or two vectors: those that are written; of four: all
+  int64_t half = 0;      // bytes from the first two vectors to the other two
+  const float* bias = nullptr;   // [lanes, padded to vectors], added
+  const int64_t* map = nullptr;  // row of the output of each row
+
+  char* at(int64_t i) const { return data + (map ? map[i] : i) * row; }
+};
+
+template <int NV>
+inline void put(const Out& out, int64_t i, V (&v)[NV]) {
+  char* const c = out.at(i);
+  const auto address = [&](int j, int64_t size) { return c + (NV == 4 && j >= 2 ? out.half - 2 * VL * size : 0) + j * VL * size; };
+  const auto as = [&](auto type) {
+    constexpr Dtype D = decltype(type)::value;
+    for (int j = 0; j < NV; ++j) {
+      char* const to = address(j, size_of(D));
+      if (NV == 4 || (j + 1) * VL <= out.lanes) {
+        store_as<D>(to, v[j]);
+      } else {
+        store_as_first<D>(to, v[j], out.lanes - j * VL);
+      }
+    }
+  };
+  switch (out.store) {
+    case Store::f32_add:
+      for (int j = 0; j < NV; ++j) v[j] += load_f32_first<Dtype::f32>(address(j, 4), NV == 4 ? VL : out.lanes - j * VL);
+      return as(Type<Dtype::f32>{});
+    case Store::f32: return as(Type<Dtype::f32>{});
+    case Store::bf16: return as(Type<Dtype::bf16>{});
+    case Store::f16: return as(Type<Dtype::f16>{});
+    case Store::pairs:
+      if constexpr (NV == 4) {
+        for (int j = 0; j < 2; ++j) store(c + j * VL * 4, bf16_bits(v[j]) | bf16_bits(v[j + 2]) << 16);
+      }
+  }
+}
+
+// Rows of a tile by vectors a row: what the registers hold beside a row of B and one broadcast.
+constexpr int kRegisters = VL == 16 ? 28 : 12;
+template <int NV>
+constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
+
+template <class W, int MR, int NV>
+[[gnu::noinline]] void tile(int64_t steps, Left a, Right b, const Out& out, int64_t row) {
+  V acc[MR][NV];
+  for (int i = 0; i < MR; ++i) {
+    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
+  }
+  // every third row: x86 addresses the two after it as base + stride and base + 2·stride
+  constexpr int BASES = (MR + 2) / 3;
+  const char* base[BASES];
+  for (int g = 0; g < BASES; ++g) base[g] = a.data + 3 * g * a.row;
+  const float* right = b.data;
+  for (int64_t s = 0; s < steps; ++s) {
+    V w[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const V left = splat(load<float>(base[i / 3] + (i % 3) * a.row));
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < BASES; ++g) base[g] += a.step;
+    right += b.step;
+  }
+  if (out.bias) {
+    for (int j = 0; j < NV; ++j) {
+      const V add = load<V>(out.bias + j * VL);
+      for (int i = 0; i < MR; ++i) acc[i][j] += add;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) put<NV>(out, row + i, acc[i]);
+}
+
+using TileFn = void (*)(int64_t, Left, Right, const Out&, int64_t);
+
+template <class W, int NV, int MR = kTileRows<NV>>
+struct TileTable {
+  static TileFn of(int rows) { return rows == MR ? &tile<W, MR, NV> : TileTable<W, NV, MR - 1>::of(rows); }
+};
+template <class W, int NV>
+struct TileTable<W, NV, 0> {
+  static TileFn of(int) { return nullptr; }
+};
+
+// One panel of NV vectors, rows cut into tiles of nearly equal height.
+template <class W, int NV>
+inline void product(int64_t rows, int64_t steps, Left a, Right b, const Out& out) {
+  const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
+  for (int64_t t = 0, row = 0; t < tiles; ++t) {
+    const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
+    TileTable<W, NV>::of(static_cast<int>(height))(steps, {a.data + row * a.row, a.row, a.step}, b, out, row);
+    row += height;
+  }
+}
+
+// All panels of `columns` lanes; B must be readable up to a multiple of VL lanes. bias, if any, is padded alike.
+template <class W>
+inline void product_wide(int64_t rows, int64_t columns, int64_t steps, Left a, Right b, Out out) {
+  const int64_t size = out.store == Store::f32 || out.store == Store::f32_add ? 4 : 2;
+  for (int64_t j = 0; j < columns; j += 2 * VL) {
+    Out part = out;
+    part.data += j * size;
+    part.lanes = columns - j;
+    if (part.bias) part.bias += j;
+    const Right panel{b.data + j, b.step};
+    if (columns - j > VL) {
+      product<W, 2>(rows, steps, a, panel, part);
+    } else {
+      product<W, 1>(rows, steps, a, panel, part);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ctxkern
