@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/modulated.h"
 
 namespace py = pybind11;
@@ -100,6 +101,16 @@ const ctxkern::Kernels& kernels(const ctxkern::Problem& q) {
   return ctxkern::kernels_for(ctxkern::chosen_isa(), q.dtype);
 }
 
+void advise(const ctxkern::Problem& q, bool backward) {
+  const int64_t size = ctxkern::size_of(q.dtype);
+  if (backward) ctxkern::advise_huge(q.dx, q.tokens * q.d_in * size);
+  for (int i = 0; i < q.projections; ++i) {
+    const ctxkern::Projection& p = q.projection[i];
+    if (!backward) ctxkern::advise_huge(p.y, q.tokens * p.d_out * size);
+    ctxkern::advise_huge(p.dbilinear.data, q.d_in * p.d_out * q.context_dim * ctxkern::size_of(p.dbilinear.dtype));
+  }
+}
+
 void modulated(const py::tuple& sizes, const py::tuple& projections, bool backward, double outer_below,
                const py::object& allocate) {
   Call call;
@@ -109,6 +120,8 @@ void modulated(const py::tuple& sizes, const py::tuple& projections, bool backwa
   auto* const workspace = reinterpret_cast<char*>(py::cast<uintptr_t>(allocate(tiles.bytes + 64)));
   auto* const aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
   py::gil_scoped_release unlocked;
+  advise(call.problem, backward);
+  ctxkern::advise_huge(workspace, tiles.bytes);
   (backward ? run.backward : run.forward)(call.problem, tiles, aligned);
 }
 

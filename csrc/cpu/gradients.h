@@ -26,12 +26,13 @@ inline bool needs_products(const Problem& q) {
 
 inline int64_t range_bytes(const Problem& q) { return q.dcontext ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0; }
 
-// As many as a quarter of the budget holds.
+// As many as a quarter of the budget holds; a few in any case, for threads to share and for sums that stay short.
 inline int64_t ranges_for(const Problem& q, int64_t units) {
-  int64_t ranges = units < kRanges ? units : kRanges;
+  constexpr int64_t kFew = 4;
   const int64_t each = range_bytes(q);
-  if (each > 0 && ranges > q.budget / 4 / each) ranges = q.budget / 4 / each;
-  return ranges > 1 ? ranges : 1;
+  int64_t ranges = each > 0 ? q.budget / 4 / each : kRanges;
+  ranges = ranges < kFew ? kFew : ranges > kRanges ? kRanges : ranges;
+  return ranges < units ? ranges : units > 1 ? units : 1;
 }
 
 inline int64_t threads_for(const Problem& q, int64_t bytes_each, int64_t ranges) {
@@ -139,7 +140,7 @@ class RowGradients {
       store_as_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), total, columns - j);
     }
     if (sums.last) {
-      write(p.dweight.dtype, p.dweight.data + (d * p.dweight.rows + e * p.dweight.columns) * out_size, p.dweight.columns, kept, columns);
+      write_vector(p.dweight.dtype, p.dweight.data + (d * p.dweight.rows + e * p.dweight.columns) * out_size, p.dweight.columns, kept, columns);
     }
   }
 
@@ -160,19 +161,8 @@ class RowGradients {
     const Out out{reinterpret_cast<char*>(kept), contexts_.lanes * 4, sums.started ? Store::f32_add : Store::f32, contexts_.lanes};
     product_wide<W>(columns, contexts_.lanes, steps, left, contexts_.right(g.begin), out);
     for (int64_t j = 0; sums.last && j < columns; ++j) {
-      write(p.dbilinear.dtype, to + j * p.dbilinear.e * size, p.dbilinear.k, kept + j * contexts_.lanes, q_.context_dim);
+      write_vector(p.dbilinear.dtype, to + j * p.dbilinear.e * size, p.dbilinear.k, kept + j * contexts_.lanes, q_.context_dim);
     }
-  }
-
-  static void write(Dtype dtype, char* to, int64_t stride, const float* from, int64_t n) {
-    const int64_t size = size_of(dtype);
-    if (stride != 1) {
-      for (int64_t j = 0; j < n; ++j) store_scalar(dtype, to + j * stride * size, from[j]);
-      return;
-    }
-    with_dtype(dtype, [&](auto type) {
-      for (int64_t j = 0; j < n; j += VL) store_as_first<decltype(type)::value>(to + j * size, load<V>(from + j), n - j);
-    });
   }
 
   const Problem& q_;
@@ -183,69 +173,51 @@ class RowGradients {
 // x and dy as the backward's products read them.
 template <class W>
 struct SharedRows {
-  SharedRows(const Problem& q, bool need_products)
-      : need_products(need_products),
-        need_dx(q.dx != nullptr),
-        count(q.projections),
-        x(q, q.x, q.d_in, in_place(q)),
-        x_words(q, q.x, q.d_in) {
+  static constexpr int64_t NR = 2 * VL;
+
+  SharedRows(const Problem& q, bool products)
+      : need_products(products), need_dx(q.dx != nullptr), count(q.projections), x_words(q, q.x, q.d_in) {
+    // in place all or none, so that one numbering of rows serves them
+    bool whole = true;
+    for (int i = 0; i < count; ++i) whole = whole && q.projection[i].d_out % (W::PER * W::STEP) == 0;
     for (int i = 0; i < count; ++i) {
       const Projection& p = q.projection[i];
-      dy[i] = LeftRows<W>(q, p.dy, p.d_out, in_place(q));
+      dy[i] = LeftRows<W>(q, p.dy, p.d_out, whole);
       dy_words[i] = RowWords<W>(q, p.dy, p.d_out);
     }
   }
 
-  // All or none, so that one numbering of rows serves them; a right operand is read in whole vectors.
-  static bool in_place(const Problem& q) {
-    bool whole = q.d_in % (W::PER * W::STEP) == 0;
-    for (int i = 0; i < q.projections; ++i) whole = whole && q.projection[i].d_out % (W::PER == 1 ? VL : W::PER * W::STEP) == 0;
-    return whole;
-  }
-
-  static constexpr bool kPairs = W::PER == 2;
-
   void place(Arena& arena) {
-    for (int i = 0; i < count; ++i) dy[i].place(arena);
-    if (!need_products) return;
-    if (kPairs) {
-      x_words.place(arena);
-      for (int i = 0; i < count; ++i) dy_words[i].place(arena);
-    } else {
-      x.place(arena);
+    if (need_products) x_words.place(arena);
+    for (int i = 0; i < count; ++i) {
+      if (need_dx) dy[i].place(arena);
+      if (need_products) dy_words[i].place(arena);
     }
   }
 
   void pack(int64_t u) const {
+    if (need_products) x_words.pack(u);
     for (int i = 0; i < count; ++i) {
-      if (need_dx || (need_products && !kPairs)) dy[i].pack(u);
-    }
-    if (!need_products) return;
-    if (kPairs) {
-      x_words.pack(u);
-      for (int i = 0; i < count; ++i) dy_words[i].pack(u);
-    } else {
-      x.pack(u);
+      if (need_dx) dy[i].pack(u);
+      if (need_products) dy_words[i].pack(u);
     }
   }
 
   // G_u of a block
   void products(int i, int64_t u, const Block& b, const Out& out) const {
-    if (kPairs) {
-      const Left left{reinterpret_cast<const char*>(x_words.at(u) + b.d), 4, x_words.step() * 4};
-      return product_wide<W>(b.rows, b.columns, x_words.steps(u), left, {dy_words[i].at(u) + b.e, dy_words[i].step()}, out);
+    const Left left{reinterpret_cast<const char*>(x_words.panel(u, b.d / NR * NR) + b.d % NR), 4, NR * 4};
+    const int64_t size = out.store == Store::f32 ? 4 : 2;
+    for (int64_t c = 0; c < b.columns; c += NR) {
+      Out part = out;
+      part.data += c * size;
+      part.lanes = b.columns - c < NR ? b.columns - c : NR;
+      product_wide<W>(b.rows, part.lanes, x_words.steps(u), left, {dy_words[i].panel(u, b.e + c), NR}, part);
     }
-    Out part = out;
-    dy[i].pieces(u, [&](const Piece& piece) {
-      const Left left{x.at(piece.left).data + b.d * 4, 4, x.row_bytes()}, right = dy[i].at(piece.left);
-      product_wide<W>(b.rows, b.columns, piece.count, left, {reinterpret_cast<const float*>(right.data) + b.e, right.row / 4}, part);
-      part.store = Store::f32_add;
-    });
   }
 
   bool need_products, need_dx;
   int count;
-  LeftRows<W> x, dy[kMaxProjections];
+  LeftRows<W> dy[kMaxProjections];
   RowWords<W> x_words, dy_words[kMaxProjections];
 };
 

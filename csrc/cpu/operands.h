@@ -87,30 +87,49 @@ class LeftRows {
   float* buffer_ = nullptr;
 };
 
-// [N, columns] as words along the rows of each context, [words of its rows, columns padded to vectors]: an operand, left
-// or right, of a product over rows.
+// Columns c to c + columns of rows that were summed in float32, [rows of a left operand, step], in the dtype of x.
+inline void write_rows(const Problem& q, const Piece& piece, const float* sums, int64_t step, char* to, int64_t width, int64_t c,
+                       int64_t columns) {
+  const int64_t size = size_of(q.dtype);
+  with_dtype(q.dtype, [&](auto type) {
+    for (int64_t r = 0; r < piece.count; ++r) {
+      const float* const from = sums + (piece.left + r) * step;
+      char* const row = to + ((piece.map ? piece.map[r] : piece.out + r) * width + c) * size;
+      for (int64_t j = 0; j < columns; j += VL) store_as_first<decltype(type)::value>(row + j * size, load<V>(from + j), columns - j);
+    }
+  });
+}
+
+// [N, columns] as words along the rows of each context, in panels [words of its rows, NR lanes] of columns: an operand,
+// left or right, of a product over rows. Read in place, rows a power of two apart would push each other out of cache.
 template <class W>
 class RowWords {
  public:
+  static constexpr int64_t NR = 2 * VL;
+
   RowWords() = default;
 
   RowWords(const Problem& q, const char* data, int64_t columns)
       : rows_(q.rows), source_(data), columns_(columns), dtype_(q.dtype) {}
 
-  void place(Arena& arena) { buffer_ = arena.take(first(rows_->contexts) * step()); }
+  void place(Arena& arena) { buffer_ = arena.take(first(rows_->contexts) * round_up(columns_, NR)); }
 
   void pack(int64_t u) const {
     const int64_t begin = rows_->first[u], size = size_of(dtype_), row = columns_ * size;
     const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
     with_source<W>(dtype_, [&](auto type) {
-      pack_rows<W, decltype(type)::value>(buffer_ + first(u) * step(), step(), source_ + (map ? 0 : begin * row), row, size,
-                                          rows_->first[u + 1] - begin, columns_, map);
+      for (int64_t c = 0; c < columns_; c += NR) {
+        const char* const from = source_ + (map ? 0 : begin * row) + c * size;
+        const int64_t lanes = columns_ - c < NR ? columns_ - c : NR;
+        pack_rows<W, decltype(type)::value>(panel(u, c), NR, from, row, size, rows_->first[u + 1] - begin, lanes, map);
+      }
     });
   }
 
-  int64_t step() const { return round_up(columns_, VL); }
   int64_t steps(int64_t u) const { return words<W>(rows_->first[u + 1] - rows_->first[u]); }
-  const float* at(int64_t u) const { return buffer_ + first(u) * step(); }
+
+  // The panel from column c on, a multiple of NR.
+  float* panel(int64_t u, int64_t c) const { return buffer_ + first(u) * round_up(columns_, NR) + c * steps(u); }
 
  private:
   // Room for the last word of every context to be half full.
@@ -159,10 +178,22 @@ struct Contexts {
   float* along_u = nullptr;
 };
 
+// What `weight_panel` would read, where it lies dense.
+inline Ahead panel_ahead(const Problem& q, const Projection& p, int64_t d, int64_t e) {
+  Ahead next;
+  if (d >= q.d_in || e >= p.d_out || p.bilinear.k != 1 || p.bilinear.e != q.context_dim) return next;
+  const int64_t size = size_of(p.bilinear.dtype), columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
+  next.bytes = columns * q.context_dim * size;
+  for (int64_t i = 0; i < 2; ++i) {
+    next.from[i] = p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.d + e * p.bilinear.e) * size;
+  }
+  return next;
+}
+
 // A panel of `bilinear` for the product that makes weights: rows d and d + 1, columns e to e + 2·VL, as
 // [words of K, 4·VL lanes], and `bias`: those of weight. Lanes that are not there are zeros.
 template <class W>
-inline void weight_panel(const Problem& q, const Projection& p, int64_t d, int64_t e, float* panel, float* bias, int64_t ahead) {
+inline void weight_panel(const Problem& q, const Projection& p, int64_t d, int64_t e, float* panel, float* bias) {
   const int64_t steps = words<W>(q.context_dim);
   const int64_t columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
   for (int64_t i = 0; i < 2; ++i) {
@@ -172,7 +203,7 @@ inline void weight_panel(const Problem& q, const Projection& p, int64_t d, int64
       const int64_t size = size_of(D);
       const char* const from = p.bilinear.data + ((d + i) * p.bilinear.d + e * p.bilinear.e) * size;
       if (there) {
-        pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.e * size, p.bilinear.k * size, columns, q.context_dim, ahead);
+        pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.e * size, p.bilinear.k * size, columns, q.context_dim);
       } else {
         for (int64_t s = 0; s < steps; ++s) store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});
       }

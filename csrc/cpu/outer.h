@@ -1,9 +1,10 @@
-// Outer: no weight is stored. Each row of every context's weight is made in registers and used up at once, for few rows a
-// context: decoding, a context per token.
+// Outer: no weight is made. A product over rows of x (or dy) and `bilinear` as it lies, and then one with the context:
+// for few rows a context, where a weight would cost more than it is used.
 //
-//   forward, columns e of E:   y[n, e] = Σ_d x[n, d] (weight[d, e] + Σ_k bilinear[d, e, k] c[n, k])
-//   backward, rows d of D:     dx[n, d] = Σ_e dy[n, e] (weight[d, e] + Σ_k bilinear[d, e, k] c[n, k])
-//                              G_u[d, e] = Σ_{n of u} x[n, d] dy[n, e], and from it what gradients.h takes
+//   forward, columns of E:  Z[n, k] = Σ_d x[n, d] bilinear[d, e, k];   y[n, e] = Σ_k c[n, k] Z[n, k] + Σ_d x[n, d] weight[d, e]
+//   backward, rows of D:    Z[n, k] = Σ_e dy[n, e] bilinear[d, e, k];  dx[n, d] = Σ_k c[n, k] Z[n, k] + Σ_e dy[n, e] weight[d, e]
+//                           dcontext[n] += x[n, d] Z[n];               dbilinear[d, e, k] = Σ_n x[n, d] (dy[n, e] c[n, k])
+//                           dweight[d, e] = Σ_n x[n, d] dy[n, e]
 #pragma once
 
 #include "gradients.h"
@@ -11,122 +12,131 @@
 namespace ctxkern {
 namespace {
 
-// Contexts at a time: their piece of the weights, and in the backward of G, stay in the first levels of cache.
-constexpr int64_t kMade = 28, kContexts = 64;
+// Rows whose Z, and in the sums over n whose (dy c), are held at a time; bytes of `bilinear` laid out at a time.
+constexpr int64_t kRows = 56, kColumns = 4, kSummed = 256, kLaidOut = 512 << 10;
 
-// x or dy as float32 in grouped order: in place where it is so already.
-class Plain {
- public:
-  Plain() = default;
-  Plain(const Problem& q, const char* data, int64_t columns)
-      : rows_(q.rows), source_(data), columns_(columns), dtype_(q.dtype), packed_(q.dtype != Dtype::f32 || q.rows->order) {}
+// The rows of all contexts as if they were one's, in grouped order, and the contexts as float32.
+struct Together {
+  explicit Together(const Problem& problem) : q(problem), lanes(round_up(problem.context_dim, VL)) {
+    first[1] = problem.rows->count;
+    run_first[1] = problem.rows->count;
+    rows = Rows{1, problem.rows->count, nullptr, first, nullptr, run_first, problem.rows->order};
+    whole = problem;
+    whole.rows = &rows;
+  }
+  Together(const Together&) = delete;
 
-  void place(Arena& arena) { buffer_ = packed_ ? arena.take(rows_->count * columns_ + VL) : nullptr; }
+  void place(Arena& arena) { contexts = arena.take(q.rows->count * lanes); }
 
-  void pack(int64_t row) const {
-    if (!packed_) return;
-    const char* const from = source_ + (rows_->order ? rows_->order[row] : row) * columns_ * size_of(dtype_);
-    with_dtype(dtype_, [&](auto type) {
-      constexpr Dtype D = decltype(type)::value;
-      float* const to = buffer_ + row * columns_;
-      for (int64_t j = 0; j < columns_; j += VL) {
-        const V v = load_f32_first<D>(from + j * size_of(D), columns_ - j);
-        store_as_first<Dtype::f32>(reinterpret_cast<char*>(to + j), v, columns_ - j);
+  // Of each row, [N, K padded].
+  void pack() const {
+    const int64_t row = q.context.rows * size_of(q.context.dtype);
+    for (int64_t u = 0; u < q.rows->contexts; ++u) {
+      for (int64_t n = q.rows->first[u]; n < q.rows->first[u + 1]; ++n) {
+        pack_vector(contexts + n * lanes, q.context.dtype, q.context.data + q.rows->slot[u] * row, 1, q.context_dim, lanes);
       }
-    });
+    }
   }
 
-  const float* at(int64_t row) const { return (packed_ ? buffer_ : reinterpret_cast<const float*>(source_)) + row * columns_; }
+  V context(int64_t n, int64_t k) const { return load<V>(contexts + n * lanes + k); }
 
- private:
-  const Rows* rows_ = nullptr;
-  const char* source_ = nullptr;
-  int64_t columns_ = 0;
-  Dtype dtype_ = Dtype::f32;
-  bool packed_ = false;
-  float* buffer_ = nullptr;
+  const Problem& q;
+  int64_t lanes, first[2] = {0, 0}, run_first[2] = {0, 0};
+  Rows rows;
+  Problem whole;
+  float* contexts = nullptr;
 };
-
-inline V load_lanes(const float* p, int64_t n) { return load_f32_first<Dtype::f32>(reinterpret_cast<const char*>(p), n); }
 
 template <class W>
 struct OuterForward {
   static constexpr int64_t NR = 2 * VL;
 
   static Tiles tiles(const Problem& q) {
-    int64_t panels = 0;
-    for (int i = 0; i < q.projections; ++i) panels += round_up(q.projection[i].d_out, NR) / NR;
-    const int64_t count = q.rows->contexts, parts = panels > 0 ? (q.threads + panels - 1) / panels : 1;
-    int64_t group = (count + parts - 1) / parts;
-    if (group < 1) group = 1;
-    Tiles t{NR, q.d_in, group, q.threads, 1, 0, 0};
+    Tiles t{NR, q.d_in, q.rows->count, q.threads, 1, 0, 0};
     t.bytes = OuterForward(q, t, nullptr).bytes;
     return t;
   }
 
   OuterForward(const Problem& problem, const Tiles& tiles, char* workspace)
-      : q(problem), t(tiles), x(problem, problem.x, problem.d_in), contexts(problem, false) {
+      : q(problem), t(tiles), all(problem), x(all.whole, problem.x, problem.d_in, true), depth(words<W>(problem.d_in)) {
+    const int64_t each = depth * all.lanes > 0 ? depth * all.lanes : 1;
+    columns_at_once = kLaidOut / 4 / each;
+    columns_at_once = columns_at_once < 1 ? 1 : columns_at_once > NR ? NR : columns_at_once;
     Arena arena(workspace);
     x.place(arena);
-    contexts.place(q, arena);
-    made_at = contexts.along_k_words * 4 * VL;
-    y_at = made_at + kMade * 4 * VL;
-    each_thread = y_at + 4 * VL + q.rows->count * NR;
+    all.place(arena);
+    z_at = round_up(columns_at_once * each > depth * NR ? columns_at_once * each : depth * NR, 16);
+    y_at = z_at + kRows * all.lanes;
+    each_thread = y_at + round_up(q.rows->count * NR, 16);
     threads = arena.take(each_thread * t.threads);
     bytes = arena.used();
   }
 
   void run() const {
-    const int64_t count = q.rows->contexts, groups = (count + t.group - 1) / t.group;
-    contexts.pack(q);
-    parallel(t.threads, q.rows->count, [&](int64_t row, int) { x.pack(row); });
+    if (q.rows->count == 0) return;
+    if (x.packed()) x.pack(0);
+    all.pack();
     int64_t first[kMaxProjections + 1] = {0};
-    for (int i = 0; i < q.projections; ++i) first[i + 1] = first[i] + round_up(q.projection[i].d_out, NR) / NR * groups;
+    for (int i = 0; i < q.projections; ++i) first[i + 1] = first[i] + round_up(q.projection[i].d_out, NR) / NR;
     parallel(t.threads, first[q.projections], [&](int64_t unit, int thread) {
       int i = 0;
       while (unit >= first[i + 1]) ++i;
-      const int64_t at = unit - first[i], begin = at % groups * t.group;
-      columns(q.projection[i], at / groups * NR, begin, begin + t.group < count ? begin + t.group : count,
-              threads + thread * each_thread);
+      strip(q.projection[i], (unit - first[i]) * NR, threads + thread * each_thread);
     });
   }
 
-  void columns(const Projection& p, int64_t e, int64_t begin, int64_t end, float* scratch) const {
-    const Rows& rows = *q.rows;
-    float* const panel = scratch;
-    float* const made = scratch + made_at;
-    float* const bias = scratch + y_at;
-    float* const y = bias + 4 * VL - rows.first[begin] * NR;
-    const int64_t ahead = 2 * p.bilinear.d * size_of(p.bilinear.dtype);
-    std::memset(y + rows.first[begin] * NR, 0, static_cast<size_t>((rows.first[end] - rows.first[begin]) * NR) * 4);
-    for (int64_t d = 0; d < q.d_in; d += 2) {
-      weight_panel<W>(q, p, d, e, panel, bias, d + 3 < q.d_in ? ahead : 0);
-      const bool second = d + 1 < q.d_in;
-      for (int64_t u = begin; u < end; u += kMade) {
-        const int64_t count = end - u < kMade ? end - u : kMade;
-        Out out{reinterpret_cast<char*>(made), 4 * VL * 4, Store::f32, 4 * VL, NR * 4};
-        out.bias = bias;
-        product<W, 4>(count, contexts.along_k_words, contexts.left(u), {panel, 4 * VL}, out);
-        for (int64_t v = 0; v < count; ++v) {
-          const float* const w = made + v * 4 * VL;
-          for (int64_t n = rows.first[u + v]; n < rows.first[u + v + 1]; ++n) {
-            const V x0 = splat(x.at(n)[d]), x1 = splat(second ? x.at(n)[d + 1] : 0.0f);
-            float* const to = y + n * NR;
-            for (int64_t j = 0; j < NR; j += VL) {
-              store(to + j, load<V>(to + j) + x0 * load<V>(w + j) + x1 * load<V>(w + NR + j));
-            }
+  void strip(const Projection& p, int64_t e, float* scratch) const {
+    const int64_t lanes = p.d_out - e < NR ? p.d_out - e : NR, count = q.rows->count;
+    float* const y = scratch + y_at;
+    shared_weight(p, e, lanes, scratch, y);
+    for (int64_t j = 0; j < lanes; j += columns_at_once) {
+      const int64_t columns = lanes - j < columns_at_once ? lanes - j : columns_at_once;
+      lay_out(p, e + j, columns, scratch);
+      for (int64_t n = 0; n < count; n += kRows) {
+        const int64_t rows = count - n < kRows ? count - n : kRows;
+        for (int64_t c = 0; c < columns; ++c) {
+          float* const z = scratch + z_at;
+          const Out out{reinterpret_cast<char*>(z), all.lanes * 4, Store::f32, all.lanes};
+          product_wide<W>(rows, all.lanes, depth, x.at(n), {scratch + c * depth * all.lanes, all.lanes}, out);
+          for (int64_t r = 0; r < rows; ++r) {
+            V total{};
+            for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + r, k) * load<V>(z + r * all.lanes + k);
+            y[(n + r) * NR + j + c] += sum(total);
           }
         }
       }
     }
-    const int64_t lanes = p.d_out - e < NR ? p.d_out - e : NR, size = size_of(q.dtype);
-    float add[NR] = {};
-    if (p.bias) pack_vector(add, p.bias_dtype, p.bias + e * size_of(p.bias_dtype), 1, lanes, NR);
-    with_dtype(q.dtype, [&](auto type) {
-      for (int64_t n = rows.first[begin]; n < rows.first[end]; ++n) {
-        char* const to = p.y + ((rows.order ? rows.order[n] : n) * p.d_out + e) * size;
-        for (int64_t j = 0; j < lanes; j += VL) {
-          store_as_first<decltype(type)::value>(to + j * size, load<V>(y + n * NR + j) + load<V>(add + j), lanes - j);
+    write_rows(q, {0, count, 0, q.rows->order}, y, NR, p.y, p.d_out, e, lanes);
+  }
+
+  // y = x weight + bias
+  void shared_weight(const Projection& p, int64_t e, int64_t lanes, float* scratch, float* y) const {
+    float bias[NR] = {};
+    if (p.bias) pack_vector(bias, p.bias_dtype, p.bias + e * size_of(p.bias_dtype), 1, lanes, NR);
+    if (p.weight.data) {
+      const int64_t size = size_of(p.weight.dtype);
+      with_source<W>(p.weight.dtype, [&](auto type) {
+        pack_rows<W, decltype(type)::value>(scratch, NR, p.weight.data + e * p.weight.columns * size, p.weight.rows * size,
+                                            p.weight.columns * size, q.d_in, lanes);
+      });
+    }
+    Out out{reinterpret_cast<char*>(y), NR * 4, Store::f32, NR};
+    out.bias = bias;
+    product_wide<W>(q.rows->count, lanes, p.weight.data ? depth : 0, x.at(0), {scratch, NR}, out);
+  }
+
+  // Columns of `bilinear`, each as [words of D, K padded].
+  void lay_out(const Projection& p, int64_t e, int64_t columns, float* to) const {
+    const int64_t size = size_of(p.bilinear.dtype), each = depth * all.lanes;
+    // rows of D at a time: of each a run of columns lies together
+    constexpr int64_t kStep = 16;
+    with_source<W>(p.bilinear.dtype, [&](auto type) {
+      for (int64_t d = 0; d < q.d_in; d += kStep * W::PER) {
+        const int64_t rows = q.d_in - d < kStep * W::PER ? q.d_in - d : kStep * W::PER;
+        for (int64_t c = 0; c < columns; ++c) {
+          pack_rows<W, decltype(type)::value>(to + c * each + d / W::PER * all.lanes, all.lanes,
+                                              p.bilinear.data + (d * p.bilinear.d + (e + c) * p.bilinear.e) * size,
+                                              p.bilinear.d * size, p.bilinear.k * size, rows, q.context_dim);
         }
       }
     });
@@ -134,21 +144,23 @@ struct OuterForward {
 
   const Problem& q;
   const Tiles t;
-  Plain x;
-  Contexts<W> contexts;
+  Together all;
+  LeftRows<W> x;
+  int64_t depth, columns_at_once;
   float* threads;
-  int64_t made_at, y_at, each_thread, bytes;
+  int64_t z_at, y_at, each_thread, bytes;
 };
 
 template <class W>
 struct OuterBackward {
   static constexpr int64_t NR = 2 * VL;
-  // Contexts a group, in whole words.
-  static constexpr int64_t GROUP = kContexts;
 
   static Tiles tiles(const Problem& q) {
-    Tiles t{2, kChunk, GROUP, 1, 1, 0, 0};
-    t.ranges = ranges_for(q, (q.d_in + 1) / 2);
+    // few rows of D at a time where there are few
+    int64_t strip = NR;
+    while (strip > 4 && (q.d_in + strip - 1) / strip < 16) strip /= 2;
+    Tiles t{strip, 0, q.rows->count, 1, 1, 0, 0};
+    t.ranges = ranges_for(q, (q.d_in + strip - 1) / strip);
     t.threads = threads_for(q, 0, t.ranges);
     t.weights_bytes = t.ranges * range_bytes(q);
     t.bytes = OuterBackward(q, t, nullptr).bytes;
@@ -156,19 +168,22 @@ struct OuterBackward {
   }
 
   OuterBackward(const Problem& problem, const Tiles& tiles, char* workspace)
-      : q(problem),
-        t(tiles),
-        need_products(needs_products(problem)),
-        contexts(problem, true),
-        x(problem, problem.x, problem.d_in),
-        row(problem, contexts, kChunk, GROUP) {
+      : q(problem), t(tiles), all(problem), x(all.whole, problem.x, problem.d_in) {
     Arena arena(workspace);
-    contexts.place(q, arena);
-    x.place(arena);
+    all.place(arena);
     for (int i = 0; i < q.projections; ++i) {
-      dy[i] = Plain(q, q.projection[i].dy, q.projection[i].d_out);
+      const Projection& p = q.projection[i];
+      dy[i] = LeftRows<W>(all.whole, p.dy, p.d_out, true);
       dy[i].place(arena);
+      need_weight = need_weight || p.dweight.data;
+      need_bilinear = need_bilinear || p.dbilinear.data;
+      widest = p.d_out > widest ? p.d_out : widest;
+      if (p.dweight.data) {
+        dy_words[i] = RowWords<W>(all.whole, p.dy, p.d_out);
+        dy_words[i].place(arena);
+      }
     }
+    if (need_weight || need_bilinear) x.place(arena);
     dcontext.place(q, t.ranges, arena);
     Arena one(nullptr);
     place(one, Thread{});
@@ -178,114 +193,189 @@ struct OuterBackward {
   }
 
   struct Thread {
-    float *panel, *bias, *made, *products, *sums, *dx;
-    RowScratch row;
+    float *right, *z, *dx, *out;
   };
 
   Thread place(Arena& arena, Thread at) const {
-    at.panel = arena.take(contexts.along_k_words * 4 * VL);
-    at.bias = arena.take(4 * VL);
-    at.made = arena.take(kMade * 4 * VL);
-    at.products = need_products ? arena.take(GROUP * kChunk / W::PER) : nullptr;
-    at.sums = need_products && q.rows->contexts > GROUP ? arena.take(kChunk * (contexts.lanes + 1)) : nullptr;
-    at.dx = q.dx ? arena.take(q.rows->count * 2 * VL) : nullptr;
-    row.place(arena, at.row);
+    const auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
+    const int64_t chunk = words<W>(widest < kChunk ? widest : kChunk) * NR, row = words<W>(widest) * all.lanes;
+    at.right = arena.take(most(most(row, chunk), words<W>(kSummed) * all.lanes));
+    at.z = arena.take(kRows * all.lanes);
+    at.dx = arena.take(q.rows->count * t.strip + NR);
+    at.out = arena.take(most(q.d_in * all.lanes, t.strip * round_up(widest, NR)));
     return at;
   }
 
   void run() {
-    const int64_t pairs = (q.d_in + 1) / 2;
-    contexts.pack(q);
+    const int64_t strips = (q.d_in + t.strip - 1) / t.strip;
+    all.pack();
     dcontext.clear();
-    parallel(t.threads, q.rows->count, [&](int64_t n, int) {
-      x.pack(n);
-      for (int i = 0; i < q.projections; ++i) dy[i].pack(n);
-    });
+    if (need_weight || need_bilinear) x.pack(0);
+    for (int i = 0; i < q.projections; ++i) {
+      dy[i].pack(0);
+      if (q.projection[i].dweight.data) dy_words[i].pack(0);
+    }
     parallel(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
       const Thread at = place(arena, Thread{});
-      for (int64_t s = pairs * range / t.ranges; s < pairs * (range + 1) / t.ranges; ++s) two_rows(2 * s, range, at);
+      for (int64_t s = strips * range / t.ranges; s < strips * (range + 1) / t.ranges; ++s) strip(s * t.strip, range, at);
     });
     dcontext.write(q);
-  }
-
-  // Rows d and d + 1 of every projection's weight.
-  void two_rows(int64_t d, int64_t range, const Thread& at) const {
-    const int64_t rows = q.d_in - d < 2 ? q.d_in - d : 2;
-    if (at.dx) std::memset(at.dx, 0, static_cast<size_t>(q.rows->count * 2 * VL) * 4);
+    int64_t first[kMaxProjections + 1] = {0};
     for (int i = 0; i < q.projections; ++i) {
-      const Projection& p = q.projection[i];
-      for (int64_t e = 0; e < p.d_out; e += kChunk) {
-        const int64_t columns = p.d_out - e < kChunk ? p.d_out - e : kChunk;
-        if (at.dx) {
-          for (int64_t j = e; j < e + columns; j += NR) add_dx(i, d, j, at);
-        }
-        for (int64_t r = 0; need_products && r < rows; ++r) gradients(i, d + r, e, columns, range, at);
-      }
+      first[i + 1] = first[i] + (q.projection[i].dbilinear.data ? (q.projection[i].d_out + kColumns - 1) / kColumns : 0);
     }
-    if (at.dx) write_dx(d, rows, at);
+    parallel(t.threads, first[q.projections], [&](int64_t unit, int thread) {
+      Arena arena(threads + thread * each_thread);
+      const Thread at = place(arena, Thread{});
+      int i = 0;
+      while (unit >= first[i + 1]) ++i;
+      const int64_t e = (unit - first[i]) * kColumns, end = q.projection[i].d_out;
+      for (int64_t j = e; j < e + kColumns && j < end; ++j) add_dbilinear(i, j, at);
+    });
   }
 
-  // dx[n, d...] += dy[n, e...] W_u[d..., e...]^T, lane by lane
-  void add_dx(int i, int64_t d, int64_t e, const Thread& at) const {
+  void strip(int64_t d, int64_t range, const Thread& at) const {
+    const int64_t rows = q.d_in - d < t.strip ? q.d_in - d : t.strip;
+    std::memset(at.dx, 0, static_cast<size_t>(q.rows->count * t.strip) * 4);
+    for (int i = 0; i < q.projections; ++i) {
+      if (q.dx && q.projection[i].weight.data) shared_weight(i, d, rows, at);
+      for (int64_t r = 0; (q.dx || q.dcontext) && r < rows; ++r) contract(i, d, r, range, at);
+      if (q.projection[i].dweight.data) add_dweight(i, d, rows, at);
+    }
+    if (q.dx) write_rows(q, {0, q.rows->count, 0, q.rows->order}, at.dx, t.strip, q.dx, q.d_in, d, rows);
+  }
+
+  // dx[:, d...] += dy weight[d...]^T
+  void shared_weight(int i, int64_t d, int64_t rows, const Thread& at) const {
     const Projection& p = q.projection[i];
-    const Rows& rows = *q.rows;
-    const int64_t lanes = p.d_out - e < NR ? p.d_out - e : NR;
-    const int64_t ahead = NR * p.bilinear.e * size_of(p.bilinear.dtype);
-    weight_panel<W>(q, p, d, e, at.panel, at.bias, e + NR < p.d_out ? ahead : 0);
-    for (int64_t u = 0; u < rows.contexts; u += kMade) {
-      const int64_t count = rows.contexts - u < kMade ? rows.contexts - u : kMade;
-      Out out{reinterpret_cast<char*>(at.made), 4 * VL * 4, Store::f32, 4 * VL, NR * 4};
-      out.bias = at.bias;
-      product<W, 4>(count, contexts.along_k_words, contexts.left(u), {at.panel, 4 * VL}, out);
-      for (int64_t v = 0; v < count; ++v) {
-        const float* const w = at.made + v * 4 * VL;
-        for (int64_t n = rows.first[u + v]; n < rows.first[u + v + 1]; ++n) {
-          const V low = load_lanes(dy[i].at(n) + e, lanes), high = load_lanes(dy[i].at(n) + e + VL, lanes - VL);
-          float* const to = at.dx + n * 2 * VL;
-          store(to, load<V>(to) + low * load<V>(w) + high * load<V>(w + VL));
-          store(to + VL, load<V>(to + VL) + low * load<V>(w + NR) + high * load<V>(w + NR + VL));
-        }
-      }
+    const int64_t size = size_of(p.weight.dtype);
+    for (int64_t e = 0; e < p.d_out; e += kChunk) {
+      const int64_t columns = p.d_out - e < kChunk ? p.d_out - e : kChunk;
+      with_source<W>(p.weight.dtype, [&](auto type) {
+        pack_lanes<W, decltype(type)::value>(at.right, NR, p.weight.data + (d * p.weight.rows + e * p.weight.columns) * size,
+                                             p.weight.rows * size, p.weight.columns * size, rows, columns);
+      });
+      Left left = dy[i].at(0);
+      left.data += e / W::PER * 4;
+      const Out out{reinterpret_cast<char*>(at.dx), t.strip * 4, Store::f32_add, rows};
+      product_wide<W>(q.rows->count, rows, words<W>(columns), left, {at.right, NR}, out);
     }
   }
 
-  void gradients(int i, int64_t d, int64_t e, int64_t columns, int64_t range, const Thread& at) const {
-    const Rows& rows = *q.rows;
-    const int64_t size = W::PER == 2 ? 2 : 4, context = kChunk * size;
-    for (int64_t begin = 0; begin == 0 || begin < rows.contexts; begin += GROUP) {
-      const int64_t end = begin + GROUP < rows.contexts ? begin + GROUP : rows.contexts;
-      char* const g = reinterpret_cast<char*>(at.products);
-      for (int64_t u = begin; u < end; ++u) {
-        for (int64_t j = 0; j < kChunk; j += VL) {
-          V total{};
-          for (int64_t n = rows.first[u]; n < rows.first[u + 1]; ++n) {
-            total += splat(x.at(n)[d]) * load_lanes(dy[i].at(n) + e + j, columns - j);
-          }
-          store_as<W::dtype>(g + (u - begin) * context + j * size, total);
-        }
+  // Z of row d + r, and what dx and dcontext take from it.
+  void contract(int i, int64_t d, int64_t r, int64_t range, const Thread& at) const {
+    const Projection& p = q.projection[i];
+    const int64_t size = size_of(p.bilinear.dtype), count = q.rows->count;
+    const char* const from = p.bilinear.data + (d + r) * p.bilinear.d * size;
+    Right right{reinterpret_cast<const float*>(from), p.bilinear.e};
+    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.k != 1 || q.context_dim % VL != 0) {
+      with_source<W>(p.bilinear.dtype, [&](auto type) {
+        pack_rows<W, decltype(type)::value>(at.right, all.lanes, from, p.bilinear.e * size, p.bilinear.k * size, p.d_out,
+                                            q.context_dim);
+      });
+      right = {at.right, all.lanes};
+    }
+    int64_t u = 0;
+    for (int64_t n = 0; n < count; n += kRows) {
+      const int64_t rows = count - n < kRows ? count - n : kRows;
+      const Out out{reinterpret_cast<char*>(at.z), all.lanes * 4, Store::f32, all.lanes};
+      product_wide<W>(rows, all.lanes, words<W>(p.d_out), dy[i].at(n), right, out);
+      for (int64_t m = 0; q.dx && m < rows; ++m) {
+        V total{};
+        for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + m, k) * load<V>(at.z + m * all.lanes + k);
+        at.dx[(n + m) * t.strip + r] += sum(total);
       }
-      Sums sums;
-      if (at.sums) sums = Sums{at.sums, at.sums + kChunk, begin > 0, end == rows.contexts};
-      row.add(q.projection[i], d, e, columns, {g, context, begin, end - begin}, dcontext.at(range), sums, at.row);
+      if (!q.dcontext) continue;
+      with_dtype(q.dtype, [&](auto type) {
+        for (int64_t m = 0; m < rows; ++m) {
+          while (n + m >= q.rows->first[u + 1]) ++u;
+          float* const to = dcontext.at(range) + u * all.lanes;
+          const V scale = splat(element<decltype(type)::value>(q.x, n + m, q.d_in, d + r));
+          for (int64_t k = 0; k < all.lanes; k += VL) store(to + k, load<V>(to + k) + scale * load<V>(at.z + m * all.lanes + k));
+        }
+      });
     }
   }
 
-  void write_dx(int64_t d, int64_t rows, const Thread& at) const {
-    const int64_t size = size_of(q.dtype);
-    for (int64_t n = 0; n < q.rows->count; ++n) {
-      char* const to = q.dx + ((q.rows->order ? q.rows->order[n] : n) * q.d_in + d) * size;
-      for (int64_t r = 0; r < rows; ++r) store_scalar(q.dtype, to + r * size, sum(load<V>(at.dx + (n * 2 + r) * VL)));
+  // Of x or dy, by grouped row.
+  template <Dtype D>
+  float element(const char* data, int64_t n, int64_t columns, int64_t c) const {
+    return load_scalar(D, data + ((q.rows->order ? q.rows->order[n] : n) * columns + c) * size_of(D));
+  }
+
+  Left x_left(int64_t d, int64_t step) const {
+    return {reinterpret_cast<const char*>(x.panel(0, d / NR * NR) + d % NR + step * NR), 4, NR * 4};
+  }
+
+  void add_dweight(int i, int64_t d, int64_t rows, const Thread& at) const {
+    const Projection& p = q.projection[i];
+    const int64_t width = round_up(p.d_out, NR), size = size_of(p.dweight.dtype);
+    for (int64_t e = 0; e < p.d_out; e += NR) {
+      Out out{reinterpret_cast<char*>(at.out + e), width * 4, Store::f32, NR};
+      const int64_t lanes = p.d_out - e < NR ? p.d_out - e : NR;
+      for (int64_t n = 0; n == 0 || n < q.rows->count; n += kSummed) {
+        const int64_t summed = q.rows->count - n < kSummed ? q.rows->count - n : kSummed;
+        product_wide<W>(rows, lanes, words<W>(summed), x_left(d, n / W::PER), {dy_words[i].panel(0, e) + n / W::PER * NR, NR}, out);
+        out.store = Store::f32_add;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      write_vector(p.dweight.dtype, p.dweight.data + (d + r) * p.dweight.rows * size, p.dweight.columns, at.out + r * width, p.d_out);
+    }
+  }
+
+  // Column e of `bilinear`, all rows.
+  void add_dbilinear(int i, int64_t e, const Thread& at) const {
+    const Projection& p = q.projection[i];
+    const int64_t count = q.rows->count, size = size_of(p.dbilinear.dtype);
+    const bool direct = count <= kSummed && p.dbilinear.k == 1;
+    char* const to = p.dbilinear.data + e * p.dbilinear.e * size;
+    for (int64_t n = 0; n == 0 || n < count; n += kSummed) {
+      const int64_t summed = count - n < kSummed ? count - n : kSummed;
+      with_dtype(q.dtype, [&](auto type) { gated_contexts<decltype(type)::value>(i, e, n, summed, at.right); });
+      for (int64_t d = 0; d < q.d_in; d += NR) {
+        const int64_t rows = q.d_in - d < NR ? q.d_in - d : NR;
+        Out out{reinterpret_cast<char*>(at.out + d * all.lanes), all.lanes * 4, n > 0 ? Store::f32_add : Store::f32, all.lanes};
+        if (direct) out = Out{to + d * p.dbilinear.d * size, p.dbilinear.d * size, store_of(p.dbilinear.dtype), q.context_dim};
+        product_wide<W>(rows, out.lanes, words<W>(summed), x_left(d, n / W::PER), {at.right, all.lanes}, out);
+      }
+    }
+    for (int64_t d = 0; !direct && d < q.d_in; ++d) {
+      write_vector(p.dbilinear.dtype, to + d * p.dbilinear.d * size, p.dbilinear.k, at.out + d * all.lanes, q.context_dim);
+    }
+  }
+
+  // dy[n, e] c[n, :] as words along n
+  template <Dtype D>
+  void gated_contexts(int i, int64_t e, int64_t n, int64_t rows, float* to) const {
+    const Projection& p = q.projection[i];
+    const int64_t steps = words<W>(rows);
+    for (int64_t s = 0; s < steps; ++s) {
+      float* const out = to + s * all.lanes;
+      const int64_t m = s * W::PER;
+      const bool one = m < rows, two = W::PER == 2 && m + 1 < rows;
+      const V first = splat(one ? element<D>(p.dy, n + m, p.d_out, e) : 0.0f);
+      const V second = splat(two ? element<D>(p.dy, n + m + 1, p.d_out, e) : 0.0f);
+      for (int64_t k = 0; k < all.lanes; k += VL) {
+        const V low = one ? first * all.context(n + m, k) : V{};
+        if constexpr (W::PER == 1) {
+          store(out + k, low);
+        } else {
+          store(out + k, bf16_bits(low) | bf16_bits(two ? second * all.context(n + m + 1, k) : V{}) << 16);
+        }
+      }
     }
   }
 
   const Problem& q;
   const Tiles t;
-  bool need_products;
-  Contexts<W> contexts;
-  Plain x, dy[kMaxProjections];
+  Together all;
+  RowWords<W> x, dy_words[kMaxProjections];
+  LeftRows<W> dy[kMaxProjections];
   DContext dcontext;
-  RowGradients<W> row;
+  bool need_weight = false, need_bilinear = false;
+  int64_t widest = 0;
   char* threads;
   int64_t each_thread, bytes;
 };

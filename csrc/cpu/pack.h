@@ -8,7 +8,7 @@ namespace {
 
 // VL words from adjacent elements at p, of which `count` are there; zeros after them.
 template <class W, Dtype D>
-inline V load_words(const char* p, int64_t count) {
+CTXKERN_INLINE V load_words(const char* p, int64_t count) {
   if constexpr (W::PER == 1) {
     return load_f32_first<D>(p, count);
   } else if constexpr (D == Dtype::bf16) {
@@ -29,7 +29,7 @@ inline V load_words(const char* p, int64_t count) {
 
 // VL words, each of one element of `first` and, in a pair, of `second` (null: zero); n elements are there.
 template <class W, Dtype D>
-inline V zip_words(const char* first, const char* second, int64_t n) {
+CTXKERN_INLINE V zip_words(const char* first, const char* second, int64_t n) {
   const V low = load_f32_first<D>(first, n);
   if constexpr (W::PER == 1) return low;
   const V high = second ? load_f32_first<D>(second, n) : V{};
@@ -37,15 +37,9 @@ inline V zip_words(const char* first, const char* second, int64_t n) {
   return (V)(bf16_bits(low) | bf16_bits(high) << 16);
 }
 
-inline void prefetch(const char* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
-
 // to[w, lane] = words w of row `lane`: rows of `count` elements along the sum (`step` bytes apart), as lanes of 2·VL.
-// ahead: bytes from here to what will be read next, for the cache.
 template <class W, Dtype D>
-inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows, int64_t count,
-                       int64_t ahead = 0) {
+inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows, int64_t count) {
   const int64_t steps = words<W>(count), size = size_of(D);
   if (step != size && count > 1) {
     for (int64_t s = 0; s < steps; ++s) {
@@ -72,9 +66,7 @@ inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row
       V r[VL];
       for (int i = 0; i < VL; ++i) {
         if (lane + i < rows) {
-          const char* const p = block + i * row + s * W::PER * size;
-          if (ahead) prefetch(p + ahead, VL * W::PER * size);
-          r[i] = load_words<W, D>(p, count - s * W::PER);
+          r[i] = load_words<W, D>(block + i * row + s * W::PER * size, count - s * W::PER);
         } else {
           r[i] = V{};
         }
@@ -142,6 +134,18 @@ inline void pack_vector(float* to, Dtype dtype, const char* from, int64_t stride
     } else {
       for (int64_t j = 0; j < padded; ++j) to[j] = j < n ? load_scalar(D, from + j * stride * size) : 0.0f;
     }
+  });
+}
+
+// n float32 to elements of a dtype, `stride` apart.
+inline void write_vector(Dtype dtype, char* to, int64_t stride, const float* from, int64_t n) {
+  const int64_t size = size_of(dtype);
+  if (stride != 1) {
+    for (int64_t j = 0; j < n; ++j) store_scalar(dtype, to + j * stride * size, from[j]);
+    return;
+  }
+  with_dtype(dtype, [&](auto type) {
+    for (int64_t j = 0; j < n; j += VL) store_as_first<decltype(type)::value>(to + j * size, load<V>(from + j), n - j);
   });
 }
 

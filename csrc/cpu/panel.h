@@ -7,25 +7,27 @@
 // A strip is one thread's work. Sums run in an order that shapes and budget alone decide, so that the number of threads
 // changes no bit; those for dcontext are kept apart by ranges of strips and added at the end.
 #pragma once
+#include <cstdlib>
 
 #include "gradients.h"
 
 namespace ctxkern {
 namespace {
 
-// Bytes of the weights of a strip that stay in cache beside what they are multiplied with, and of those of one context.
-constexpr int64_t kStripBytes = 2 << 20, kContextBytes = 512 << 10;
+// Bytes of a block of weights, and in the backward of their gradients, that stay in the second level of cache beside what
+// they are multiplied with, and the shortest sum that a product is cut to for that (bench/LOG.md).
+const int64_t kBlockBytes = getenv("KB") ? atol(getenv("KB")) << 10 : 1024 << 10; constexpr int64_t kShortest = 64;
 // Shares of the budget for one thread's strip; more threads than that take turns.
 constexpr int64_t kShares = 16;
+
+// Bytes between what belongs to two contexts, so that equal places in all of them do not share one set of a cache.
+constexpr int64_t kPad = 128;
 
 template <class W>
 struct PanelForward {
   static constexpr int64_t NR = 2 * VL;
 
-  // Rows of a panel of weights: words along D.
-  static int64_t depth(const Problem& q) { return words<W>(round_up(q.d_in, 2)); }
-  static int64_t panel_bytes(const Problem& q) { return depth(q) * NR * 4; }
-
+  // The rows of D that fit, with those of all contexts, and columns enough for every thread.
   static Tiles tiles(const Problem& q) {
     const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1, threads = q.threads, share = q.budget / threads;
     int64_t widest = 0;
@@ -33,23 +35,20 @@ struct PanelForward {
       const int64_t panels = round_up(q.projection[i].d_out, NR) / NR;
       widest = panels > widest ? panels : widest;
     }
-    const int64_t each = panel_bytes(q) > 0 ? panel_bytes(q) : 1;
-    int64_t panels = kContextBytes / each;
-    if (panels > kStripBytes / (each * contexts)) panels = kStripBytes / (each * contexts);
-    if (panels > widest / (2 * threads)) panels = widest / (2 * threads);
-    if (panels < 1) panels = 1;
-    int64_t group = share / (panels * each);
-    const int64_t strips = widest > 0 ? round_up(widest, panels) / panels * q.projections : 1;
+    const int64_t deep = round_up(q.d_in > 0 ? q.d_in : 1, W::PER * W::STEP * 2);
+    Tiles t{NR, deep, contexts, threads, 1, 0, 0};
+    const auto bytes = [&] { return t.group * (t.strip / NR * words<W>(t.across) * NR * 4 + kPad); };
+    const int64_t limit = kBlockBytes < share ? kBlockBytes : share;
+    while (bytes() > limit && t.across > kShortest) t.across = round_up(t.across / 2, W::PER * W::STEP * 2);
+    while (bytes() > share && t.group > 1) t.group = (t.group + 1) / 2;
+    while (t.across == deep && 2 * bytes() <= kBlockBytes && t.strip / NR * 4 * threads <= widest) t.strip *= 2;
+    const int64_t strips = widest > 0 ? round_up(widest, t.strip / NR) / (t.strip / NR) * q.projections : 1;
     if (strips < threads) {
-      const int64_t parts = (threads + strips - 1) / strips;
-      if (group > (contexts + parts - 1) / parts) group = (contexts + parts - 1) / parts;
+      const int64_t parts = (threads + strips - 1) / strips, group = (contexts + parts - 1) / parts;
+      t.group = t.group < group ? t.group : group;
     }
-    if (group > contexts) group = contexts;
-    if (group < 1) group = 1;
-    Tiles t{panels * NR, q.d_in, group, threads, 1, 0, 0};
-    t.weights_bytes = threads * group * panels * each;
-    PanelForward counted(q, t, nullptr);
-    t.bytes = counted.bytes;
+    t.weights_bytes = threads * bytes();
+    t.bytes = PanelForward(q, t, nullptr).bytes;
     return t;
   }
 
@@ -58,12 +57,18 @@ struct PanelForward {
     Arena arena(workspace);
     x.place(arena);
     contexts.place(q, arena);
-    const int64_t panel = contexts.along_k_words * 4 * VL, weights = t.group * (t.strip / NR) * depth(q) * NR;
-    weights_at = panel + 8 * VL;
-    each_thread = weights_at + round_up(weights, 16);
+    weights_at = contexts.along_k_words * 4 * VL + 8 * VL;
+    y_at = weights_at + round_up(t.group * context_floats(), 16);
+    each_thread = y_at + (summed() ? round_up(q.rows->count * t.strip, 16) : 0);
     threads = arena.take(each_thread * t.threads);
     bytes = arena.used();
   }
+
+  // Of the weights of one context in a block.
+  int64_t context_floats() const { return t.strip / NR * words<W>(t.across) * NR + kPad / 4; }
+
+  // Whether several products add up to y.
+  bool summed() const { return t.across < q.d_in; }
 
   void run() const {
     const int64_t count = q.rows->contexts;
@@ -84,42 +89,66 @@ struct PanelForward {
 
   // Columns e to e + strip of y, of contexts begin to end.
   void strip(const Projection& p, int64_t e, int64_t begin, int64_t end, float* scratch) const {
+    const int64_t columns = p.d_out - e < t.strip ? p.d_out - e : t.strip;
+    for (int64_t d = 0; d == 0 || d < q.d_in; d += t.across) {
+      const int64_t rows = q.d_in - d < t.across ? q.d_in - d : t.across;
+      make(p, d, rows, e, columns, begin, end, scratch);
+      project(p, d, rows, e, columns, begin, end, scratch);
+    }
+    if (summed()) write(p, e, columns, begin, end, scratch + y_at);
+  }
+
+  // Rows d to d + rows of W_u as panels [words of D, NR] of every context of a group.
+  void make(const Projection& p, int64_t d, int64_t rows, int64_t e, int64_t columns, int64_t begin, int64_t end, float* scratch) const {
+    float* const panel = scratch;
+    float* const bias = scratch + contexts.along_k_words * 4 * VL;
     float* const weights = scratch + weights_at;
-    make(p, e, begin, end, scratch, weights);
-    const int64_t columns = p.d_out - e < t.strip ? p.d_out - e : t.strip, size = size_of(q.dtype);
-    float bias[16 * VL];
+    const int64_t depth = words<W>(t.across), context = context_floats();
+    for (int64_t r = 0; r < rows; r += 2) {
+      for (int64_t j = 0; j < columns; j += NR) {
+        Ahead next = j + NR < columns ? panel_ahead(q, p, d + r, e + j + NR) : panel_ahead(q, p, d + r + 2, e);
+        weight_panel<W>(q, p, d + r, e + j, panel, bias);
+        float* const to = weights + j * depth + r / W::PER * NR;
+        Out out{reinterpret_cast<char*>(to), context * 4, W::PER == 2 ? Store::pairs : Store::f32, 4 * VL, NR * 4};
+        out.bias = bias;
+        product<W, 4>(end - begin, contexts.along_k_words, contexts.left(begin), {panel, 4 * VL}, out, &next);
+      }
+    }
+    for (int64_t s = round_up(rows, 2) / W::PER; s < words<W>(rows); ++s) {
+      for (int64_t u = 0; u < end - begin; ++u) {
+        for (int64_t j = 0; j < columns; j += NR) std::memset(weights + u * context + j * depth + s * NR, 0, NR * 4);
+      }
+    }
+  }
+
+  // y_u[:, strip] (+)= x_u[:, rows] W_u[rows, strip]
+  void project(const Projection& p, int64_t d, int64_t rows, int64_t e, int64_t columns, int64_t begin, int64_t end,
+               float* scratch) const {
+    const int64_t size = size_of(q.dtype), depth = words<W>(t.across);
+    const bool last = d + rows >= q.d_in;
+    float bias[NR];
     for (int64_t j = 0; j < columns; j += NR) {
       const int64_t lanes = columns - j < NR ? columns - j : NR;
       if (p.bias) pack_vector(bias, p.bias_dtype, p.bias + (e + j) * size_of(p.bias_dtype), 1, lanes, NR);
       for (int64_t u = begin; u < end; ++u) {
-        const float* const panel = weights + ((u - begin) * (t.strip / NR) + j / NR) * depth(q) * NR;
+        const float* const panel = scratch + weights_at + (u - begin) * context_floats() + j * depth;
         x.pieces(u, [&](const Piece& piece) {
+          Left left = x.at(piece.left);
+          left.data += d / W::PER * 4;
           Out out{p.y + (piece.out * p.d_out + e + j) * size, p.d_out * size, store_of(q.dtype), lanes};
-          out.bias = p.bias ? bias : nullptr;
           out.map = piece.map;
-          product_wide<W>(piece.count, lanes, words<W>(q.d_in), x.at(piece.left), {panel, NR}, out);
+          if (summed()) out = Out{reinterpret_cast<char*>(scratch + y_at + piece.left * t.strip + j), t.strip * 4, Store::f32, lanes};
+          if (d > 0) out.store = Store::f32_add;
+          out.bias = last && p.bias ? bias : nullptr;
+          product_wide<W>(piece.count, lanes, words<W>(rows), left, {panel, NR}, out);
         });
       }
     }
   }
 
-  // W_u as panels [words of D, NR] of every context of a group.
-  void make(const Projection& p, int64_t e, int64_t begin, int64_t end, float* scratch, float* weights) const {
-    float* const panel = scratch;
-    float* const bias = scratch + contexts.along_k_words * 4 * VL;
-    const int64_t panels = t.strip / NR, rows = depth(q), context = panels * rows * NR;
-    const int64_t ahead = 2 * p.bilinear.d * size_of(p.bilinear.dtype);
-    for (int64_t d = 0; d < q.d_in; d += 2) {
-      for (int64_t j = 0; j < panels && e + j * NR < p.d_out; ++j) {
-        weight_panel<W>(q, p, d, e + j * NR, panel, bias, d + 3 < q.d_in ? ahead : 0);
-        float* const to = weights + (j * rows + d / W::PER) * NR;
-        Out out{reinterpret_cast<char*>(to), context * 4, W::PER == 2 ? Store::pairs : Store::f32, 4 * VL, NR * 4};
-        out.bias = bias;
-        product<W, 4>(end - begin, contexts.along_k_words, contexts.left(begin), {panel, 4 * VL}, out);
-      }
-    }
-    for (int64_t s = round_up(q.d_in, 2) / W::PER; s < rows; ++s) {
-      for (int64_t i = 0; i < (end - begin) * panels; ++i) std::memset(weights + (i * rows + s) * NR, 0, NR * 4);
+  void write(const Projection& p, int64_t e, int64_t columns, int64_t begin, int64_t end, const float* sums) const {
+    for (int64_t u = begin; u < end; ++u) {
+      x.pieces(u, [&](const Piece& piece) { write_rows(q, piece, sums, t.strip, p.y, p.d_out, e, columns); });
     }
   }
 
@@ -128,7 +157,7 @@ struct PanelForward {
   LeftRows<W> x;
   Contexts<W> contexts;
   float* threads;
-  int64_t weights_at, each_thread, bytes;
+  int64_t weights_at, y_at, each_thread, bytes;
 };
 
 // P: words of products with parameters (weights, dbilinear, dcontext); R: of products with rows of x and dy.
@@ -144,7 +173,9 @@ struct PanelBackward {
     const int64_t strip = q.d_in > NR ? NR : VL, share = q.budget / kShares;
     int64_t across = round_up(widest, NR), group = contexts;
     // weights and their gradients, of one context
-    const auto each = [&] { return strip * across * (kWeight + kProduct); };
+    const auto each = [&] { return strip * across * (kWeight + kProduct) + 2 * kPad; };
+    const int64_t limit = kBlockBytes < share ? kBlockBytes : share;
+    while (each() * contexts > limit && across > kShortest) across = round_up(across / 2, NR);
     while (each() * contexts > share && across > NR) across = round_up(across / 2, NR);
     if (each() * contexts > share) {
       // sums over groups of contexts
@@ -190,10 +221,13 @@ struct PanelBackward {
     RowScratch row;
   };
 
+  // Of one context.
+  int64_t weights_bytes() const { return t.strip * t.across * kWeight + kPad; }
+  int64_t products_bytes() const { return t.strip * t.across * kProduct + kPad; }
+
   Thread place(Arena& arena, Thread at) const {
-    const int64_t elements = t.group * t.strip * t.across;
-    at.weights = q.dx ? arena.take<char>(elements * kWeight) : nullptr;
-    at.products = need_products ? arena.take<char>(elements * kProduct) : nullptr;
+    at.weights = q.dx ? arena.take<char>(t.group * weights_bytes()) : nullptr;
+    at.products = need_products ? arena.take<char>(t.group * products_bytes()) : nullptr;
     at.panel = arena.take(contexts.along_k_words * 4 * VL);
     at.bias = arena.take(4 * VL);
     at.turned = q.dx ? arena.take(words<R>(t.across) * NR) : nullptr;
@@ -203,11 +237,11 @@ struct PanelBackward {
     return at;
   }
 
-  // Whether several products add up to dx in a half.
+  // Whether several products add up to dx.
   bool summed() const {
     bool several = q.projections > 1;
     for (int i = 0; i < q.projections; ++i) several = several || q.projection[i].d_out > t.across;
-    return several && q.dtype != Dtype::f32;
+    return several;
   }
 
   // Whether no projection has columns.
@@ -254,7 +288,7 @@ struct PanelBackward {
   void products(int i, const Block& b, Thread& at) const {
     constexpr int64_t size = kProduct;
     for (int64_t u = b.begin; u < b.end; ++u) {
-      char* const to = at.products + (u - b.begin) * t.strip * t.across * size;
+      char* const to = at.products + (u - b.begin) * products_bytes();
       const Out out{to, t.across * size, store_of(P::dtype), b.columns};
       shared.products(i, u, b, out);
       const int64_t padded = words<P>(b.columns) * P::PER;
@@ -267,22 +301,21 @@ struct PanelBackward {
   // Row after row of `bilinear`: the weights of the block, and what its gradients take from it.
   void rows_of(int i, const Block& b, int64_t range, Thread& at) {
     const Projection& p = q.projection[i];
-    const int64_t context = t.strip * t.across;
-    const int64_t ahead = 2 * p.bilinear.d * size_of(p.bilinear.dtype);
     for (int64_t r = 0; r < b.rows; r += 2) {
       const int64_t d = b.d + r;
       for (int64_t c = 0; c < b.columns; c += kChunk) {
         const int64_t chunk = b.columns - c < kChunk ? b.columns - c : kChunk;
         for (int64_t j = c; q.dx && j < c + chunk; j += NR) {
-          weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias, d + 3 < q.d_in ? ahead : 0);
+          Ahead next = j + NR < b.columns ? panel_ahead(q, p, d, b.e + j + NR) : panel_ahead(q, p, d + 2, b.e);
+          weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
           char* const to = at.weights + (r * t.across + j) * kWeight;
-          Out out{to, context * kWeight, store_of(R::dtype), 4 * VL, t.across * kWeight};
+          Out out{to, weights_bytes(), store_of(R::dtype), 4 * VL, t.across * kWeight};
           out.bias = at.bias;
-          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out);
+          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out, &next);
         }
         for (int64_t i = 0; need_products && i < 2 && r + i < b.rows; ++i) {
           const char* const g = at.products + ((r + i) * t.across + c) * kProduct;
-          const Products made{g, context * kProduct, b.begin, b.end - b.begin};
+          const Products made{g, products_bytes(), b.begin, b.end - b.begin};
           Sums sums;
           if (at.sums) {
             float* const first = at.sums + ((r + i) * t.across + c) * (contexts.lanes + 1);
@@ -298,7 +331,7 @@ struct PanelBackward {
   void project(int i, const Block& b, bool add, Thread& at) const {
     const int64_t out_size = size_of(q.dtype);
     for (int64_t u = b.begin; u < b.end; ++u) {
-      const char* const weights = at.weights + (u - b.begin) * t.strip * t.across * kWeight;
+      const char* const weights = at.weights + (u - b.begin) * weights_bytes();
       pack_lanes<R, R::dtype>(at.turned, NR, weights, t.across * kWeight, kWeight, b.rows, b.columns);
       const LeftRows<R>& dy = shared.dy[i];
       dy.pieces(u, [&](const Piece& piece) {
@@ -317,17 +350,8 @@ struct PanelBackward {
   }
 
   void write_dx(int64_t d, int64_t rows, const Thread& at) const {
-    const int64_t size = size_of(q.dtype);
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
-      shared.dy[0].pieces(u, [&](const Piece& piece) {
-        with_dtype(q.dtype, [&](auto type) {
-          for (int64_t r = 0; r < piece.count; ++r) {
-            const float* const from = at.dx + (piece.left + r) * t.strip;
-            char* const to = q.dx + ((piece.map ? piece.map[r] : piece.out + r) * q.d_in + d) * size;
-            for (int64_t j = 0; j < rows; j += VL) store_as_first<decltype(type)::value>(to + j * size, load<V>(from + j), rows - j);
-          }
-        });
-      });
+      shared.dy[0].pieces(u, [&](const Piece& piece) { write_rows(q, piece, at.dx, t.strip, q.dx, q.d_in, d, rows); });
     }
   }
 

@@ -67,10 +67,10 @@ struct Out {
 };
 
 template <int NV>
-inline void put(const Out& out, int64_t i, V (&v)[NV]) {
+CTXKERN_INLINE void put(const Out& out, int64_t i, V (&v)[NV]) {
   char* const c = out.at(i);
-  const auto address = [&](int j, int64_t size) { return c + (NV == 4 && j >= 2 ? out.half - 2 * VL * size : 0) + j * VL * size; };
-  const auto as = [&](auto type) {
+  const auto address = [&](int j, int64_t size) __attribute__((always_inline)) { return c + (NV == 4 && j >= 2 ? out.half - 2 * VL * size : 0) + j * VL * size; };
+  const auto as = [&](auto type) __attribute__((always_inline)) {
     constexpr Dtype D = decltype(type)::value;
     for (int j = 0; j < NV; ++j) {
       char* const to = address(j, size_of(D));
@@ -100,8 +100,24 @@ constexpr int kRegisters = VL == 16 ? 28 : 12;
 template <int NV>
 constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
 
+// Memory to bring near while products run, two lines a step: more at once would fill the buffers of outstanding misses.
+struct Ahead {
+  const char* from[2] = {nullptr, nullptr};
+  int64_t bytes = 0;  // of each
+  int64_t at = 0;
+
+  CTXKERN_INLINE void fetch() {
+    if (at >= bytes) return;
+    __builtin_prefetch(from[0] + at, 0, 2);
+    __builtin_prefetch(from[1] + at, 0, 2);
+    at += 64;
+  }
+};
+
 template <class W, int MR, int NV>
-[[gnu::noinline]] void tile(int64_t steps, Left a, Right b, const Out& out, int64_t row) {
+[[gnu::noinline]] void tile(int64_t steps, Left a, Right b, const Out& out, int64_t row, Ahead* ahead) {
+  Ahead next;
+  if (ahead) next = *ahead;
   V acc[MR][NV];
   for (int i = 0; i < MR; ++i) {
     for (int j = 0; j < NV; ++j) acc[i][j] = V{};
@@ -111,20 +127,29 @@ template <class W, int MR, int NV>
   const char* base[BASES];
   for (int g = 0; g < BASES; ++g) base[g] = a.data + 3 * g * a.row;
   const float* right = b.data;
-  for (int64_t s = 0; s < steps; ++s) {
-    V w[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
+  for (int64_t s = 0; s < steps;) {
+    // a cache line of every row of the tile below this one, while a line of this one is used up
+    if (NV < 4 && a.step == 4) {
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const V left = splat(load<float>(base[i / 3] + (i % 3) * a.row));
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a.row);
     }
+    for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
+      if (NV == 4) next.fetch();
+      V w[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const V left = splat(load<float>(base[i / 3] + (i % 3) * a.row));
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+      }
 #pragma GCC unroll 8
-    for (int g = 0; g < BASES; ++g) base[g] += a.step;
-    right += b.step;
+      for (int g = 0; g < BASES; ++g) base[g] += a.step;
+      right += b.step;
+    }
   }
+  if (ahead) ahead->at = next.at;
   if (out.bias) {
     for (int j = 0; j < NV; ++j) {
       const V add = load<V>(out.bias + j * VL);
@@ -135,7 +160,7 @@ template <class W, int MR, int NV>
   for (int i = 0; i < MR; ++i) put<NV>(out, row + i, acc[i]);
 }
 
-using TileFn = void (*)(int64_t, Left, Right, const Out&, int64_t);
+using TileFn = void (*)(int64_t, Left, Right, const Out&, int64_t, Ahead*);
 
 template <class W, int NV, int MR = kTileRows<NV>>
 struct TileTable {
@@ -148,11 +173,11 @@ struct TileTable<W, NV, 0> {
 
 // One panel of NV vectors, rows cut into tiles of nearly equal height.
 template <class W, int NV>
-inline void product(int64_t rows, int64_t steps, Left a, Right b, const Out& out) {
+inline void product(int64_t rows, int64_t steps, Left a, Right b, const Out& out, Ahead* ahead = nullptr) {
   const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
-    TileTable<W, NV>::of(static_cast<int>(height))(steps, {a.data + row * a.row, a.row, a.step}, b, out, row);
+    TileTable<W, NV>::of(static_cast<int>(height))(steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
     row += height;
   }
 }

@@ -11,6 +11,9 @@
 
 #include "problem.h"
 
+// Small functions on registers must not become calls: their arguments would go through memory.
+#define CTXKERN_INLINE [[gnu::always_inline]] inline
+
 namespace ctxkern {
 namespace {
 
@@ -28,31 +31,31 @@ typedef uint32_t VU __attribute__((vector_size(4 * VL)));
 typedef uint16_t VH __attribute__((vector_size(2 * VL)));
 
 template <class T>
-inline T load(const void* p) {
+CTXKERN_INLINE T load(const void* p) {
   T v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <class T>
-inline void store(void* p, T v) {
+CTXKERN_INLINE void store(void* p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
 
 // The first `bytes` bytes of a vector, zeros after them.
 template <class T>
-inline T load_first(const void* p, int64_t bytes) {
+CTXKERN_INLINE T load_first(const void* p, int64_t bytes) {
   T v{};
   std::memcpy(&v, p, static_cast<size_t>(bytes));
   return v;
 }
 
 template <class T>
-inline void store_first(void* p, T v, int64_t bytes) {
+CTXKERN_INLINE void store_first(void* p, T v, int64_t bytes) {
   std::memcpy(p, &v, static_cast<size_t>(bytes));
 }
 
-inline V splat(float x) {
+CTXKERN_INLINE V splat(float x) {
 #if defined(__AVX512F__)
   return _mm512_set1_ps(x);
 #elif defined(__AVX2__)
@@ -62,19 +65,20 @@ inline V splat(float x) {
 #endif
 }
 
-inline float sum(V v) {
+CTXKERN_INLINE float sum(V v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
-  for (int half = VL / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  total = v[0];
+  for (int i = 0; i < VL; ++i) total += v[i];
   return total;
+#endif
 }
 
-inline VU widen(VH h) { return __builtin_convertvector(h, VU); }
+CTXKERN_INLINE VU widen(VH h) { return __builtin_convertvector(h, VU); }
 
 // The upper halves of float32 values rounded to nearest even, in the lower half of each lane.
-inline VU bf16_bits(V v) {
+CTXKERN_INLINE VU bf16_bits(V v) {
 #if defined(__AVX512BF16__)
   return (VU)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
 #else
@@ -124,7 +128,7 @@ inline uint16_t float_to_half(float f) {
 
 // VL elements of a dtype as float32; `_first`: n of them, zeros after.
 template <Dtype D>
-inline V load_f32(const char* p) {
+CTXKERN_INLINE V load_f32(const char* p) {
   if constexpr (D == Dtype::f32) return load<V>(p);
   if constexpr (D == Dtype::bf16) return (V)(widen(load<VH>(p)) << 16);
 #if defined(__AVX512F__)
@@ -139,7 +143,7 @@ inline V load_f32(const char* p) {
 }
 
 template <Dtype D>
-inline V load_f32_first(const char* p, int64_t n) {
+CTXKERN_INLINE V load_f32_first(const char* p, int64_t n) {
   if (n >= VL) return load_f32<D>(p);
   if (n <= 0) return V{};
 #if defined(__AVX512F__)
@@ -153,7 +157,7 @@ inline V load_f32_first(const char* p, int64_t n) {
   return load_f32<D>(reinterpret_cast<const char*>(&h));
 }
 
-inline float load_scalar(Dtype dtype, const char* p) {
+CTXKERN_INLINE float load_scalar(Dtype dtype, const char* p) {
   switch (dtype) {
     case Dtype::f32: return load<float>(p);
     case Dtype::f16: return half_to_float(load<uint16_t>(p));
@@ -164,7 +168,7 @@ inline float load_scalar(Dtype dtype, const char* p) {
 }
 
 template <Dtype D>
-inline void store_as(char* p, V v) {
+CTXKERN_INLINE void store_as(char* p, V v) {
   if constexpr (D == Dtype::f32) {
     store(p, v);
   } else if constexpr (D == Dtype::bf16) {
@@ -185,7 +189,7 @@ inline void store_as(char* p, V v) {
 }
 
 template <Dtype D>
-inline void store_as_first(char* p, V v, int64_t n) {
+CTXKERN_INLINE void store_as_first(char* p, V v, int64_t n) {
   if (n >= VL) return store_as<D>(p, v);
   if (n <= 0) return;
   char full[sizeof(V)];
@@ -199,7 +203,7 @@ inline void store_as_first(char* p, V v, int64_t n) {
 #endif
 }
 
-inline void store_scalar(Dtype dtype, char* p, float x) {
+CTXKERN_INLINE void store_scalar(Dtype dtype, char* p, float x) {
   switch (dtype) {
     case Dtype::f32: return store(p, x);
     case Dtype::bf16: return store(p, static_cast<uint16_t>(bf16_bits(splat(x))[0]));
@@ -214,7 +218,7 @@ struct Type {
 };
 
 template <class F>
-inline void with_dtype(Dtype dtype, F&& f) {
+CTXKERN_INLINE void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::f32: return f(Type<Dtype::f32>{});
     case Dtype::bf16: return f(Type<Dtype::bf16>{});
@@ -223,7 +227,7 @@ inline void with_dtype(Dtype dtype, F&& f) {
 }
 
 // A VL×VL block of 32-bit words.
-inline void transpose(V (&r)[VL]) {
+CTXKERN_INLINE void transpose(V (&r)[VL]) {
 #if defined(__AVX512F__)
   __m512 t[16];
   for (int i = 0; i < 16; i += 2) {
