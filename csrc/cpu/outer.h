@@ -128,12 +128,11 @@ struct OuterForward {
   // Columns of `bilinear`, each as [words of D, K padded].
   void lay_out(const Projection& p, int64_t e, int64_t columns, float* to) const {
     const int64_t size = size_of(p.bilinear.dtype), each = depth * all.lanes;
-    // rows of D at a time: of each a run of columns lies together
-    constexpr int64_t kStep = 16;
     with_source<W>(p.bilinear.dtype, [&](auto type) {
       for (int64_t d = 0; d < q.d_in; d += kStep * W::PER) {
         const int64_t rows = q.d_in - d < kStep * W::PER ? q.d_in - d : kStep * W::PER;
         for (int64_t c = 0; c < columns; ++c) {
+          fetch(p, d + kStep * W::PER, e, columns, c);
           pack_rows<W, decltype(type)::value>(to + c * each + d / W::PER * all.lanes, all.lanes,
                                               p.bilinear.data + (d * p.bilinear.d + (e + c) * p.bilinear.e) * size,
                                               p.bilinear.d * size, p.bilinear.k * size, rows, q.context_dim);
@@ -141,6 +140,19 @@ struct OuterForward {
       }
     });
   }
+
+  // Brings the piece of the rows from d on near that is due beside column c, where a run of columns lies together.
+  void fetch(const Projection& p, int64_t d, int64_t e, int64_t columns, int64_t c) const {
+    if (p.bilinear.k != 1 || p.bilinear.e != q.context_dim) return;
+    const int64_t size = size_of(p.bilinear.dtype), bytes = columns * q.context_dim * size;
+    for (int64_t row = d + c; row < d + kStep * W::PER && row < q.d_in; row += columns) {
+      const char* const from = p.bilinear.data + (row * p.bilinear.d + e * p.bilinear.e) * size;
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
+  }
+
+  // Rows of D laid out at a time: of each a run of columns lies together.
+  static constexpr int64_t kStep = 16;
 
   const Problem& q;
   const Tiles t;
