@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -14,6 +15,8 @@ namespace py = pybind11;
 namespace {
 
 using ctxkern::Dtype;
+// What outer costs a row, panel a context, and outer beyond that: see planner.py.
+using Terms = std::tuple<double, double, double>;
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
@@ -22,6 +25,12 @@ std::vector<std::string> cpu_isas() {
     if (ctxkern::isa_available(isa)) names.push_back(ctxkern::isa_name(isa));
   }
   return names;
+}
+
+std::string force_cpu_isa(const std::string& name) {
+  const std::string before = ctxkern::isa_name(ctxkern::chosen_isa());
+  ctxkern::force_isa(name.c_str());
+  return before;
 }
 
 // The integers of a Python tuple, one after another.
@@ -55,7 +64,7 @@ struct Call {
 };
 
 // See backends/cpu.py, which builds the tuples.
-void read(Call& call, const py::tuple& sizes, const py::tuple& projections, double outer_below) {
+void read(Call& call, const py::tuple& sizes, const py::tuple& projections, const Terms& terms) {
   Reader in(sizes);
   in.expect(18);
   ctxkern::Problem& q = call.problem;
@@ -76,7 +85,8 @@ void read(Call& call, const py::tuple& sizes, const py::tuple& projections, doub
   call.grouped = ctxkern::group_rows(sequences, length, q.tokens, bounds, index, q.table);
   call.rows = call.grouped.view();
   q.rows = &call.rows;
-  q.outer = static_cast<double>(q.tokens) < outer_below * static_cast<double>(call.rows.contexts);
+  const auto [rows, contexts, fixed] = terms;
+  q.outer = rows * static_cast<double>(call.rows.count) + fixed < contexts * static_cast<double>(call.rows.contexts);
   q.projections = static_cast<int>(projections.size());
   if (q.projections > ctxkern::kMaxProjections) throw std::invalid_argument("too many projections");
   for (int i = 0; i < q.projections; ++i) {
@@ -111,10 +121,10 @@ void advise(const ctxkern::Problem& q, bool backward) {
   }
 }
 
-void modulated(const py::tuple& sizes, const py::tuple& projections, bool backward, double outer_below,
+void modulated(const py::tuple& sizes, const py::tuple& projections, bool backward, const Terms& terms,
                const py::object& allocate) {
   Call call;
-  read(call, sizes, projections, outer_below);
+  read(call, sizes, projections, terms);
   const ctxkern::Kernels& run = kernels(call.problem);
   const ctxkern::Tiles tiles = run.tiles(call.problem, backward);
   auto* const workspace = reinterpret_cast<char*>(py::cast<uintptr_t>(allocate(tiles.bytes + 64)));
@@ -125,9 +135,9 @@ void modulated(const py::tuple& sizes, const py::tuple& projections, bool backwa
   (backward ? run.backward : run.forward)(call.problem, tiles, aligned);
 }
 
-py::dict modulated_tiles(const py::tuple& sizes, const py::tuple& projections, bool backward, double outer_below) {
+py::dict modulated_tiles(const py::tuple& sizes, const py::tuple& projections, bool backward, const Terms& terms) {
   Call call;
-  read(call, sizes, projections, outer_below);
+  read(call, sizes, projections, terms);
   const ctxkern::Tiles tiles = kernels(call.problem).tiles(call.problem, backward);
   py::dict made;
   made["outer"] = call.problem.outer;
@@ -147,6 +157,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "The instruction sets that this build has code for and this machine runs, best last.");
   m.def("cpu_isa", [] { return ctxkern::isa_name(ctxkern::chosen_isa()); },
         "The instruction set in use: the best, or the one named by CTXKERN_CPU_ISA.");
+  m.def("force_cpu_isa", &force_cpu_isa, "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
   m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
   m.def("modulated", &modulated, "Runs modulated projections forward or backward; see backends/cpu.py.");
   m.def("modulated_tiles", &modulated_tiles, "How `modulated` would run the same arguments.");

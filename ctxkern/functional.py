@@ -6,7 +6,7 @@ Symbols: B sequences of S tokens, N tokens in all, D = d_in, E = d_out, K = cont
 import torch
 
 from . import _check, ops, planner
-from .backends.registry import resolve
+from .backends.registry import implementation, resolve
 
 
 def modulated_linear(
@@ -131,7 +131,7 @@ def bilinear(input1, input2, weight, bias=None):
     _check.bias(op, "bias", bias, input1, weight.shape[0])
     tokens = input1.shape[:-1].numel()
     x, context = input1.reshape(1, tokens, d_in), input2.reshape(1, tokens, context_dim)
-    backend = resolve(None)
+    backend = _backend(None, x, context, None, None)
     (y,) = ops.modulated(
         x, context, (None,), (weight.permute(1, 0, 2),), (bias,), None, None, planner.DEFAULT_WORKSPACE, backend
     )
@@ -174,7 +174,7 @@ def lora_linear(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu
     _check.bias(op, "bias", bias, x, d_out)
     _check.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
     _number(op, "scale", scale)
-    backend = _backend(backend, x, A, adapter_index, cu_seqlens, "adapter_index")
+    backend = _backend(backend, x, A, adapter_index, cu_seqlens, "adapter_index", "lora")
     return ops.lora(x, weight, A, B, bias, float(scale), adapter_index, cu_seqlens, planner.DEFAULT_WORKSPACE, backend)
 
 
@@ -256,14 +256,13 @@ def explain(
 
     Raises what `modulated_linear` raises.
     """
-    from .backends.portable import plan_call
-
     op = "explain"
     x, context = _inputs(op, x, context, context_index, cu_seqlens)
     _projection(op, x, context, weight, bilinear, bias, "")
     workspace_bytes = _check.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
-    return plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward)
+    planned = implementation("cpu" if backend == "cpu" else "portable")
+    return planned.plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward)
 
 
 _Any = range(65)
@@ -306,9 +305,9 @@ def _number(op, name, value):
         raise TypeError(f"{op}: {name} is {value!r}, takes a number")
 
 
-def _backend(name, x, table, index, cu_seqlens, what="context_index"):
+def _backend(name, x, table, index, cu_seqlens, what="context_index", family="modulated"):
     """The backend that runs; the reference, which has no operator of its own, gets its values checked here."""
-    name = resolve(name)
+    name = resolve(name, x.device.type, x.dtype, family)
     if name == "reference" or ops.transformed():
         _values(x, table, index, cu_seqlens, what)
     return name

@@ -14,9 +14,6 @@ import torch
 
 DEFAULT_WORKSPACE = 32 << 20
 
-# rows a context below which the C++ kernels take the outer form
-OUTER_BELOW = 3.0
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -168,23 +165,16 @@ _ROUNDED = 12
 def plan_modulated(problem, workspace_bytes=DEFAULT_WORKSPACE, backend="portable"):
     """The `Plan` of a modulated projection."""
     p = problem
-    panel_flops = 2 * p.tokens * p.d_in * p.d_out + 2 * p.contexts * p.d_in * p.d_out * p.context_dim
-    outer_flops = 2 * p.tokens * p.d_in * p.d_out * (p.context_dim + p.has_weight)
     if backend == "reference":
-        strategy, flops, tiles = "einsum", outer_flops if p.per_token else panel_flops, (p.d_in, p.contexts)
+        strategy, tiles = "einsum", (p.d_in, p.contexts)
         used = 0 if p.per_token else p.contexts * p.d_in * p.d_out * p.strip_dtype.itemsize
     elif p.per_token or _outer_cost(p) < _panel_cost(p):
-        strategy, flops = "outer", outer_flops
+        strategy = "outer"
         *tiles, used = _outer_tiles(p, workspace_bytes)
     else:
-        strategy, flops = "panel", panel_flops
+        strategy = "panel"
         *tiles, used = _panel_tiles(p, workspace_bytes)
-    per_param = p.param_dtype.itemsize
-    elements = p.d_in * p.d_out * (p.context_dim + p.has_weight) + p.contexts * p.context_dim
-    moved = p.tokens * (p.d_in + p.d_out) * p.dtype.itemsize + elements * per_param
-    rates = device_rates(p.device_type)
-    peak = rates and rates.flops.get(p.compute)
-    floor = max(moved / rates.bandwidth, flops / peak) if peak else None
+    flops, moved = counts(p, "outer" if strategy == "outer" or p.per_token else "panel")
     return Plan(
         strategy,
         backend,
@@ -198,8 +188,7 @@ def plan_modulated(problem, workspace_bytes=DEFAULT_WORKSPACE, backend="portable
         moved,
         used,
         2 * p.tokens * p.d_in * p.d_out,
-        floor,
-        rates.source if peak else "",
+        *floor(p, flops, moved),
         p.strip_of if strategy == "panel" else "E",
         0 if strategy == "outer" else p.contexts,
     )
@@ -221,6 +210,43 @@ def sharing_pays(sequences, contexts, shape):
 # form's products in float32 over the panel's: chosen by the crossover at R = 1 to 3 (bench/LOG.md)
 _TRAFFIC = 24
 _OUTER_RATE = 0.8
+
+
+# The C++ kernels take the outer form where rows · N + fixed < contexts · U: what a row costs there, what a context costs
+# in the panel, and what the outer form costs beyond that, each in products with one context (2DEK operations); fitted
+# to U = 8 to 512 contexts of 1 to 4 rows (bench/LOG.md). By words of a float32 or two bfloat16, and by pass.
+_CPU_TERMS = {
+    ("f32", "forward"): (1.0, 1.21, 18.0),
+    ("f32", "backward"): (1.56, 3.6, 20.0),
+    ("bf16", "forward"): (1.0, 1.42, 69.0),
+    ("bf16", "backward"): (1.96, 4.9, 40.0),
+}
+# bytes of `bilinear` up to which it stays in cache, and laying it out for the outer form's forward costs nothing
+_CPU_CACHED = 8 << 20
+
+
+def cpu_outer_terms(pairs, backward, bilinear_bytes):
+    """(rows, contexts, fixed) of the choice between panel and outer for the C++ kernels; pairs: words of two bfloat16."""
+    rows, contexts, fixed = _CPU_TERMS["bf16" if pairs else "f32", "backward" if backward else "forward"]
+    return rows, contexts, fixed if backward or bilinear_bytes > _CPU_CACHED else 0.0
+
+
+def counts(problem, strategy):
+    """(flops, bytes) of a modulated projection's forward by panel or outer, each distinct context made once."""
+    p = problem
+    if strategy == "outer":
+        flops = 2 * p.tokens * p.d_in * p.d_out * (p.context_dim + p.has_weight)
+    else:
+        flops = 2 * p.tokens * p.d_in * p.d_out + 2 * p.contexts * p.d_in * p.d_out * p.context_dim
+    elements = p.d_in * p.d_out * (p.context_dim + p.has_weight) + p.contexts * p.context_dim
+    return flops, p.tokens * (p.d_in + p.d_out) * p.dtype.itemsize + elements * p.param_dtype.itemsize
+
+
+def floor(problem, flops, moved):
+    """(seconds, where the rates are from) below which the device cannot get; (None, "") where its rates are not known."""
+    rates = device_rates(problem.device_type)
+    peak = rates and rates.flops.get(problem.compute)
+    return (max(moved / rates.bandwidth, flops / peak), rates.source) if peak else (None, "")
 
 
 def _panel_cost(p):

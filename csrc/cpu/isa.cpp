@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -104,10 +105,9 @@ Isa best_of_machine() {
   return best;
 }
 
-Isa choose() {
+Isa choose(const char* wanted) {
   Isa best = Isa::scalar;
   std::string choices;
-  const char* wanted = std::getenv("CTXKERN_CPU_ISA");
   const bool forced = wanted != nullptr && *wanted != '\0';
   for (int i = 0; i < kIsaCount; ++i) {
     const Isa isa = static_cast<Isa>(i);
@@ -129,10 +129,16 @@ const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 bool isa_available(Isa isa) { return kBuilt[static_cast<int>(isa)] && isa <= best_of_machine(); }
 
-Isa chosen_isa() {
-  static const Isa chosen = choose();
-  return chosen;
+namespace {
+std::atomic<Isa>& in_use() {
+  static std::atomic<Isa> isa{choose(std::getenv("CTXKERN_CPU_ISA"))};
+  return isa;
 }
+}  // namespace
+
+Isa chosen_isa() { return in_use().load(std::memory_order_relaxed); }
+
+void force_isa(const char* name) { in_use().store(choose(name), std::memory_order_relaxed); }
 
 const char* cpu_name() {
 #if defined(__x86_64__)

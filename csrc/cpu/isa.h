@@ -15,6 +15,9 @@ bool isa_available(Isa isa);
 // if that is unknown or not available.
 Isa chosen_isa();
 
+// Makes the one of this name the chosen one from here on; throws as chosen_isa does.
+void force_isa(const char* name);
+
 // The brand string, or "" where the processor has none.
 const char* cpu_name();
 

@@ -7,7 +7,6 @@
 // A strip is one thread's work. Sums run in an order that shapes and budget alone decide, so that the number of threads
 // changes no bit; those for dcontext are kept apart by ranges of strips and added at the end.
 #pragma once
-#include <cstdlib>
 
 #include "gradients.h"
 
@@ -16,7 +15,7 @@ namespace {
 
 // Bytes of a block of weights, and in the backward of their gradients, that stay in the second level of cache beside what
 // they are multiplied with, and the shortest sum that a product is cut to for that (bench/LOG.md).
-const int64_t kBlockBytes = getenv("KB") ? atol(getenv("KB")) << 10 : 1024 << 10; constexpr int64_t kShortest = 64;
+constexpr int64_t kBlockBytes = 1 << 20, kShortest = 64;
 // Shares of the budget for one thread's strip; more threads than that take turns.
 constexpr int64_t kShares = 16;
 

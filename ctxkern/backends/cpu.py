@@ -3,11 +3,14 @@
 Here pointers, sizes and strides are gathered into the tuples that csrc/module.cpp reads; memory is torch's.
 """
 
+from functools import cache
+
 import torch
 
 from ctxkern import _compiled, planner
 from ctxkern._check import check_bounds, check_index
 
+FAMILIES = ("modulated",)
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0)
 _NO_BILINEAR = (0, 0, 0, 0, 0)
@@ -87,16 +90,76 @@ def _contiguous(t):
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
-def _run(sizes, projections, backward, x, context, context_index, cu_seqlens):
+# a context per token: outer, whatever it costs
+_OUTER = (0.0, 1.0, -1.0)
+
+
+@cache
+def _has_pairs():
+    """Whether words are pairs of bfloat16: where the instruction set multiplies them."""
+    return _compiled.cpu_isa() in ("avx512_bf16", "amx_bf16")
+
+
+def _terms(x, context, bilinears, backward):
+    if context.dim() == 3:
+        return _OUTER
+    largest = max(t.numel() * t.element_size() for t in bilinears)
+    return planner.cpu_outer_terms(x.dtype is torch.bfloat16 and _has_pairs(), backward, largest)
+
+
+def _run(sizes, projections, backward, terms, x, context, context_index, cu_seqlens):
     kept = []
     try:
-        _compiled.load().modulated(sizes, projections, backward, planner.OUTER_BELOW, _allocator(kept))
+        _compiled.load().modulated(sizes, projections, backward, terms, _allocator(kept))
     except ValueError:
-        if context_index is not None:
-            check_index(context_index, context.shape[0], "context_index")
-        if cu_seqlens is not None:
-            check_bounds(cu_seqlens, x.shape[0])
+        _check_values(x, context, context_index, cu_seqlens)
         raise
+
+
+def _check_values(x, context, context_index, cu_seqlens):
+    if context_index is not None:
+        check_index(context_index, context.shape[0], "context_index")
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, x.shape[0])
+
+
+def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):
+    """The plan of one projection."""
+    _check_values(x, context, context_index, cu_seqlens)
+    sizes = _sizes(x, context, context_index, cu_seqlens, workspace_bytes, x, context)
+    weights = (weight, bilinear) if backward else (None, None)
+    projections = (_projection(weight, bilinear, None, None, *weights),)
+    terms = _terms(x, context, [bilinear], backward)
+    tiles = _compiled.load().modulated_tiles(sizes, projections, backward, terms)
+    d_in, d_out, context_dim = bilinear.shape
+    problem = planner.Problem(
+        x.shape[:-1].numel(),
+        tiles["contexts"],
+        d_in,
+        d_out,
+        context_dim,
+        x.dtype,
+        torch.promote_types(bilinear.dtype, context.dtype),
+        "cpu",
+        context.dim() == 3,
+        weight is not None,
+    )
+    strategy = "outer" if tiles["outer"] else "panel"
+    flops, moved = planner.counts(problem, strategy)
+    return planner.Plan(
+        strategy,
+        backend,
+        *problem[:5],
+        tiles["strip"],
+        tiles["group"],
+        flops,
+        moved,
+        tiles["weights_bytes"],
+        2 * problem.tokens * d_in * d_out,
+        *planner.floor(problem, flops, moved),
+        "D" if backward else "E",
+        tiles["contexts"] if strategy == "panel" else 0,
+    )
 
 
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
@@ -106,7 +169,7 @@ def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_
     outs = [x.new_empty((*x.shape[:-1], t.shape[1])) for t in bilinears]
     sizes = _sizes(x, context, index, bounds, workspace_bytes)
     projections = tuple(map(_projection, weights, bilinears, biases, outs))
-    _run(sizes, projections, False, x, context, index, bounds)
+    _run(sizes, projections, False, _terms(x, context, bilinears, False), x, context, index, bounds)
     return outs
 
 
@@ -125,5 +188,5 @@ def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_
     if need_x or need_context or any(need_w) or any(need_t):
         sizes = _sizes(x, context, index, bounds, workspace_bytes, dx, dcontext)
         projections = tuple(map(_projection, weights, bilinears, [None] * n, douts, dweights, dbilinears))
-        _run(sizes, projections, True, x, context, index, bounds)
+        _run(sizes, projections, True, _terms(x, context, bilinears, True), x, context, index, bounds)
     return dx, dcontext, dweights, dbilinears, dbiases

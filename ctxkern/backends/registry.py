@@ -1,7 +1,7 @@
 """Which implementations there are, which of them can run here, and why the others cannot.
 
-A backend is a module with `modulated_forward`, `modulated_backward`, `lora_forward` and `lora_backward`; none imports
-another.
+A backend is a module with `modulated_forward` and `modulated_backward`, `lora_forward` and `lora_backward`, and `plan_call`;
+none imports another.
 """
 
 from functools import lru_cache
@@ -41,21 +41,42 @@ def backends():
     }
 
 
-def resolve(name):
+def _best(device_type, dtype, family):
+    return "cpu" if backends()["cpu"] and not _refusal("cpu", device_type, dtype, family) else "portable"
+
+
+def _refusal(name, device_type, dtype, family):
+    """Why a backend that is there does not take a call, or ""."""
+    if name != "cpu":
+        return ""
+    if device_type != "cpu":
+        return f"takes tensors on the CPU, not on {device_type}"
+    if not cpu.takes(dtype):
+        return f"takes float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    return "" if family in cpu.FAMILIES else f"has no kernels of the {family} family"
+
+
+def resolve(name, device_type, dtype, family):
     """The name of the backend that runs: `name` itself, never another, or the best one there for None.
 
-    Raises ValueError for a name that no backend has, RuntimeError for one that cannot run here.
+    Raises ValueError for a name that no backend has, RuntimeError for one that cannot run here or does not take the call.
     """
     if name is None:
-        return "portable"
+        return _best(device_type, dtype, family)
     if name not in NAMES:
         raise ValueError(f"backend is {name!r}, takes None or one of {', '.join(map(repr, NAMES))}")
     status = backends()[name]
     if not status:
         raise RuntimeError(f"backend {name!r} cannot run here: {status}")
+    refusal = _refusal(name, device_type, dtype, family)
+    if refusal:
+        raise RuntimeError(f"backend {name!r} {refusal}")
     return name
+
+
+_IMPLEMENTATIONS = {"portable": portable, "cpu": cpu}
 
 
 def implementation(name):
     """The module of a backend that has kernels behind the operators."""
-    return {"portable": portable, "cpu": cpu}[name]
+    return _IMPLEMENTATIONS[name]
