@@ -261,8 +261,10 @@ def explain(
     _projection(op, x, context, weight, bilinear, bias, "")
     workspace_bytes = _check.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
-    planned = implementation("cpu" if backend == "cpu" else "portable")
-    return planned.plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward)
+    planned = implementation("portable" if backend == "reference" else backend, x, "modulated")
+    return planned.plan_call(
+        x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward
+    )
 
 
 _Any = range(65)

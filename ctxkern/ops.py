@@ -92,7 +92,7 @@ def _modulated_fake(x, context, weights, bilinears, *_):
 )
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend):
     """y of each projection."""
-    return implementation(backend).modulated_forward(
+    return implementation(backend, x, "modulated").modulated_forward(
         x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes
     )
 
@@ -113,7 +113,7 @@ def modulated_backward(
     douts, x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend, needs
 ):
     """The gradients that `needs` asks for, of (x, context, *weights, *bilinears, *biases) in this order."""
-    dx, dcontext, dweights, dbilinears, dbiases = implementation(backend).modulated_backward(
+    dx, dcontext, dweights, dbilinears, dbiases = implementation(backend, x, "modulated").modulated_backward(
         douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs
     )
     dbiases = [g if g is None else g.to(b.dtype) for g, b in zip(dbiases, biases, strict=True)]
@@ -131,7 +131,7 @@ def _lora_fake(x, weight, A, B, *_):
 )
 def lora_forward(x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend):
     """y of a linear layer with an adapter a sequence."""
-    return implementation(backend).lora_forward(
+    return implementation(backend, x, "lora").lora_forward(
         x, weight, A, B, scale, bias, adapter_index, cu_seqlens, workspace_bytes
     )
 
@@ -148,7 +148,7 @@ def _lora_backward_fake(dout, x, weight, A, B, bias, _index, _cu, _scale, _works
 )
 def lora_backward(dout, x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend, needs):
     """The gradients that `needs` asks for, of (x, weight, A, B, bias) in this order."""
-    *grads, dbias = implementation(backend).lora_backward(
+    *grads, dbias = implementation(backend, x, "lora").lora_backward(
         dout, x, weight, A, B, scale, adapter_index, cu_seqlens, workspace_bytes, needs
     )
     return _needed((*grads, dbias if dbias is None else dbias.to(bias.dtype)), needs)

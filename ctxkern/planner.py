@@ -212,9 +212,9 @@ _TRAFFIC = 24
 _OUTER_RATE = 0.8
 
 
-# The C++ kernels take the outer form where rows · N + fixed < contexts · U: what a row costs there, what a context costs
-# in the panel, and what the outer form costs beyond that, each in products with one context (2DEK operations); fitted
-# to U = 8 to 512 contexts of 1 to 4 rows (bench/LOG.md). By words of a float32 or two bfloat16, and by pass.
+# The C++ kernels take the outer form where rows · N + fixed < contexts · U: what a row costs there, what a context
+# costs in the panel, and what the outer form costs beyond that, each in products with one context (2DEK operations);
+# fitted to U = 8 to 512 contexts of 1 to 4 rows (bench/LOG.md). By words of a float32 or two bfloat16, and by pass.
 _CPU_TERMS = {
     ("f32", "forward"): (1.0, 1.21, 18.0),
     ("f32", "backward"): (1.56, 3.6, 20.0),
@@ -226,7 +226,7 @@ _CPU_CACHED = 8 << 20
 
 
 def cpu_outer_terms(pairs, backward, bilinear_bytes):
-    """(rows, contexts, fixed) of the choice between panel and outer for the C++ kernels; pairs: words of two bfloat16."""
+    """(rows, contexts, fixed) of the C++ kernels' choice between panel and outer; pairs: words of two bfloat16."""
     rows, contexts, fixed = _CPU_TERMS["bf16" if pairs else "f32", "backward" if backward else "forward"]
     return rows, contexts, fixed if backward or bilinear_bytes > _CPU_CACHED else 0.0
 
@@ -243,7 +243,7 @@ def counts(problem, strategy):
 
 
 def floor(problem, flops, moved):
-    """(seconds, where the rates are from) below which the device cannot get; (None, "") where its rates are not known."""
+    """(seconds, where the rates are from) that the device needs at least; (None, "") where its rates are not known."""
     rates = device_rates(problem.device_type)
     peak = rates and rates.flops.get(problem.compute)
     return (max(moved / rates.bandwidth, flops / peak), rates.source) if peak else (None, "")

@@ -89,6 +89,9 @@ Isa detect() {
   const uint64_t f = bit(16), dq = bit(17), bw = bit(30), vl = bit(31);
   if (!has(leaf7.ebx, f | dq | bw | vl) || !has(states, zmm)) return Isa::avx2;
   if (!has(leaf7_1.eax, bit(5))) return Isa::avx512;
+#if defined(CTXKERN_EMULATE_AMX)
+  return Isa::amx_bf16;
+#endif
   const uint64_t amx_bf16 = bit(22), amx_tile = bit(24);
   if (!has(leaf7.edx, amx_bf16 | amx_tile) || !has(states, tiles) || !request_tiles()) return Isa::avx512_bf16;
   return Isa::amx_bf16;

@@ -9,10 +9,15 @@
 namespace ctxkern {
 namespace {
 
-template <class F>
+// parallel_for over body(item, thread), with what words W need around each item.
+template <class W, class F>
 inline void parallel(int64_t threads, int64_t items, F&& body) {
-  parallel_for(static_cast<int>(threads), items,
-               [](void* f, int64_t i, int thread) { (*static_cast<std::remove_reference_t<F>*>(f))(i, thread); }, &body);
+  const Work work = [](void* f, int64_t i, int thread) {
+    W::enter();
+    (*static_cast<std::remove_reference_t<F>*>(f))(i, thread);
+    W::leave();
+  };
+  parallel_for(static_cast<int>(threads), items, work, &body);
 }
 
 // f(Type<D>{}) with D a dtype that words of W are made of.

@@ -78,7 +78,7 @@ struct OuterForward {
     all.pack();
     int64_t first[kMaxProjections + 1] = {0};
     for (int i = 0; i < q.projections; ++i) first[i + 1] = first[i] + round_up(q.projection[i].d_out, NR) / NR;
-    parallel(t.threads, first[q.projections], [&](int64_t unit, int thread) {
+    parallel<W>(t.threads, first[q.projections], [&](int64_t unit, int thread) {
       int i = 0;
       while (unit >= first[i + 1]) ++i;
       strip(q.projection[i], (unit - first[i]) * NR, threads + thread * each_thread);
@@ -227,7 +227,7 @@ struct OuterBackward {
       dy[i].pack(0);
       if (q.projection[i].dweight.data) dy_words[i].pack(0);
     }
-    parallel(t.threads, t.ranges, [&](int64_t range, int thread) {
+    parallel<W>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
       const Thread at = place(arena, Thread{});
       for (int64_t s = strips * range / t.ranges; s < strips * (range + 1) / t.ranges; ++s) strip(s * t.strip, range, at);
@@ -237,7 +237,7 @@ struct OuterBackward {
     for (int i = 0; i < q.projections; ++i) {
       first[i + 1] = first[i] + (q.projection[i].dbilinear.data ? (q.projection[i].d_out + kColumns - 1) / kColumns : 0);
     }
-    parallel(t.threads, first[q.projections], [&](int64_t unit, int thread) {
+    parallel<W>(t.threads, first[q.projections], [&](int64_t unit, int thread) {
       Arena arena(threads + thread * each_thread);
       const Thread at = place(arena, Thread{});
       int i = 0;

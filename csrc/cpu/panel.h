@@ -72,12 +72,12 @@ struct PanelForward {
   void run() const {
     const int64_t count = q.rows->contexts;
     if (count == 0) return;
-    if (x.packed()) parallel(t.threads, count, [&](int64_t u, int) { x.pack(u); });
+    if (x.packed()) parallel<W>(t.threads, count, [&](int64_t u, int) { x.pack(u); });
     contexts.pack(q);
     int64_t first[kMaxProjections + 1] = {0};
     const int64_t groups = (count + t.group - 1) / t.group;
     for (int i = 0; i < q.projections; ++i) first[i + 1] = first[i] + round_up(q.projection[i].d_out, t.strip) / t.strip * groups;
-    parallel(t.threads, first[q.projections], [&](int64_t unit, int thread) {
+    parallel<W>(t.threads, first[q.projections], [&](int64_t unit, int thread) {
       int i = 0;
       while (unit >= first[i + 1]) ++i;
       const int64_t at = unit - first[i], begin = at % groups * t.group;
@@ -255,8 +255,8 @@ struct PanelBackward {
     contexts.pack(q);
     dcontext.clear();
     if (q.dx && empty()) std::memset(q.dx, 0, static_cast<size_t>(q.tokens * q.d_in * size_of(q.dtype)));
-    parallel(t.threads, count, [&](int64_t u, int) { shared.pack(u); });
-    parallel(t.threads, t.ranges, [&](int64_t range, int thread) {
+    parallel<R>(t.threads, count, [&](int64_t u, int) { shared.pack(u); });
+    parallel<R>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
       Thread at = place(arena, Thread{});
       for (int64_t s = strips * range / t.ranges; s < strips * (range + 1) / t.ranges; ++s) strip(s * t.strip, range, at);

@@ -4,10 +4,15 @@
 // broadcast, at any strides; B is rows of words, one a step, at least as many as the panel has lanes.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace ctxkern {
 namespace {
+
+// The matrix unit's words, of amx.h, with products of their own.
+struct Amx;
 
 // Words of one float32.
 struct F32 {
@@ -15,6 +20,8 @@ struct F32 {
   static constexpr int64_t STEP = 1;  // words a sum is padded to
   static constexpr Dtype dtype = Dtype::f32;
 
+  static void enter() {}
+  static void leave() {}
   static V multiply_add(V acc, V a, V b) { return acc + a * b; }
 };
 
@@ -25,6 +32,8 @@ struct Bf16 {
   static constexpr int64_t STEP = 1;
   static constexpr Dtype dtype = Dtype::bf16;
 
+  static void enter() {}
+  static void leave() {}
   static V multiply_add(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 };
 #endif
@@ -173,7 +182,8 @@ struct TileTable<W, NV, 0> {
 
 // One panel of NV vectors, rows cut into tiles of nearly equal height.
 template <class W, int NV>
-inline void product(int64_t rows, int64_t steps, Left a, Right b, const Out& out, Ahead* ahead = nullptr) {
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, Left a, Right b, const Out& out,
+                                                         Ahead* ahead = nullptr) {
   const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
@@ -182,15 +192,21 @@ inline void product(int64_t rows, int64_t steps, Left a, Right b, const Out& out
   }
 }
 
+// The output of the panel from lane j on.
+inline Out panel_of(const Out& out, int64_t j, int64_t columns) {
+  Out part = out;
+  part.data += j * (out.store == Store::f32 || out.store == Store::f32_add ? 4 : 2);
+  part.lanes = columns - j;
+  if (part.bias) part.bias += j;
+  return part;
+}
+
 // All panels of `columns` lanes; B must be readable up to a multiple of VL lanes. bias, if any, is padded alike.
 template <class W>
-inline void product_wide(int64_t rows, int64_t columns, int64_t steps, Left a, Right b, Out out) {
-  const int64_t size = out.store == Store::f32 || out.store == Store::f32_add ? 4 : 2;
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a, Right b,
+                                                              const Out& out) {
   for (int64_t j = 0; j < columns; j += 2 * VL) {
-    Out part = out;
-    part.data += j * size;
-    part.lanes = columns - j;
-    if (part.bias) part.bias += j;
+    const Out part = panel_of(out, j, columns);
     const Right panel{b.data + j, b.step};
     if (columns - j > VL) {
       product<W, 2>(rows, steps, a, panel, part);

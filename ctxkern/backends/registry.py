@@ -1,10 +1,12 @@
 """Which implementations there are, which of them can run here, and why the others cannot.
 
-A backend is a module with `modulated_forward` and `modulated_backward`, `lora_forward` and `lora_backward`, and `plan_call`;
-none imports another.
+A backend is a module with `modulated_forward` and `modulated_backward`, `lora_forward` and `lora_backward`, and
+`plan_call`; none imports another.
 """
 
 from functools import lru_cache
+
+import torch
 
 from .. import _compiled
 from . import cpu, portable
@@ -59,12 +61,16 @@ def _refusal(name, device_type, dtype, family):
 def resolve(name, device_type, dtype, family):
     """The name of the backend that runs: `name` itself, never another, or the best one there for None.
 
-    Raises ValueError for a name that no backend has, RuntimeError for one that cannot run here or does not take the call.
+    Under a compiler nothing is loaded to find out: that is left to the call (`implementation`).
+
+    Raises ValueError for a name that no backend has, RuntimeError for one that cannot run here or does not take this.
     """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"backend is {name!r}, takes None or one of {', '.join(map(repr, NAMES))}")
+    if torch.compiler.is_compiling():
+        return name or "auto"
     if name is None:
         return _best(device_type, dtype, family)
-    if name not in NAMES:
-        raise ValueError(f"backend is {name!r}, takes None or one of {', '.join(map(repr, NAMES))}")
     status = backends()[name]
     if not status:
         raise RuntimeError(f"backend {name!r} cannot run here: {status}")
@@ -77,6 +83,9 @@ def resolve(name, device_type, dtype, family):
 _IMPLEMENTATIONS = {"portable": portable, "cpu": cpu}
 
 
-def implementation(name):
-    """The module of a backend that has kernels behind the operators."""
+def implementation(name, x, family):
+    """The module of a backend that has kernels behind the operators; "auto" and names chosen under a compiler are
+    resolved now, for activations x and a family of operators."""
+    if name != "portable":
+        name = resolve(None if name == "auto" else name, x.device.type, x.dtype, family)
     return _IMPLEMENTATIONS[name]
