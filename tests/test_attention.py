@@ -15,7 +15,7 @@ from ctxkern.nn import (
 from ctxkern.nn.init import MODES
 from ctxkern.testing.oracle import check_family
 
-B, S, D, K = 4, 6, 8, 3
+B, S, D, K = 4, 6, 16, 3
 RIGHT = torch.arange(S) >= torch.tensor([[6], [3], [1], [5]])
 LEFT = RIGHT.flip(1)
 WHOLE = RIGHT.clone().index_fill_(0, torch.tensor([2]), True)
