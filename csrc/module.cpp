@@ -63,6 +63,17 @@ struct Call {
   ctxkern::Problem problem;
 };
 
+// Operations below which waking a second thread costs more than it does (bench/LOG.md).
+constexpr double kWorkOfAThread = 4e6;
+
+int threads_for(const ctxkern::Problem& q) {
+  double columns = 0;
+  for (int i = 0; i < q.projections; ++i) columns += static_cast<double>(q.projection[i].d_out);
+  const double rows = static_cast<double>(q.tokens + q.rows->contexts * q.context_dim) * (q.outer ? q.context_dim : 1);
+  const double most = 2 * rows * static_cast<double>(q.d_in) * columns / kWorkOfAThread;
+  return most < q.threads ? (most < 1 ? 1 : static_cast<int>(most)) : q.threads;
+}
+
 // See backends/cpu.py, which builds the tuples.
 void read(Call& call, const py::tuple& sizes, const py::tuple& projections, const Terms& terms) {
   Reader in(sizes);
@@ -105,6 +116,7 @@ void read(Call& call, const py::tuple& sizes, const py::tuple& projections, cons
     p.dweight = one.matrix();
     p.dbilinear = one.bilinear();
   }
+  q.threads = threads_for(q);
 }
 
 const ctxkern::Kernels& kernels(const ctxkern::Problem& q) {

@@ -64,14 +64,21 @@ inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row
     const char* const block = from + lane * row;
     for (int64_t s = 0; s < steps; s += VL) {
       V r[VL];
-      for (int i = 0; i < VL; ++i) {
-        if (lane + i < rows) {
-          r[i] = load_words<W, D>(block + i * row + s * W::PER * size, count - s * W::PER);
-        } else {
-          r[i] = V{};
+      const int64_t left = count - s * W::PER;
+      if (lane + VL <= rows && left >= VL * W::PER) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) r[i] = load_words<W, D>(block + i * row + s * W::PER * size, VL * W::PER);
+      } else {
+        for (int i = 0; i < VL; ++i) {
+          r[i] = lane + i < rows ? load_words<W, D>(block + i * row + s * W::PER * size, left) : V{};
         }
       }
       transpose(r);
+      if (steps - s >= VL) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) store(to + (s + i) * to_step + lane, r[i]);
+        continue;
+      }
       const int n = steps - s < VL ? static_cast<int>(steps - s) : VL;
       for (int i = 0; i < n; ++i) store(to + (s + i) * to_step + lane, r[i]);
     }

@@ -230,17 +230,21 @@ CTXKERN_INLINE void with_dtype(Dtype dtype, F&& f) {
 CTXKERN_INLINE void transpose(V (&r)[VL]) {
 #if defined(__AVX512F__)
   __m512 t[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps((__m512)r[i], (__m512)r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps((__m512)r[i], (__m512)r[i + 1]);
   }
   __m512 s[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 16
     for (int j = 0; j < 2; ++j) {
       s[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
       s[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
     }
   }
+#pragma GCC unroll 16
   for (int j = 0; j < 4; ++j) {
     const __m512 low = _mm512_shuffle_f32x4(s[j], s[j + 4], 0x88), high = _mm512_shuffle_f32x4(s[j], s[j + 4], 0xdd);
     const __m512 low2 = _mm512_shuffle_f32x4(s[j + 8], s[j + 12], 0x88);
@@ -252,17 +256,21 @@ CTXKERN_INLINE void transpose(V (&r)[VL]) {
   }
 #elif defined(__AVX2__)
   __m256 t[8];
+#pragma GCC unroll 16
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps((__m256)r[i], (__m256)r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps((__m256)r[i], (__m256)r[i + 1]);
   }
   __m256 s[8];
+#pragma GCC unroll 16
   for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 16
     for (int j = 0; j < 2; ++j) {
       s[i + 2 * j] = (__m256)_mm256_unpacklo_pd((__m256d)t[i + j], (__m256d)t[i + j + 2]);
       s[i + 2 * j + 1] = (__m256)_mm256_unpackhi_pd((__m256d)t[i + j], (__m256d)t[i + j + 2]);
     }
   }
+#pragma GCC unroll 16
   for (int j = 0; j < 4; ++j) {
     r[j] = (V)_mm256_permute2f128_ps(s[j], s[j + 4], 0x20);
     r[j + 4] = (V)_mm256_permute2f128_ps(s[j], s[j + 4], 0x31);
