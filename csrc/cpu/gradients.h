@@ -155,7 +155,8 @@ class RowGradients {
     char* const to = p.dbilinear.data + (d * p.dbilinear.d + e * p.dbilinear.e) * size;
     if (!sums.dbilinear && p.dbilinear.k == 1) {
       const Out out{to, p.dbilinear.e * size, store_of(p.dbilinear.dtype), q_.context_dim};
-      return product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out);
+      const int64_t bytes = q_.d_in * p.d_out * q_.context_dim * size;
+      return product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), streamed(out, bytes));
     }
     float* const kept = sums.dbilinear ? sums.dbilinear : at.out;
     const Out out{reinterpret_cast<char*>(kept), contexts_.lanes * 4, sums.started ? Store::f32_add : Store::f32, contexts_.lanes};

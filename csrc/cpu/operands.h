@@ -16,6 +16,7 @@ inline void parallel(int64_t threads, int64_t items, F&& body) {
     W::enter();
     (*static_cast<std::remove_reference_t<F>*>(f))(i, thread);
     W::leave();
+    stream_fence();
   };
   parallel_for(static_cast<int>(threads), items, work, &body);
 }

@@ -85,6 +85,20 @@ inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row
   }
 }
 
+#if defined(__AVX512F__)
+// Places in two vectors of 16-bit elements of which the words of their first and of their second halves are made.
+struct Zip {
+  alignas(64) uint16_t low[32], high[32];
+  constexpr Zip() : low(), high() {
+    for (int i = 0; i < 32; ++i) {
+      low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+      high[i] = static_cast<uint16_t>(low[i] + 16);
+    }
+  }
+};
+constexpr Zip kZip;
+#endif
+
 // to[w, lane] = words along the rows: row w (or rows 2w and 2w + 1) of `columns` elements, `step` bytes apart, as lanes.
 // map: the row to read for each, or null.
 template <class W, Dtype D>
@@ -96,7 +110,18 @@ inline void pack_rows(float* to, int64_t to_step, const char* from, int64_t row,
     const char* const first = at(s * W::PER);
     const char* const second = W::PER == 2 ? at(s * W::PER + 1) : nullptr;
     float* const out = to + s * to_step;
-    for (int64_t c = 0; c < columns; c += VL) {
+    int64_t c = 0;
+#if defined(__AVX512F__)
+    if constexpr (W::PER == 2 && D == Dtype::bf16) {
+      const __m512i low = load<__m512i>(kZip.low), high = load<__m512i>(kZip.high);
+      for (; first && second && step == size && c + 2 * VL <= columns; c += 2 * VL) {
+        const __m512i a = load<__m512i>(first + c * 2), b = load<__m512i>(second + c * 2);
+        store(out + c, _mm512_permutex2var_epi16(a, low, b));
+        store(out + c + VL, _mm512_permutex2var_epi16(a, high, b));
+      }
+    }
+#endif
+    for (; c < columns; c += VL) {
       if (!first) {
         store(out + c, V{});
       } else if (step == size || columns == 1) {

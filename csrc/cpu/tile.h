@@ -5,6 +5,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "vec.h"
 
@@ -57,7 +58,8 @@ struct Right {
 };
 
 // pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the first half and of the second.
-enum class Store { f32, f32_add, bf16, f16, pairs };
+// The streams write past the cache: whole vectors, aligned.
+enum class Store { f32, f32_add, bf16, f16, pairs, f32_stream, bf16_stream };
 
 constexpr Store store_of(Dtype dtype) {
   return dtype == Dtype::f32 ? Store::f32 : dtype == Dtype::bf16 ? Store::bf16 : Store::f16;
@@ -74,6 +76,21 @@ struct Out {
 
   char* at(int64_t i) const { return data + (map ? map[i] : i) * row; }
 };
+
+constexpr int64_t size_of(Store store) {
+  return store == Store::f32 || store == Store::f32_add || store == Store::f32_stream ? 4 : 2;
+}
+
+// The same past the cache, where the output is larger than caches are and lies so that it can be done.
+inline Out streamed(Out out, int64_t bytes) {
+  constexpr int64_t kCached = 4 << 20;
+  const int64_t vector = VL * size_of(out.store);
+  const bool aligned = (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(out.row)) % vector == 0;
+  if (VL == 4 || bytes < kCached || !aligned || out.lanes % VL != 0) return out;
+  if (out.store == Store::f32) out.store = Store::f32_stream;
+  if (out.store == Store::bf16) out.store = Store::bf16_stream;
+  return out;
+}
 
 template <int NV>
 CTXKERN_INLINE void put(const Out& out, int64_t i, V (&v)[NV]) {
@@ -97,6 +114,16 @@ CTXKERN_INLINE void put(const Out& out, int64_t i, V (&v)[NV]) {
     case Store::f32: return as(Type<Dtype::f32>{});
     case Store::bf16: return as(Type<Dtype::bf16>{});
     case Store::f16: return as(Type<Dtype::f16>{});
+    case Store::f32_stream:
+      for (int j = 0; j < NV; ++j) {
+        if (j * VL < out.lanes) stream_as<Dtype::f32>(c + j * VL * 4, v[j]);
+      }
+      return;
+    case Store::bf16_stream:
+      for (int j = 0; j < NV; ++j) {
+        if (j * VL < out.lanes) stream_as<Dtype::bf16>(c + j * VL * 2, v[j]);
+      }
+      return;
     case Store::pairs:
       if constexpr (NV == 4) {
         for (int j = 0; j < 2; ++j) store(c + j * VL * 4, bf16_bits(v[j]) | bf16_bits(v[j + 2]) << 16);
@@ -171,13 +198,11 @@ template <class W, int MR, int NV>
 
 using TileFn = void (*)(int64_t, Left, Right, const Out&, int64_t, Ahead*);
 
-template <class W, int NV, int MR = kTileRows<NV>>
-struct TileTable {
-  static TileFn of(int rows) { return rows == MR ? &tile<W, MR, NV> : TileTable<W, NV, MR - 1>::of(rows); }
-};
-template <class W, int NV>
-struct TileTable<W, NV, 0> {
-  static TileFn of(int) { return nullptr; }
+template <class W, int NV, class Rows>
+struct TileTable;
+template <class W, int NV, int... I>
+struct TileTable<W, NV, std::integer_sequence<int, I...>> {
+  static constexpr TileFn of[] = {&tile<W, I + 1, NV>...};
 };
 
 // One panel of NV vectors, rows cut into tiles of nearly equal height.
@@ -187,7 +212,7 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t s
   const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
-    TileTable<W, NV>::of(static_cast<int>(height))(steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
+    TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1](steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
     row += height;
   }
 }
@@ -195,7 +220,7 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t s
 // The output of the panel from lane j on.
 inline Out panel_of(const Out& out, int64_t j, int64_t columns) {
   Out part = out;
-  part.data += j * (out.store == Store::f32 || out.store == Store::f32_add ? 4 : 2);
+  part.data += j * size_of(out.store);
   part.lanes = columns - j;
   if (part.bias) part.bias += j;
   return part;

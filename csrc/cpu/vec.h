@@ -188,6 +188,31 @@ CTXKERN_INLINE void store_as(char* p, V v) {
   }
 }
 
+// Past the cache; p aligned to what is written, D float32 or bfloat16.
+template <Dtype D>
+CTXKERN_INLINE void stream_as(char* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (D == Dtype::f32) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+  alignas(32) char half[32];
+  store_as<D>(half, v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load<__m256i>(half));
+#elif defined(__AVX2__)
+  if constexpr (D == Dtype::f32) return _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+  alignas(16) char half[16];
+  store_as<D>(half, v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), load<__m128i>(half));
+#else
+  store_as<D>(p, v);
+#endif
+}
+
+// After streams, before another thread reads them.
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <Dtype D>
 CTXKERN_INLINE void store_as_first(char* p, V v, int64_t n) {
   if (n >= VL) return store_as<D>(p, v);
