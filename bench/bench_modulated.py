@@ -12,7 +12,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16-f32-params": (torch.bfloat16, torch.float32),
 }
-# rows a context from which the portable backend must be no slower than the einsum
+# rows a context from which it must be no slower than the einsum
 ENOUGH_ROWS = 32
 
 

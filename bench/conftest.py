@@ -40,6 +40,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("ctxkern beside its peers (interleaved; price: over one plain shared linear layer)")
     terminalreporter.write_line(report.table(rows))
+    terminalreporter.write_line("\n" + "\n".join(report.means(rows)))
     device = config.getoption("--device")
     path = config.getoption("--csv") or report.results_file(device, config.rootpath / "bench" / "results")
     if path:

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
@@ -125,6 +126,32 @@ def _headline(row):
 
 def _line(row):
     return "  ".join(f"{row[key]!s:{align}{18 if key == 'peer' else 10}}" for key, _, align in _TABLE)
+
+
+_PLAIN = ("ctxkern", "einsum", "linear")
+
+
+def means(rows):
+    """Lines: by dtypes and pass, the geometric mean over the cases of the speed over the einsum's and over that of the
+    best other peer (the einsum where there is none), and the case where the latter is least."""
+    blocks = {}
+    for row in rows:
+        kind = (row["dtype"], row["param_dtype"], row["pass"])
+        blocks.setdefault(kind, {}).setdefault(row["case"], {})[row["peer"]] = float(row["p50_ms"])
+    lines = []
+    for (dtype, param_dtype, direction), cases in blocks.items():
+        einsum, best = {}, {}
+        for case, ms in cases.items():
+            einsum[case] = ms["einsum"] / ms["ctxkern"]
+            best[case] = min([t for p, t in ms.items() if p not in _PLAIN] or [ms["einsum"]]) / ms["ctxkern"]
+        least = min(best, key=best.get)
+        name = dtype if dtype == param_dtype else f"{dtype} with {param_dtype} parameters"
+        lines.append(
+            f"{name}, {direction}: {geometric_mean(einsum.values()):.2f} × the einsum, "
+            f"{geometric_mean(best.values()):.2f} × the best PyTorch form over {len(cases)} cases; "
+            f"least {best[least]:.2f} at {least}"
+        )
+    return lines
 
 
 def append(rows, path):
