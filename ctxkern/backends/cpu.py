@@ -184,9 +184,8 @@ def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_
     dcontext = torch.empty_like(context) if need_context else None
     dweights = [torch.empty_like(w) if need else None for w, need in zip(weights, need_w, strict=True)]
     dbilinears = [torch.empty_like(t) if need else None for t, need in zip(bilinears, need_t, strict=True)]
-    dbiases = [
-        dout.sum(tuple(range(dout.dim() - 1))) if need else None for dout, need in zip(douts, need_b, strict=True)
-    ]
+    leading = tuple(range(x.dim() - 1))
+    dbiases = [dout.sum(leading) if need else None for dout, need in zip(douts, need_b, strict=True)]
     if need_x or need_context or any(need_w) or any(need_t):
         sizes = _sizes(x, context, index, bounds, workspace_bytes, dx, dcontext)
         projections = tuple(map(_projection, weights, bilinears, [None] * n, douts, dweights, dbilinears))
