@@ -45,6 +45,14 @@ LARGER = [
 ]
 
 
+# sums that are cut, in the strategy that is chosen for them
+LONG = [
+    Case("long-rows", 2, 2048, 24, 40, 8),
+    Case("long-sums", 2, 40, 4096, 40, 4),
+    Case("long-sums-of-dx", 2, 40, 40, 4096, 4),
+]
+
+
 def k_major(inputs):
     """`bilinear` with its last dimension outermost in memory, and a transposed weight."""
     inputs.bilinear = inputs.bilinear.permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -81,6 +89,13 @@ def strategy(request, monkeypatch):
 def test_the_case_table(isa, strategy, dtypes):
     for case in CASES + LARGER:
         check(cpu(), inputs_of(case, *dtypes), f"{isa} {strategy} {case.id}")
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("case", LONG, ids=lambda c: c.id)
+def test_long_sums(isa, case):
+    for dtypes in DTYPES.values():
+        check(cpu(), make_inputs(case, *dtypes), f"{isa} {case.id}")
 
 
 @pytest.mark.parametrize("isa", ISAS[-1:], indirect=True)

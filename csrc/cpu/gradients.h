@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kChunk = 128;
 // Ranges of D whose sums for dcontext are kept apart, at most: that many threads can share a backward.
 constexpr int64_t kRanges = 64;
+// Steps of a sum in float32 before it is added to what is in memory: over rows of a context, and over D or E.
+constexpr int64_t kLongest = 256, kDeepest = 512;
 
 // Rows d to d + rows and columns e to e + columns of a projection's weight, of contexts begin to end.
 struct Block {
@@ -212,7 +214,14 @@ struct SharedRows {
       Out part = out;
       part.data += c * size;
       part.lanes = b.columns - c < NR ? b.columns - c : NR;
-      product_wide<W>(b.rows, part.lanes, x_words.steps(u), left, {dy_words[i].panel(u, b.e + c), NR}, part);
+      const float* const right = dy_words[i].panel(u, b.e + c);
+      // in float32 a long sum is cut, as its rounding grows with its length; a half is rounded far more in the end
+      const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
+      for (int64_t s = 0; s == 0 || s < steps; s += longest) {
+        const int64_t piece = steps - s < longest ? steps - s : longest;
+        product_wide<W>(b.rows, part.lanes, piece, {left.data + s * left.step, left.row, left.step}, {right + s * NR, NR}, part);
+        part.store = Store::f32_add;
+      }
     }
   }
 

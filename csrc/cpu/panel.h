@@ -38,6 +38,7 @@ struct PanelForward {
     Tiles t{NR, deep, contexts, threads, 1, 0, 0};
     const auto bytes = [&] { return t.group * (t.strip / NR * words<W>(t.across) * NR * 4 + kPad); };
     const int64_t limit = kBlockBytes < share ? kBlockBytes : share;
+    if (W::PER == 1 && t.across > kDeepest) t.across = kDeepest;
     while (bytes() > limit && t.across > kShortest) t.across = round_up(t.across / 2, W::PER * W::STEP * 2);
     while (bytes() > share && t.group > 1) t.group = (t.group + 1) / 2;
     while (t.across == deep && 2 * bytes() <= kBlockBytes && t.strip / NR * 4 * threads <= widest) t.strip *= 2;
@@ -174,6 +175,7 @@ struct PanelBackward {
     // weights and their gradients, of one context
     const auto each = [&] { return strip * across * (kWeight + kProduct) + 2 * kPad; };
     const int64_t limit = kBlockBytes < share ? kBlockBytes : share;
+    if (R::PER == 1 && across > kDeepest) across = kDeepest;
     while (each() * contexts > limit && across > kShortest) across = round_up(across / 2, NR);
     while (each() * contexts > share && across > NR) across = round_up(across / 2, NR);
     if (each() * contexts > share) {
