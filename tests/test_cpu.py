@@ -156,6 +156,15 @@ def test_several_threads_at_once():
     assert not failures, failures[0]
 
 
+def python(code, **env):
+    """Output of `code` in a fresh process that imports this very package."""
+    env = {**os.environ, "PYTHONPATH": str(Path(ctxkern.__file__).parents[1]), **env}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd="/", env=env, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 _FORK = """
 import os, torch, ctxkern
 from ctxkern.testing.cases import BENCH_CASES, make_inputs
@@ -175,7 +184,7 @@ assert torch.equal(before, ctxkern.modulated_linear(*args, backend="cpu", **kwar
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_after_a_fork():
-    subprocess.run([sys.executable, "-c", _FORK], check=True, timeout=60)
+    python(_FORK)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -189,9 +198,7 @@ from ctxkern.testing.oracle import check
 check(ctxkern.modulated_linear, make_inputs(BY_ID["prime"]))
 print(_compiled.cpu_isa())
 """
-    env = {**os.environ, "CTXKERN_CPU_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60, capture_output=True, text=True)
-    assert done.stdout.strip() == isa
+    assert python(code, CTXKERN_CPU_ISA=isa) == isa
 
 
 def test_what_it_does_not_take():

@@ -67,8 +67,8 @@ def resolve(name, device_type, dtype, family):
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"backend is {name!r}, takes None or one of {', '.join(map(repr, NAMES))}")
-    if torch.compiler.is_compiling():
-        return name or "auto"
+    if torch.compiler.is_compiling() and name != "reference":
+        return _LATER + (name or "")
     if name is None:
         return _best(device_type, dtype, family)
     status = backends()[name]
@@ -81,11 +81,15 @@ def resolve(name, device_type, dtype, family):
 
 
 _IMPLEMENTATIONS = {"portable": portable, "cpu": cpu}
+# before a name that was not looked up when it was given
+_LATER = "later "
 
 
 def implementation(name, x, family):
-    """The module of a backend that has kernels behind the operators; "auto" and names chosen under a compiler are
-    resolved now, for activations x and a family of operators."""
-    if name != "portable":
-        name = resolve(None if name == "auto" else name, x.device.type, x.dtype, family)
-    return _IMPLEMENTATIONS[name]
+    """The module of a backend that has kernels behind the operators; what a compiler left open is resolved now, for
+    activations x and a family of operators."""
+    module = _IMPLEMENTATIONS.get(name)
+    if module is None:
+        asked = name.removeprefix(_LATER) or None
+        module = _IMPLEMENTATIONS[resolve(asked, x.device.type, x.dtype, family)]
+    return module
