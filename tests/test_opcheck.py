@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import ctxkern
 from ctxkern.testing.cases import make_inputs
 from ctxkern.testing.families import lora_arguments
 from ctxkern.testing.kinds import CHECKED, PADDED, PER_TOKEN, RAGGED, SHARED
@@ -13,11 +14,18 @@ by_case = pytest.mark.parametrize("case", CHECKED, ids=lambda c: c.id)
 by_kind = pytest.mark.parametrize("case", [PADDED, SHARED, RAGGED, PER_TOKEN], ids=lambda c: c.id)
 
 
-def modulated_operands(inputs, projections=1):
-    """The arguments of the modulated operators but for `needs`."""
+BACKENDS = [name for name in ("portable", "cpu") if ctxkern.backends()[name]]
+
+
+def check_modulated(inputs, projections=1, needs=None, forward=True):
+    """Both modulated operators, on every backend that is there."""
     lists = [[t] * projections for t in (inputs.weight, inputs.bilinear, inputs.bias)]
-    options = (1 << 12, "portable")
-    return (inputs.x, inputs.context, *lists, inputs.context_index, inputs.cu_seqlens, *options)
+    operands = (inputs.x, inputs.context, *lists, inputs.context_index, inputs.cu_seqlens, 1 << 12)
+    for backend in BACKENDS:
+        if forward:
+            opcheck(ops.modulated_forward.default, (*operands, backend))
+        gradients = needs or needs_of(inputs, projections)
+        opcheck(ops.modulated_backward.default, ([inputs.dy] * projections, *operands, backend, gradients))
 
 
 def needs_of(inputs, projections=1):
@@ -31,27 +39,24 @@ def needs_of(inputs, projections=1):
 @by_case
 def test_modulated_operators(case):
     inputs = make_inputs(case)
-    opcheck(ops.modulated_forward.default, modulated_operands(inputs))
-    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), needs_of(inputs)))
+    check_modulated(inputs)
 
 
 @by_kind
 def test_modulated_operators_in_bfloat16_with_float32_parameters(case):
     inputs = make_inputs(case, torch.bfloat16, torch.float32)
-    opcheck(ops.modulated_forward.default, modulated_operands(inputs))
-    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), needs_of(inputs)))
+    check_modulated(inputs)
 
 
 def test_modulated_operators_with_three_projections():
     inputs = make_inputs(SHARED)
-    opcheck(ops.modulated_forward.default, modulated_operands(inputs, 3))
-    opcheck(ops.modulated_backward.default, ([inputs.dy] * 3, *modulated_operands(inputs, 3), needs_of(inputs, 3)))
+    check_modulated(inputs, 3)
 
 
 @pytest.mark.parametrize("needed", range(5))
 def test_modulated_backward_of_one_gradient(needed):
     inputs = make_inputs(PADDED)
-    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), [i == needed for i in range(5)]))
+    check_modulated(inputs, needs=[i == needed for i in range(5)], forward=False)
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 0, 2), (0, 2, 1)], ids=str)
@@ -61,8 +66,7 @@ def test_modulated_operators_with_permuted_x(case, order):
     inverse = [order.index(i) for i in range(3)]
     inputs.x = inputs.x.permute(order).contiguous().permute(inverse)
     inputs.dy = inputs.dy.permute(order).contiguous().permute(inverse)
-    opcheck(ops.modulated_forward.default, modulated_operands(inputs))
-    opcheck(ops.modulated_backward.default, ([inputs.dy], *modulated_operands(inputs), needs_of(inputs)))
+    check_modulated(inputs)
 
 
 @pytest.mark.parametrize("case", [c for c in CHECKED if not c.per_token], ids=lambda c: c.id)
