@@ -260,7 +260,7 @@ def test_the_plan_counts_as_the_formulas_do(problem, budget):
 
 
 @bounded
-@given(cases(per_token=False, indexed=True), seeds)
+@given(cases(per_token=False, indexed=True, least=1), seeds)
 def test_the_plan_counts_the_contexts_in_use(case, seed):
     plan = outputs(make_inputs(case, seed=seed), ctxkern.explain)
     lengths = case.lengths or (1,) * case.B
