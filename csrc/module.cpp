@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -64,7 +65,7 @@ struct Call {
 };
 
 // Operations below which waking a second thread costs more than it does (bench/LOG.md).
-constexpr double kWorkOfAThread = 4e6;
+constexpr double kWorkOfAThread = 0.75e6;
 
 int threads_for(const ctxkern::Problem& q) {
   double columns = 0;
@@ -139,7 +140,11 @@ void modulated(const py::tuple& sizes, const py::tuple& projections, bool backwa
   read(call, sizes, projections, terms);
   const ctxkern::Kernels& run = kernels(call.problem);
   const ctxkern::Tiles tiles = run.tiles(call.problem, backward);
-  auto* const workspace = reinterpret_cast<char*>(py::cast<uintptr_t>(allocate(tiles.bytes + 64)));
+  // below a megabyte asking Python for memory costs more than the memory
+  constexpr int64_t kOwn = 1 << 20;
+  std::unique_ptr<char[]> own;
+  if (tiles.bytes < kOwn) own.reset(new char[static_cast<size_t>(tiles.bytes + 64)]);
+  char* const workspace = own ? own.get() : reinterpret_cast<char*>(py::cast<uintptr_t>(allocate(tiles.bytes + 64)));
   auto* const aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
   py::gil_scoped_release unlocked;
   advise(call.problem, backward);

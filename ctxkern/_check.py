@@ -42,7 +42,7 @@ def _beside(x):
 
 
 def shape(op, name, t, expected, takes):
-    if tuple(t.shape) != tuple(expected):
+    if t.shape != expected:
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}, takes {takes} = {list(expected)}")
 
 
@@ -110,16 +110,18 @@ def projections(op, name, values, count, optional):
 
 def autocast(*tensors):
     """The tensors as autocast would have them: float32 and halves in its dtype, others as they are."""
-    device = tensors[0].device.type
-    if not autocast_enabled(device):
+    if not autocast_enabled(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t.to(dtype) if t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors)
 
 
-def autocast_enabled(device_type):
-    """Whether autocast is on; never for a device type that has none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def autocast_enabled(t):
+    """Whether autocast is on for the device of a tensor; never for one that has none, such as meta."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = t.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_index(index, table_rows, what):

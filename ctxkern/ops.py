@@ -25,9 +25,9 @@ def _operator(schema, fake):
 
     def register(fn):
         def kernel(*args):
-            device = (args[0] if isinstance(args[0], torch.Tensor) else args[0][0]).device.type
-            if autocast_enabled(device):
-                with torch.autocast(device, enabled=False), torch.no_grad():
+            t = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            if autocast_enabled(t):
+                with torch.autocast(t.device.type, enabled=False), torch.no_grad():
                     return fn(*args)
             if torch.is_grad_enabled():
                 with torch.no_grad():

@@ -162,9 +162,9 @@ inline void block(int64_t rows, int64_t steps, Left a, Right b, const Out& out, 
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    V v[NV];
-    for (int j = 0; j < NV; ++j) v[j] = load<V>(&sums[i][j * VL]) + (out.bias ? load<V>(out.bias + j * VL) : V{});
-    put<NV>(out, row + i, v);
+    V v[1][NV];
+    for (int j = 0; j < NV; ++j) v[0][j] = load<V>(&sums[i][j * VL]) + (out.bias ? load<V>(out.bias + j * VL) : V{});
+    put(v, out, row + i);
   }
 }
 

@@ -156,9 +156,15 @@ class RowGradients {
     const int64_t steps = words<W>(g.count), size = size_of(p.dbilinear.dtype);
     char* const to = p.dbilinear.data + (d * p.dbilinear.d + e * p.dbilinear.e) * size;
     if (!sums.dbilinear && p.dbilinear.k == 1) {
-      const Out out{to, p.dbilinear.e * size, store_of(p.dbilinear.dtype), q_.context_dim};
-      const int64_t bytes = q_.d_in * p.d_out * q_.context_dim * size;
-      return product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), streamed(out, bytes));
+      Out out{to, p.dbilinear.e * size, store_of(p.dbilinear.dtype), q_.context_dim};
+      const bool large = VL > 4 && q_.d_in * p.d_out * q_.context_dim * size >= kCached;
+      if (large && streamable(out)) out = streamed(out);
+      // else rows without gaps go through the cache, whole lines at a time, to memory
+      const bool copied = large && out.store == store_of(p.dbilinear.dtype) && p.dbilinear.e == q_.context_dim;
+      if (copied) out.data = reinterpret_cast<char*>(at.out) + reinterpret_cast<uintptr_t>(to) % 64;
+      product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out);
+      if (copied) stream_copy(to, out.data, columns * out.row);
+      return;
     }
     float* const kept = sums.dbilinear ? sums.dbilinear : at.out;
     const Out out{reinterpret_cast<char*>(kept), contexts_.lanes * 4, sums.started ? Store::f32_add : Store::f32, contexts_.lanes};

@@ -374,7 +374,7 @@ struct OuterBackward {
         if constexpr (W::PER == 1) {
           store(out + k, low);
         } else {
-          store(out + k, bf16_bits(low) | bf16_bits(two ? second * all.context(n + m + 1, k) : V{}) << 16);
+          store(out + k, pair(low, two ? second * all.context(n + m + 1, k) : V{}));
         }
       }
     }

@@ -34,7 +34,7 @@ CTXKERN_INLINE V zip_words(const char* first, const char* second, int64_t n) {
   if constexpr (W::PER == 1) return low;
   const V high = second ? load_f32_first<D>(second, n) : V{};
   if constexpr (D == Dtype::bf16) return (V)((VU)low >> 16 | (VU)high);
-  return (V)(bf16_bits(low) | bf16_bits(high) << 16);
+  return pair(low, high);
 }
 
 // to[w, lane] = words w of row `lane`: rows of `count` elements along the sum (`step` bytes apart), as lanes of 2·VL.
@@ -69,6 +69,7 @@ inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row
 #pragma GCC unroll 16
         for (int i = 0; i < VL; ++i) r[i] = load_words<W, D>(block + i * row + s * W::PER * size, VL * W::PER);
       } else {
+#pragma GCC unroll 16
         for (int i = 0; i < VL; ++i) {
           r[i] = lane + i < rows ? load_words<W, D>(block + i * row + s * W::PER * size, left) : V{};
         }
@@ -79,8 +80,10 @@ inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row
         for (int i = 0; i < VL; ++i) store(to + (s + i) * to_step + lane, r[i]);
         continue;
       }
-      const int n = steps - s < VL ? static_cast<int>(steps - s) : VL;
-      for (int i = 0; i < n; ++i) store(to + (s + i) * to_step + lane, r[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; ++i) {
+        if (i < steps - s) store(to + (s + i) * to_step + lane, r[i]);
+      }
     }
   }
 }

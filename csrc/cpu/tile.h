@@ -57,8 +57,8 @@ struct Right {
   int64_t step;  // words
 };
 
-// pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the first half and of the second.
-// The streams write past the cache: whole vectors, aligned.
+// f32_add: to panels of one or two vectors. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
+// first half and of the second. The streams write past the cache: whole vectors, aligned, of one or two.
 enum class Store { f32, f32_add, bf16, f16, pairs, f32_stream, bf16_stream };
 
 constexpr Store store_of(Dtype dtype) {
@@ -81,52 +81,73 @@ constexpr int64_t size_of(Store store) {
   return store == Store::f32 || store == Store::f32_add || store == Store::f32_stream ? 4 : 2;
 }
 
-// The same past the cache, where the output is larger than caches are and lies so that it can be done.
-inline Out streamed(Out out, int64_t bytes) {
-  constexpr int64_t kCached = 4 << 20;
+// Bytes of an output from which it is written past the cache.
+constexpr int64_t kCached = 4 << 20;
+
+inline bool streamable(const Out& out) {
   const int64_t vector = VL * size_of(out.store);
-  const bool aligned = (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(out.row)) % vector == 0;
-  if (VL == 4 || bytes < kCached || !aligned || out.lanes % VL != 0) return out;
+  return (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(out.row)) % vector == 0 && out.lanes % VL == 0;
+}
+
+inline Out streamed(Out out) {
   if (out.store == Store::f32) out.store = Store::f32_stream;
   if (out.store == Store::bf16) out.store = Store::bf16_stream;
   return out;
 }
 
-template <int NV>
-CTXKERN_INLINE void put(const Out& out, int64_t i, V (&v)[NV]) {
-  char* const c = out.at(i);
-  const auto address = [&](int j, int64_t size) __attribute__((always_inline)) { return c + (NV == 4 && j >= 2 ? out.half - 2 * VL * size : 0) + j * VL * size; };
-  const auto as = [&](auto type) __attribute__((always_inline)) {
-    constexpr Dtype D = decltype(type)::value;
-    for (int j = 0; j < NV; ++j) {
-      char* const to = address(j, size_of(D));
-      if (NV == 4 || (j + 1) * VL <= out.lanes) {
-        store_as<D>(to, v[j]);
-      } else {
-        store_as_first<D>(to, v[j], out.lanes - j * VL);
-      }
-    }
-  };
+// Rows of sums to rows `row` and on of the output. Of fewer lanes than there are, the last vector is cut short.
+template <int MR, int NV, class F>
+CTXKERN_INLINE void each_row(V (&acc)[MR][NV], const Out& out, int64_t row, F&& write) {
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) write(out.at(row + i), acc[i]);
+}
+
+template <Dtype D, int MR, int NV>
+CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
+  constexpr int64_t vector = VL * size_of(D);
+  const int64_t last = NV == 4 ? VL : out.lanes - (NV - 1) * VL;
+  if (last >= VL) {
+    each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) store_as<D>(c + (NV == 4 && j >= 2 ? out.half + (j - 2) * vector : j * vector), v[j]);
+    });
+  } else {
+    each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV - 1; ++j) store_as<D>(c + j * vector, v[j]);
+      store_as_first<D>(c + (NV - 1) * vector, v[NV - 1], last);
+    });
+  }
+}
+
+template <int MR, int NV>
+CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
   switch (out.store) {
     case Store::f32_add:
-      for (int j = 0; j < NV; ++j) v[j] += load_f32_first<Dtype::f32>(address(j, 4), NV == 4 ? VL : out.lanes - j * VL);
-      return as(Type<Dtype::f32>{});
-    case Store::f32: return as(Type<Dtype::f32>{});
-    case Store::bf16: return as(Type<Dtype::bf16>{});
-    case Store::f16: return as(Type<Dtype::f16>{});
+      each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) v[j] += load_f32_first<Dtype::f32>(c + j * VL * 4, out.lanes - j * VL);
+      });
+      return put_as<Dtype::f32>(acc, out, row);
+    case Store::f32: return put_as<Dtype::f32>(acc, out, row);
+    case Store::bf16: return put_as<Dtype::bf16>(acc, out, row);
+    case Store::f16: return put_as<Dtype::f16>(acc, out, row);
     case Store::f32_stream:
-      for (int j = 0; j < NV; ++j) {
-        if (j * VL < out.lanes) stream_as<Dtype::f32>(c + j * VL * 4, v[j]);
-      }
-      return;
+      return each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) stream_as<Dtype::f32>(c + j * VL * 4, v[j]);
+      });
     case Store::bf16_stream:
-      for (int j = 0; j < NV; ++j) {
-        if (j * VL < out.lanes) stream_as<Dtype::bf16>(c + j * VL * 2, v[j]);
-      }
-      return;
+      return each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) stream_as<Dtype::bf16>(c + j * VL * 2, v[j]);
+      });
     case Store::pairs:
       if constexpr (NV == 4) {
-        for (int j = 0; j < 2; ++j) store(c + j * VL * 4, bf16_bits(v[j]) | bf16_bits(v[j + 2]) << 16);
+        each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+          for (int j = 0; j < 2; ++j) store(c + j * VL * 4, pair(v[j], v[j + 2]));
+        });
       }
   }
 }
@@ -155,7 +176,9 @@ template <class W, int MR, int NV>
   Ahead next;
   if (ahead) next = *ahead;
   V acc[MR][NV];
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = V{};
   }
   // every third row: x86 addresses the two after it as base + stride and base + 2·stride
@@ -187,13 +210,14 @@ template <class W, int MR, int NV>
   }
   if (ahead) ahead->at = next.at;
   if (out.bias) {
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const V add = load<V>(out.bias + j * VL);
+#pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) acc[i][j] += add;
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) put<NV>(out, row + i, acc[i]);
+  put(acc, out, row);
 }
 
 using TileFn = void (*)(int64_t, Left, Right, const Out&, int64_t, Ahead*);

@@ -89,6 +89,18 @@ CTXKERN_INLINE VU bf16_bits(V v) {
 #endif
 }
 
+// Words of two bfloat16, `low` in their lower halves.
+CTXKERN_INLINE V pair(V low, V high) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (V)_mm512_permutexvar_epi16(load<__m512i>(kOrder), both);
+#else
+  return (V)(bf16_bits(low) | bf16_bits(high) << 16);
+#endif
+}
+
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
   uint32_t bits;
@@ -167,43 +179,62 @@ CTXKERN_INLINE float load_scalar(Dtype dtype, const char* p) {
   return load<float>(&bits);
 }
 
+// Lanes as 16-bit elements of D, bfloat16 or float16.
+template <Dtype D>
+CTXKERN_INLINE VH narrow(V v) {
+  if constexpr (D == Dtype::bf16) {
+#if defined(__AVX512BF16__)
+    return (VH)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return __builtin_convertvector(bf16_bits(v), VH);
+#endif
+  }
+#if defined(__AVX512F__)
+  return (VH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (VH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  VH h;
+  for (int i = 0; i < VL; ++i) h[i] = float_to_half(v[i]);
+  return h;
+#endif
+}
+
 template <Dtype D>
 CTXKERN_INLINE void store_as(char* p, V v) {
   if constexpr (D == Dtype::f32) {
     store(p, v);
-  } else if constexpr (D == Dtype::bf16) {
-#if defined(__AVX512BF16__)
-    store(p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-#else
-    store(p, __builtin_convertvector(bf16_bits(v), VH));
-#endif
   } else {
-#if defined(__AVX512F__)
-    store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
-    store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    for (int i = 0; i < VL; ++i) store(p + 2 * i, float_to_half(v[i]));
-#endif
+    store(p, narrow<D>(v));
   }
 }
 
-// Past the cache; p aligned to what is written, D float32 or bfloat16.
+// Past the cache; p aligned to what is written.
 template <Dtype D>
 CTXKERN_INLINE void stream_as(char* p, V v) {
 #if defined(__AVX512F__)
   if constexpr (D == Dtype::f32) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
-  alignas(32) char half[32];
-  store_as<D>(half, v);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load<__m256i>(half));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow<D>(v));
 #elif defined(__AVX2__)
   if constexpr (D == Dtype::f32) return _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
-  alignas(16) char half[16];
-  store_as<D>(half, v);
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), load<__m128i>(half));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow<D>(v));
 #else
   store_as<D>(p, v);
 #endif
+}
+
+// A copy past the cache, of memory in cache that lies alike within lines of 64 bytes.
+inline void stream_copy(char* to, const char* from, int64_t bytes) {
+  constexpr int64_t kLine = 64, kVector = sizeof(V);
+  const int64_t unaligned = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLine);
+  const int64_t head = unaligned < bytes ? unaligned : bytes;
+  std::memcpy(to, from, static_cast<size_t>(head));
+  int64_t at = head;
+  for (; at + kLine <= bytes; at += kLine) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kLine; i += kVector) stream_as<Dtype::f32>(to + at + i, load<V>(from + at + i));
+  }
+  std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
 }
 
 // After streams, before another thread reads them.
@@ -217,13 +248,13 @@ template <Dtype D>
 CTXKERN_INLINE void store_as_first(char* p, V v, int64_t n) {
   if (n >= VL) return store_as<D>(p, v);
   if (n <= 0) return;
-  char full[sizeof(V)];
-  store_as<D>(full, v);
 #if defined(__AVX512F__)
   const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
   if constexpr (D == Dtype::f32) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
-  _mm256_mask_storeu_epi16(p, mask, load<__m256i>(full));
+  _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow<D>(v));
 #else
+  char full[sizeof(V)];
+  store_as<D>(full, v);
   std::memcpy(p, full, static_cast<size_t>(n) * size_of(D));
 #endif
 }
