@@ -221,6 +221,9 @@ _CPU_TERMS = {
     ("bf16", "forward"): (1.0, 1.42, 69.0),
     ("bf16", "backward"): (1.96, 4.9, 40.0),
 }
+# rows a context up to which a GPU takes the outer form: by the counts, not measured yet
+GPU_OUTER_ROWS = 4
+
 # bytes of `bilinear` up to which it stays in cache, and laying it out for the outer form's forward costs nothing
 _CPU_CACHED = 8 << 20
 

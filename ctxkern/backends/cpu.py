@@ -10,15 +10,9 @@ import torch
 from ctxkern import _compiled, planner
 from ctxkern._check import check_bounds, check_index
 
-FAMILIES = ("modulated",)
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0)
 _NO_BILINEAR = (0, 0, 0, 0, 0)
-
-
-def takes(dtype):
-    """Whether there are kernels for activations of a dtype."""
-    return dtype in _CODES
 
 
 def _matrix(t):

@@ -4,6 +4,9 @@ A backend is a module with `modulated_forward` and `modulated_backward`, `lora_f
 `plan_call`; none imports another.
 """
 
+import importlib
+import importlib.util
+import os
 from functools import lru_cache
 
 import torch
@@ -33,29 +36,57 @@ def backends():
     reference: the specification, plain einsums that build a weight a sequence. portable: strips in plain PyTorch, any
     device. cpu: C++. triton, cuda: GPU kernels.
     """
-    missing = "this version has no {} kernels"
     return {
         "reference": _AVAILABLE,
         "portable": _AVAILABLE,
         "cpu": Status(_compiled.reason() or "available"),
-        "triton": Status(missing.format("Triton")),
-        "cuda": Status(missing.format("CUDA")),
+        "triton": Status(_without_triton() or "available"),
+        "cuda": Status("this version has no CUDA kernels"),
     }
 
 
+def _without_triton():
+    """Why Triton kernels cannot run here, or ""; nothing is imported to find out."""
+    try:
+        found = importlib.util.find_spec("triton")
+    except ImportError:
+        found = None
+    if found is None:
+        return "triton is not installed"
+    if torch.cuda.is_available() or interpreted():
+        return ""
+    return "no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs it on the CPU, for tests)"
+
+
+def interpreted():
+    """Whether Triton's interpreter runs its kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_BEST = {"cpu": "cpu", "cuda": "triton"}
+
+
 def _best(device_type, dtype, family):
-    return "cpu" if backends()["cpu"] and not _refusal("cpu", device_type, dtype, family) else "portable"
+    name = _BEST.get(device_type)
+    return name if name and backends()[name] and not _refusal(name, device_type, dtype, family) else "portable"
+
+
+_FAMILIES = {"cpu": ("modulated",), "triton": ("modulated",)}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _refusal(name, device_type, dtype, family):
     """Why a backend that is there does not take a call, or ""."""
-    if name != "cpu":
+    if name not in _FAMILIES:
         return ""
-    if device_type != "cpu":
-        return f"takes tensors on the CPU, not on {device_type}"
-    if not cpu.takes(dtype):
+    device = "cpu" if name == "cpu" or interpreted() else "cuda"
+    if device_type != device:
+        return f"takes tensors on {'the CPU' if device == 'cpu' else 'a GPU'}, not on {device_type}"
+    if dtype not in _DTYPES:
         return f"takes float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-    return "" if family in cpu.FAMILIES else f"has no kernels of the {family} family"
+    if name == "triton" and dtype is torch.bfloat16 and interpreted():
+        return "takes float32 or float16 in Triton's interpreter, whose bfloat16 products are wrong"
+    return "" if family in _FAMILIES[name] else f"has no kernels of the {family} family"
 
 
 def resolve(name, device_type, dtype, family):
@@ -81,6 +112,8 @@ def resolve(name, device_type, dtype, family):
 
 
 _IMPLEMENTATIONS = {"portable": portable, "cpu": cpu}
+
+
 # before a name that was not looked up when it was given
 _LATER = "later "
 
@@ -90,6 +123,9 @@ def implementation(name, x, family):
     activations x and a family of operators."""
     module = _IMPLEMENTATIONS.get(name)
     if module is None:
-        asked = name.removeprefix(_LATER) or None
-        module = _IMPLEMENTATIONS[resolve(asked, x.device.type, x.dtype, family)]
+        if name.startswith(_LATER):
+            asked = name.removeprefix(_LATER) or None
+            return implementation(resolve(asked, x.device.type, x.dtype, family), x, family)
+        # the others import Triton or load kernels, with their first call
+        module = _IMPLEMENTATIONS[name] = importlib.import_module(f"{__package__}.{name}")
     return module

@@ -1,0 +1,86 @@
+"""What all launches of one call share: rows as a matrix, contexts, groups, precision."""
+
+from contextlib import nullcontext
+from functools import cached_property
+
+import torch
+import triton.language as tl
+
+from .grouping import group_rows
+from .tiles import kind_of, tile
+
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def contiguous(t):
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def as_matrix(t):
+    """[N, last dimension], dense."""
+    return contiguous(t).view(t.shape[:-1].numel(), t.shape[-1])
+
+
+def strides(t, dims):
+    return (0,) * dims if t is None else t.stride()
+
+
+class Call:
+    """x [N, D], context [F, K]; sequences: B, length: rows of each, 0 where `cu_seqlens` has their bounds."""
+
+    def __init__(self, x, context, bilinears, context_index, cu_seqlens, workspace_bytes):
+        self.x, self.context = as_matrix(x), as_matrix(context)
+        self.tokens, self.d_in = self.x.shape
+        self.table, self.context_dim = self.context.shape
+        self.index, self.bounds = contiguous(context_index), contiguous(cu_seqlens)
+        self.per_token = context.dim() == 3
+        if self.per_token:
+            self.sequences, self.length = self.tokens, 1
+        elif cu_seqlens is None:
+            self.sequences, self.length = x.shape[:2]
+        else:
+            self.sequences, self.length = cu_seqlens.shape[0] - 1, 0
+        self.budget, self.dtype = workspace_bytes, x.dtype
+        wide = any(t.dtype is not x.dtype for t in (context, *bilinears))
+        self.kind = kind_of(x.dtype, torch.float32 if wide else x.dtype)
+        tf32 = x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        self.precision = "tf32" if tf32 else "ieee"
+        # of float32 products beside halves: three products of the matrix unit, where it has any
+        self.wide_precision = "tf32x3" if self.kind == "mixed" and torch.version.hip is None else self.precision
+
+    @property
+    def most_contexts(self):
+        """U at most."""
+        return min(self.sequences, self.table)
+
+    @cached_property
+    def groups(self):
+        rows = self.tokens // max(self.most_contexts, 1)
+        block = tile("project", self.kind, rows, 1, 1).rows
+        sizes = self.tokens, self.sequences, self.length, self.table
+        return group_rows(*sizes, self.index, self.bounds, block, self.x.device)
+
+    @cached_property
+    def slot(self):
+        """[N] int32, row of the context table of each row of x; None where they are the same."""
+        if self.per_token or self.index is None and self.bounds is None and self.length == 1:
+            return None
+        slot = self.index
+        if slot is not None:
+            inside = ((slot >= 0) & (slot < self.table)).all()
+            torch._assert_async(inside, "context_index lies outside the table")
+            slot = slot.clamp(0, max(self.table - 1, 0)).to(torch.int32)
+        else:
+            slot = torch.arange(self.sequences, dtype=torch.int32, device=self.x.device)
+        if self.bounds is None:
+            return slot[:, None].expand(self.sequences, self.length).reshape(-1).contiguous()
+        token = torch.arange(self.tokens, dtype=torch.int32, device=self.x.device)
+        sequence = torch.bucketize(token, self.bounds[1:], right=True).clamp(max=self.sequences - 1)
+        return slot[sequence]
+
+    def buffer(self, size, dtype=None):
+        return torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)
+
+    def device(self):
+        """Launches go to the device of the tensors."""
+        return torch.cuda.device(self.x.device) if self.x.is_cuda else nullcontext()

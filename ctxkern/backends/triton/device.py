@@ -1,0 +1,37 @@
+"""What every kernel shares: products accumulated in float32, of operands of two dtypes; 64-bit offsets."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wide(i):
+    """An integer, of a loop or an argument, that products with strides do not overflow."""
+    return tl.zeros([], tl.int64) + i
+
+
+@triton.jit
+def dot_rounded(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b + acc with both rounded to DTYPE in registers."""
+    return tl.dot(a.to(DTYPE), b.to(DTYPE), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_wide(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc; of a float32 b beside a half, what rounding leaves is multiplied too: beside bfloat16, 16 bits."""
+    rounded = b.to(a.dtype)
+    acc = tl.dot(a, rounded, acc, input_precision=PRECISION)
+    if a.dtype != b.dtype:
+        acc = tl.dot(a, (b - rounded.to(b.dtype)).to(a.dtype), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def dot_exact(a, b, acc, PRECISION: tl.constexpr):
+    """`dot_wide` with all 24 bits of a float32 b, for sums that nothing else rounds."""
+    acc = dot_wide(a, b, acc, PRECISION)
+    if a.dtype == tl.bfloat16 and b.dtype == tl.float32:
+        rest = b - b.to(a.dtype).to(b.dtype)
+        rest = rest - rest.to(a.dtype).to(b.dtype)
+        acc = tl.dot(a, rest.to(a.dtype), acc, input_precision=PRECISION)
+    return acc

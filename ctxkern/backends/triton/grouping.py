@@ -1,0 +1,279 @@
+"""Which rows of x belong to which context, found on the device: equal indices become one context, without waiting.
+
+Contexts in use are numbered 0 to U - 1 by their first sequence, and their rows brought together in an order of its own,
+the grouped rows; a tile is up to `block` grouped rows of one context. U is known on the device alone, so that buffers
+have room for `limit` contexts and `tiles` tiles, the most there can be. Without an index and without bounds every
+sequence is a context of `length` rows, no buffer is needed and UNIFORM is true.
+
+The buffer, int32, one part after another:
+  contexts, tiles          how many there are
+  slot [limit]             row of the context table
+  first [limit + 1]        first grouped row of a context
+  tile_first [limit + 1]   its first tile
+  tile_context [tiles]     context of a tile
+  order [N]                row of x of a grouped row; only with an index
+
+  seen:   for each sequence the first of its index, the rows of it before, and in all    O(B²) comparisons
+  number: running sums over those firsts: contexts, rows, tiles                          one program
+  spread: tile_context and order                                                         a program a sequence
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+_SEEN_BLOCK = 64
+_NUMBER_BLOCK = 256
+_SPREAD_BLOCK = 1024
+
+
+class Groups(NamedTuple):
+    """What kernels take to find the rows of a context."""
+
+    buffer: torch.Tensor
+    limit: int
+    tiles: int
+    length: int
+    block: int
+    uniform: bool
+    ordered: bool
+
+    def arguments(self):
+        return self.buffer, self.limit, self.tiles, self.length
+
+    def flags(self):
+        return {"BLOCK_M": self.block, "UNIFORM": self.uniform, "ORDERED": self.ordered}
+
+
+@triton.jit
+def context_count(groups_ptr, limit, UNIFORM: tl.constexpr):
+    """U."""
+    count = limit
+    if not UNIFORM:
+        count = tl.load(groups_ptr)
+    return count
+
+
+@triton.jit
+def slots_of(groups_ptr, u, mask, UNIFORM: tl.constexpr):
+    """Rows of the context table of contexts u."""
+    slot = u
+    if not UNIFORM:
+        slot = tl.load(groups_ptr + 2 + u, mask=mask, other=0)
+    return slot
+
+
+@triton.jit
+def range_of(groups_ptr, limit, length, u, UNIFORM: tl.constexpr):
+    """First grouped row of context u, and the one after its last."""
+    begin = u * length
+    end = begin + length
+    if not UNIFORM:
+        begin = tl.load(groups_ptr + 2 + limit + u)
+        end = tl.load(groups_ptr + 3 + limit + u)
+    return begin, end
+
+
+@triton.jit
+def rows_at(groups_ptr, limit, tiles, grouped, mask, ORDERED: tl.constexpr):
+    """Rows of x of grouped rows."""
+    rows = grouped
+    if ORDERED:
+        rows = tl.load(groups_ptr + 4 + 3 * limit + tiles + grouped, mask=mask, other=0)
+    return rows
+
+
+@triton.jit
+def tile_count(groups_ptr, tiles, UNIFORM: tl.constexpr):
+    count = tiles
+    if not UNIFORM:
+        count = tl.load(groups_ptr + 1)
+    return count
+
+
+@triton.jit
+def tile_range(groups_ptr, limit, length, tile, BLOCK_M: tl.constexpr, UNIFORM: tl.constexpr):
+    """Context of a tile, its first grouped row, and the one after the last of its context."""
+    per = tl.cdiv(length, BLOCK_M)
+    u = tile // tl.maximum(per, 1)
+    inside = tile - u * per
+    if not UNIFORM:
+        u = tl.load(groups_ptr + 4 + 3 * limit + tile)
+        inside = tile - tl.load(groups_ptr + 3 + 2 * limit + u)
+    begin, end = range_of(groups_ptr, limit, length, u, UNIFORM)
+    return u, begin + inside * BLOCK_M, end
+
+
+@triton.jit
+def _sequence(cu_seqlens_ptr, b, mask, rows, length, PACKED: tl.constexpr):
+    """First row and number of rows of sequences b, cut to the rows that there are."""
+    begin = b * length
+    size = tl.where(mask, length, 0)
+    if PACKED:
+        begin = tl.load(cu_seqlens_ptr + b, mask=mask, other=0)
+        end = tl.load(cu_seqlens_ptr + b + 1, mask=mask, other=0)
+        begin = tl.minimum(tl.maximum(begin, 0), rows)
+        size = tl.minimum(tl.maximum(end, begin), rows) - begin
+    return begin, size
+
+
+@triton.jit(debug=True)
+def _seen_kernel(
+    index_ptr,  # [B]
+    cu_seqlens_ptr,  # [B + 1]
+    seen_ptr,  # [3, B]: first of the same index, rows of it before, rows of it in all
+    sequences,
+    rows,
+    length,
+    table,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = b < sequences
+    mine = tl.load(index_ptr + b, mask=mask, other=-1)
+    tl.device_assert((mine >= 0) & (mine < table), "context_index lies outside the table", mask=mask)
+    first = b
+    before = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, sequences, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        theirs = tl.load(index_ptr + j, mask=j < sequences, other=-2)
+        _, size = _sequence(cu_seqlens_ptr, j, j < sequences, rows, length, PACKED)
+        same = mine[:, None] == theirs[None, :]
+        first = tl.minimum(first, tl.min(tl.where(same, j[None, :], sequences), 1))
+        before += tl.sum(tl.where(same & (j[None, :] < b[:, None]), size[None, :], 0), 1)
+        total += tl.sum(tl.where(same, size[None, :], 0), 1)
+    tl.store(seen_ptr + b, first, mask=mask)
+    tl.store(seen_ptr + sequences + b, before, mask=mask)
+    tl.store(seen_ptr + 2 * sequences + b, total, mask=mask)
+
+
+@triton.jit(debug=True)
+def _number_kernel(
+    index_ptr,
+    cu_seqlens_ptr,
+    seen_ptr,
+    starts_ptr,  # [B], out: first grouped row of the contexts of firsts
+    groups_ptr,  # out
+    sequences,
+    rows,
+    length,
+    table,
+    limit,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    contexts = 0
+    at = 0
+    tiles = 0
+    if PACKED:
+        tl.device_assert(tl.load(cu_seqlens_ptr) == 0, "cu_seqlens does not begin with 0")
+        tl.device_assert(tl.load(cu_seqlens_ptr + sequences) == rows, "cu_seqlens does not end with the rows of x")
+    for start in range(0, sequences, BLOCK):
+        b = start + tl.arange(0, BLOCK)
+        mask = b < sequences
+        if PACKED:
+            low = tl.load(cu_seqlens_ptr + b, mask=mask, other=0)
+            high = tl.load(cu_seqlens_ptr + b + 1, mask=mask, other=0)
+            tl.device_assert(low <= high, "cu_seqlens falls", mask=mask)
+        slot = b
+        if INDEXED:
+            first = tl.load(seen_ptr + b, mask=mask, other=-1)
+            total = tl.load(seen_ptr + 2 * sequences + b, mask=mask, other=0)
+            used = mask & (first == b) & (total > 0)
+            slot = tl.load(index_ptr + b, mask=mask, other=0).to(tl.int32)
+            slot = tl.minimum(tl.maximum(slot, 0), table - 1)
+        else:
+            _, total = _sequence(cu_seqlens_ptr, b, mask, rows, length, PACKED)
+            used = mask & (total > 0)
+        one = used.to(tl.int32)
+        size = tl.where(used, total, 0)
+        count = tl.where(used, (total + BLOCK_M - 1) // BLOCK_M, 0)
+        u = contexts + tl.cumsum(one, 0) - one
+        row = at + tl.cumsum(size, 0) - size
+        tile = tiles + tl.cumsum(count, 0) - count
+        tl.store(groups_ptr + 2 + u, slot, mask=used)
+        tl.store(groups_ptr + 2 + limit + u, row, mask=used)
+        tl.store(groups_ptr + 3 + 2 * limit + u, tile, mask=used)
+        tl.store(starts_ptr + b, row, mask=mask)
+        contexts += tl.sum(one, 0)
+        at += tl.sum(size, 0)
+        tiles += tl.sum(count, 0)
+    tl.store(groups_ptr, contexts)
+    tl.store(groups_ptr + 1, tiles)
+    tl.store(groups_ptr + 2 + limit + contexts, at)
+    tl.store(groups_ptr + 3 + 2 * limit + contexts, tiles)
+
+
+@triton.jit
+def _spread_kernel(
+    cu_seqlens_ptr,
+    seen_ptr,
+    starts_ptr,
+    groups_ptr,
+    sequences,
+    rows,
+    length,
+    limit,
+    tiles,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0)
+    if b < tl.load(groups_ptr):
+        begin = tl.load(groups_ptr + 3 + 2 * limit + b)
+        end = tl.load(groups_ptr + 4 + 2 * limit + b)
+        for start in range(begin, end, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            tl.store(groups_ptr + 4 + 3 * limit + t, b, mask=t < end)
+    if INDEXED:
+        begin, size = _sequence(cu_seqlens_ptr, b, True, rows, length, PACKED)
+        at = tl.load(starts_ptr + tl.load(seen_ptr + b)) + tl.load(seen_ptr + sequences + b)
+        for start in range(0, size, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            tl.store(groups_ptr + 4 + 3 * limit + tiles + at + i, begin + i, mask=i < size)
+
+
+def group_rows(rows, sequences, length, table, context_index, cu_seqlens, block, device):
+    """The `Groups` of a call; length: of every sequence, 0 where cu_seqlens [B + 1] has their bounds."""
+    indexed, packed = context_index is not None, cu_seqlens is not None
+    if not indexed and not packed:
+        tiles = sequences * triton.cdiv(length, block)
+        return Groups(torch.empty(0, dtype=torch.int32, device=device), sequences, tiles, length, block, True, False)
+    limit = min(sequences, table)
+    tiles = rows // block + limit
+    scratch = 4 * sequences if indexed else sequences
+    size = 4 + 3 * limit + tiles + (rows if indexed else 0)
+    whole = torch.empty(size + scratch, dtype=torch.int32, device=device)
+    buffer, seen, starts = whole[:size], whole[size:], whole[size + scratch - sequences :]
+    flags = {"PACKED": packed}
+    if indexed:
+        _seen_kernel[(triton.cdiv(sequences, _SEEN_BLOCK),)](
+            context_index, cu_seqlens, seen, sequences, rows, length, table, **flags, BLOCK=_SEEN_BLOCK
+        )
+    flags["INDEXED"] = indexed
+    _number_kernel[(1,)](
+        context_index,
+        cu_seqlens,
+        seen,
+        starts,
+        buffer,
+        sequences,
+        rows,
+        length,
+        table,
+        limit,
+        **flags,
+        BLOCK_M=block,
+        BLOCK=_NUMBER_BLOCK,
+    )
+    _spread_kernel[(sequences,)](
+        cu_seqlens, seen, starts, buffer, sequences, rows, length, limit, tiles, **flags, BLOCK=_SPREAD_BLOCK
+    )
+    return Groups(buffer, limit, tiles, length, block, False, indexed)

@@ -1,0 +1,167 @@
+"""The Triton kernels: both forms over the case table, on a GPU or in Triton's interpreter, and how rows are grouped."""
+
+import functools
+import random
+
+import pytest
+import torch
+
+import ctxkern
+from ctxkern import planner
+from ctxkern.backends.registry import interpreted
+from ctxkern.reference import modulated_linear_ref
+from ctxkern.testing.cases import CASES, Case, make_inputs
+from ctxkern.testing.oracle import check, check_family, run
+
+pytest.importorskip("triton")
+if not ctxkern.backends()["triton"]:
+    pytest.skip(str(ctxkern.backends()["triton"]), allow_module_level=True)
+
+DEVICE = "cpu" if interpreted() else "cuda"
+# rows a context up to which the outer form runs: never (but for a context per token), always
+FORMS = {"panel": -1, "outer": 1 << 30}
+DTYPES = {
+    "f32": (torch.float32, torch.float32),
+    "f16": (torch.float16, torch.float16),
+    "f16-f32-params": (torch.float16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32-params": (torch.bfloat16, torch.float32),
+}
+if interpreted():
+    DTYPES = {name: pair for name, pair in DTYPES.items() if pair[0] is not torch.bfloat16}
+# the interpreter needs up to 20 seconds for each of these
+SLOW = {"deep", "non-power-of-two", "debug", "prime"} if interpreted() else set()
+
+triton_linear = functools.partial(ctxkern.modulated_linear, backend="triton")
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    monkeypatch.setattr(planner, "GPU_OUTER_ROWS", FORMS[request.param])
+
+
+def _table():
+    for name in FORMS:
+        for dtypes in DTYPES:
+            for case in CASES:
+                if name == "panel" and case.per_token:
+                    continue
+                if case.id in SLOW and dtypes != "f32":
+                    continue
+                yield pytest.param(name, dtypes, case, id=f"{case.id}-{dtypes}-{name}")
+
+
+@pytest.mark.parametrize(("form", "dtypes", "case"), list(_table()), indirect=["form"])
+def test_table(form, dtypes, case):
+    check(triton_linear, make_inputs(case, *DTYPES[dtypes], device=DEVICE), case.id)
+
+
+# contexts in several groups, strips of a few columns and rows, blocks of a part of E; K over several blocks
+SMALL = [
+    (Case("groups", 10, 3, 12, 20, 5, bias=True), 2048),
+    (Case("groups-wide-k", 5, 4, 6, 10, 40), 1024),
+    (Case("blocks-of-e", 3, 5, 9, 150, 4), 4096),
+    (Case("least", 3, 4, 5, 6, 3, bias=True), 1),
+    (Case("shared-groups", 9, 4, 12, 20, 6, rows=4, index=(3, 1, 3, 0, 0, 2, 3, 1, 1)), 2048),
+]
+
+
+@pytest.mark.parametrize("form", ["panel"], indirect=True)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("case", "workspace"), SMALL, ids=[case.id for case, _ in SMALL])
+def test_small_workspace(form, case, workspace, dtypes):
+    fn = functools.partial(triton_linear, workspace_bytes=workspace)
+    check(fn, make_inputs(case, *DTYPES[dtypes], device=DEVICE), case.id)
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("lengths", [None, (3, 0, 5, 2)], ids=["padded", "packed"])
+def test_three_projections_share_dx_and_dcontext(form, lengths):
+    case = Case("qkv", 4, 5, 12, 0, 6, rows=3, index=(2, 0, 2, 1), lengths=lengths)
+    widths = (20, 9, 33)
+    inputs = [make_inputs(Case(**{**case.__dict__, "E": e, "bias": True}), device=DEVICE, seed=e) for e in widths]
+    shared = {"context_index": inputs[0].context_index, "cu_seqlens": inputs[0].cu_seqlens}
+
+    def fn(x, context, w0, w1, w2, t0, t1, t2, b0, b1, b2):
+        return ctxkern.modulated_qkv(x, context, [w0, w1, w2], [t0, t1, t2], [b0, b1, b2], backend="triton", **shared)
+
+    def reference(x, context, w0, w1, w2, t0, t1, t2, b0, b1, b2):
+        each = ((w0, t0, b0), (w1, t1, b1), (w2, t2, b2))
+        return tuple(modulated_linear_ref(x, context, *parts, **shared) for parts in each)
+
+    tensors = {"x": inputs[0].x, "context": inputs[0].context}
+    for letter, name in (("w", "weight"), ("t", "bilinear"), ("b", "bias")):
+        tensors |= {f"{letter}{i}": getattr(one, name) for i, one in enumerate(inputs)}
+    check_family(fn, reference, tensors, [one.dy for one in inputs], "qkv")
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_same_bits(form):
+    inputs = make_inputs(next(c for c in CASES if c.id == "shared-uneven"), torch.float16, device=DEVICE)
+    first, second = run(triton_linear, inputs), run(triton_linear, inputs)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("needed", ["x", "context", "weight", "bilinear", "bias"])
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_one_gradient_alone(form, needed):
+    inputs = make_inputs(next(c for c in CASES if c.id == "tiny"), device=DEVICE)
+    want = run(triton_linear, inputs)[f"d{needed}"]
+    leaf = getattr(inputs, needed).requires_grad_()
+    positional, keyword = inputs.arguments()
+    (got,) = torch.autograd.grad(triton_linear(*positional, **keyword), leaf, inputs.dy)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(not interpreted(), reason="a GPU asserts on the device, which ends the process")
+def test_indices_are_checked():
+    x, context, bilinear = torch.randn(2, 3, 4), torch.randn(5, 2), torch.randn(4, 6, 2)
+    with pytest.raises(ValueError, match=r"context_index\[1\] is 5"):
+        triton_linear(x, context, None, bilinear, context_index=torch.tensor([0, 5]))
+    with pytest.raises(RuntimeError, match="float64"):
+        triton_linear(x.double(), context.double(), None, bilinear.double(), context_index=torch.tensor([0, 1]))
+
+
+def test_explain_tells_form_and_blocks():
+    x, context, bilinear = torch.randn(3, 64, 8), torch.randn(3, 4), torch.randn(8, 10, 4)
+    arguments = (x.to(DEVICE), context.to(DEVICE), None, bilinear.to(DEVICE))
+    plan = ctxkern.explain(*arguments, backend="triton")
+    assert (plan.strategy, plan.backend, plan.contexts, plan.strip, plan.group) == ("panel", "triton", 3, 10, 3)
+    assert ctxkern.explain(x[:, :2].contiguous().to(DEVICE), *arguments[1:], backend="triton").strategy == "outer"
+    assert ctxkern.explain(*arguments, backend="triton", backward=True).strip_of == "D"
+
+
+def _grouped(index, lengths, table, block):
+    from ctxkern.backends.triton.grouping import group_rows
+
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    rows, sequences = sum(lengths), len(lengths)
+    table = table if index is not None else sequences
+    index = None if index is None else torch.tensor(index, device=DEVICE)
+    groups = group_rows(rows, sequences, 0, table, index, bounds, block, DEVICE)
+    values, limit = groups.buffer.tolist(), groups.limit
+    contexts, tiles = values[:2]
+    slot = values[2 : 2 + contexts]
+    first = values[2 + limit : 3 + limit + contexts]
+    tile_context = values[4 + 3 * limit : 4 + 3 * limit + tiles]
+    order = values[4 + 3 * limit + groups.tiles :] if groups.ordered else range(rows)
+    assert tiles <= groups.tiles
+    return {s: list(order[first[u] : first[u + 1]]) for u, s in enumerate(slot)}, tile_context
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_grouping_brings_the_rows_of_a_context_together(indexed):
+    random.seed(0)
+    for sequences in (1, 3, 7, 70, 300):
+        table, block = random.choice([1, 4, 50]), random.choice([16, 32])
+        lengths = [random.choice([0, 1, 5, 17, 40]) for _ in range(sequences)]
+        index = [random.randrange(table) for _ in range(sequences)] if indexed else None
+        want, row = {}, 0
+        for b, length in enumerate(lengths):
+            want.setdefault(index[b] if indexed else b, []).extend(range(row, row + length))
+            row += length
+        want = {context: rows for context, rows in want.items() if rows}
+        got, tile_context = _grouped(index, lengths, table, block)
+        assert list(got.items()) == list(want.items())
+        assert tile_context == [u for u, rows in enumerate(want.values()) for _ in range(-(-len(rows) // block))]
