@@ -31,7 +31,7 @@ _CPU_CORE = {
     "avx512_bf16": ({torch.float32: 92, torch.bfloat16: 208}, 17),
     "avx512": ({torch.float32: 92}, 17),
 }
-_H100 = Rates({torch.bfloat16: 770e12}, 3.0e12, "H100, cuBLAS and a device copy")
+H100 = Rates({torch.bfloat16: 770e12}, 3.0e12, "H100, cuBLAS and a device copy")
 
 
 def cpu_isa():
@@ -56,7 +56,7 @@ def device_rates(device_type):
             f"{cpu_isa()}, {threads} threads",
         )
     if device_type == "cuda" and torch.cuda.is_available() and "H100" in torch.cuda.get_device_name():
-        return _H100
+        return H100
     return None
 
 
@@ -79,6 +79,7 @@ class Plan:
     strip: how many rows of D or columns of E (`strip_of`) at a time; group: contexts (panel) or tokens (outer).
     workspace_bytes: temporary memory beyond O(N·D). linear_flops: those of one plain shared linear layer on the same x.
     floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates are not known.
+    predicted_seconds: of the GPU kernels on an H100, by a model of their launches; None elsewhere.
     """
 
     strategy: str
@@ -98,6 +99,7 @@ class Plan:
     rates: str = ""
     strip_of: str = "E"
     weights_made: int = 0
+    predicted_seconds: float | None = None
 
     def __str__(self):
         floor = "unknown here" if self.floor_seconds is None else f"{self.floor_seconds * 1e3:.3g} ms ({self.rates})"
@@ -117,8 +119,17 @@ class Plan:
                 f"  bytes      {self.bytes:.4g}",
                 f"  workspace  {self.workspace_bytes:.4g} bytes",
                 f"  floor      {floor}",
+                *self._predicted(),
             )
         )
+
+    def _predicted(self):
+        if self.predicted_seconds is None:
+            return ()
+        counted = 2 if self.strip_of == "D" else 1  # a backward
+        at_least = counted * max(self.bytes / H100.bandwidth, self.flops / H100.flops[torch.bfloat16])
+        share = at_least / self.predicted_seconds
+        return (f"  predicted  {self.predicted_seconds * 1e3:.3g} ms on an H100, {share:.0%} of it the floor there",)
 
 
 class Problem(NamedTuple):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ctxkern
 from ctxkern import _compiled, planner
 from ctxkern.backends import cpu as cpu_backend
-from ctxkern.testing.cases import BENCH_CASES, CASES, Case, make_inputs
+from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.kinds import BY_ID
 from ctxkern.testing.oracle import check, run
 
@@ -24,13 +24,6 @@ pytestmark = pytest.mark.skipif(not _compiled.available(), reason=_compiled.reas
 ISAS = _compiled.cpu_isas() or []
 # panel always, outer always: (rows, contexts, fixed) of `planner.cpu_outer_terms`
 STRATEGIES = {"panel": (1.0, 0.0, 0.0), "outer": (0.0, 1.0, -1.0)}
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "f16": (torch.float16, torch.float16),
-    "bf16-f32-params": (torch.bfloat16, torch.float32),
-    "f16-f32-params": (torch.float16, torch.float32),
-}
 # more contexts than a group of a small budget holds, more rows than a sum is cut to, more columns than a chunk
 LARGER = [
     Case("many-contexts", 70, 5, 40, 72, 20, bias=True),

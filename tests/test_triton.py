@@ -10,7 +10,7 @@ import ctxkern
 from ctxkern import planner
 from ctxkern.backends.registry import interpreted
 from ctxkern.reference import modulated_linear_ref
-from ctxkern.testing.cases import CASES, Case, make_inputs
+from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.oracle import check, check_family, run
 
 pytest.importorskip("triton")
@@ -20,13 +20,6 @@ if not ctxkern.backends()["triton"]:
 DEVICE = "cpu" if interpreted() else "cuda"
 # rows a context up to which the outer form runs: never (but for a context per token), always
 FORMS = {"panel": -1, "outer": 1 << 30}
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "f16": (torch.float16, torch.float16),
-    "f16-f32-params": (torch.float16, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32-params": (torch.bfloat16, torch.float32),
-}
 if interpreted():
     DTYPES = {name: pair for name, pair in DTYPES.items() if pair[0] is not torch.bfloat16}
 # the interpreter needs up to 20 seconds for each of these
@@ -103,6 +96,34 @@ def test_same_bits(form):
         assert torch.equal(value, second[name]), name
 
 
+@pytest.fixture
+def shuffled(monkeypatch):
+    """The interpreter runs the programs of a launch in another order."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    in_order = builder.set_grid_idx
+
+    def set_grid_idx(x, y, z):
+        nx, ny, nz = builder.grid_dim
+        order = random.Random(nx * ny * nz).sample(range(nx * ny * nz), nx * ny * nz)
+        at = order[(x * ny + y) * nz + z]
+        in_order(at // (ny * nz), at // nz % ny, at % nz)
+
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+
+
+@pytest.mark.skipif(not interpreted(), reason="a GPU orders programs as it likes")
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_the_order_of_programs_changes_no_bit(form, request):
+    case = Case("shuffled", 9, 4, 12, 70, 6, rows=4, index=(3, 1, 3, 0, 0, 2, 3, 1, 1), bias=True)
+    inputs = make_inputs(case, device=DEVICE)
+    fn = functools.partial(triton_linear, workspace_bytes=1 << 14)
+    want = run(fn, inputs)
+    request.getfixturevalue("shuffled")
+    for name, value in run(fn, inputs).items():
+        assert torch.equal(value, want[name]), name
+
+
 @pytest.mark.parametrize("needed", ["x", "context", "weight", "bilinear", "bias"])
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_one_gradient_alone(form, needed):
@@ -130,6 +151,20 @@ def test_explain_tells_form_and_blocks():
     assert (plan.strategy, plan.backend, plan.contexts, plan.strip, plan.group) == ("panel", "triton", 3, 10, 3)
     assert ctxkern.explain(x[:, :2].contiguous().to(DEVICE), *arguments[1:], backend="triton").strategy == "outer"
     assert ctxkern.explain(*arguments, backend="triton", backward=True).strip_of == "D"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_predicted_seconds_are_no_less_than_the_floor_of_an_h100(backward):
+    from ctxkern.backends.triton.modulated import plan_call
+
+    for B, S, D, K in ((16, 2048, 2048, 32), (32, 512, 1024, 64), (64, 1, 2048, 32)):
+        x, context, bilinear = (
+            torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((B, S, D), (B, K), (D, D, K))
+        )
+        plan = plan_call(x, context, None, bilinear, None, None, planner.DEFAULT_WORKSPACE, "triton", backward)
+        flops, moved = plan.flops / planner.H100.flops[torch.bfloat16], plan.bytes / planner.H100.bandwidth
+        assert plan.predicted_seconds >= (2 if backward else 1) * max(flops, moved) * 0.99
+        assert "on an H100" in str(plan)
 
 
 def _grouped(index, lengths, table, block):

@@ -40,6 +40,15 @@ class Case:
         return len(set(self.index)) if self.index is not None else self.B
 
 
+# dtypes of the activations and of the parameters
+DTYPES = {
+    "f32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "f16": (torch.float16, torch.float16),
+    "bf16-f32-params": (torch.bfloat16, torch.float32),
+    "f16-f32-params": (torch.float16, torch.float32),
+}
+
 _SHARED = (3, 0, 3, 1, 3, 0, 1, 3)
 
 CASES = [
@@ -141,6 +150,8 @@ def make_inputs(case, dtype=torch.float32, param_dtype=None, device="cpu", seed=
     B, S, D, E, K = case.B, case.S, case.D, case.E, case.K
 
     def normal(*shape, scale=1.0, to=param_dtype):
+        if str(device) == "meta":
+            return torch.empty(*shape, dtype=to, device=device)
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, to)
 
     lead = (case.tokens,) if case.lengths is not None else (B, S)

@@ -19,6 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ctxkern.backends.triton import grouping, modulated, outer_kernels, panel_kernels, tiles
+
+from .cases import Case, make_inputs
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -50,6 +54,18 @@ class Launch:
     def name(self):
         return self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
 
+    @property
+    def dtypes(self):
+        """Of the tensors, each once."""
+        return "+".join(dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*")))
+
+    @property
+    def tile(self):
+        """Constants and options, in a line."""
+        flags = [name.lower() for name, value in self.constants if value is True]
+        sizes = [f"{name}={value}" for name, value in self.constants if name.startswith(("BLOCK", "ROWS"))]
+        return " ".join((*sizes, *(f"{name}={value}" for name, value in self.options), *flags))
+
 
 class _Recorder:
     def __init__(self, kernel, launches):
@@ -62,37 +78,38 @@ class _Recorder:
         bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs)
         signature, constants, aligned = {}, {}, []
         for at, (name, value) in enumerate(bound.arguments.items()):
-            constexpr = self.kernel.params[at].is_constexpr
-            if constexpr or value is None or (isinstance(value, int) and value == 1):
+            parameter = self.kernel.params[at]
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = _TYPES[value.dtype]
                 aligned.append(at)
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if special and value % 16 == 0:
                     aligned.append(at)
         options = (("num_warps", num_warps), ("num_stages", num_stages))
-        self.launches.append(
-            Launch(self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
-        )
+        launch = Launch(self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
+        self.launches[str(launch)] = launch
 
 
 @contextlib.contextmanager
-def recorded(*modules):
-    """The launches of the kernels of modules, recorded in place of being run."""
-    launches, kept = [], []
-    for module in modules:
+def recorded(arch):
+    """The launches of the modulated operators, each once, recorded instead of run, with the tiles of a target."""
+    launches, kept = {}, [(tiles, "architecture", tiles.architecture)]
+    for module in (grouping, panel_kernels, outer_kernels):
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))
     try:
-        for module, name, kernel in kept:
+        tiles.architecture = lambda device: arch
+        for module, name, kernel in kept[1:]:
             setattr(module, name, _Recorder(kernel, launches))
         yield launches
     finally:
-        for module, name, kernel in kept:
-            setattr(module, name, kernel)
+        for module, name, value in kept:
+            setattr(module, name, value)
 
 
 # matrix instructions and copies by the names that the machine code gives them
@@ -149,3 +166,72 @@ def _disassemble(cubin):
         text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     return text, int(re.search(r"REG:(\d+)", usage)[1])
+
+
+# the matrix unit of each target, as its instructions are called, and how halves must reach it
+UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+# the rows of a product's tile: the matrix unit of sm_90 and later takes 64, fewer go to the older one
+_ROWS = {
+    "panel_make": "BLOCK_E",
+    "panel_project": "BLOCK_M",
+    "panel_gather": "BLOCK_D",
+    "panel_turn": "BLOCK_M",
+    "panel_spread": "BLOCK_E",
+    "outer_forward": "BLOCK_M",
+    "product": "BLOCK_M",
+}
+
+
+def faults(launch, arch, found):
+    """What is wrong with an `Audit`: spills, too much shared memory, products of halves beside the matrix unit."""
+    wrong = []
+    if found.spills:
+        wrong.append(f"{found.spills} spills")
+    if found.shared > SHARED_LIMIT[arch]:
+        wrong.append(f"{found.shared} bytes of shared memory, {SHARED_LIMIT[arch]} there are")
+    halves = "bf16" in launch.dtypes or "fp16" in launch.dtypes
+    large = dict(launch.constants).get(_ROWS.get(launch.name), 0) >= 64
+    if halves and large and not found.instructions.get(UNIT[arch]):
+        wrong.append(f"no {UNIT[arch]}: {found.instructions}")
+    return wrong
+
+
+# many rows a context; K in several blocks; equal contexts; strips and groups; few rows; a context per token
+PROBLEMS = [
+    (Case("panel", 32, 512, 1024, 1024, 64), 32 << 20),
+    (Case("panel-wide-k", 64, 256, 1024, 1024, 128), 32 << 20),
+    (Case("panel-wider-k", 16, 512, 512, 512, 300), 32 << 20),
+    (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), 32 << 20),
+    (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), 32 << 20),
+    (Case("panel-groups", 64, 128, 1024, 1024, 32), 1 << 20),
+    (Case("panel-odd", 13, 97, 385, 391, 47), 32 << 20),
+    (Case("outer-decode", 64, 1, 2048, 2048, 32), 32 << 20),
+    (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), 32 << 20),
+]
+DTYPES = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32),
+]
+
+
+def launches_of(arch, problems=PROBLEMS, dtypes=DTYPES):
+    """Each different launch of the forward and backward of problems, on tensors without memory."""
+    with recorded(arch) as launches:
+        for case, workspace in problems:
+            for dtype, param_dtype in dtypes:
+                made = make_inputs(case, dtype, param_dtype, "meta")
+                modulated.modulated_forward(
+                    made.x,
+                    made.context,
+                    [made.weight],
+                    [made.bilinear],
+                    [made.bias],
+                    made.context_index,
+                    made.cu_seqlens,
+                    workspace,
+                )
+                operands = (made.x, made.context, [made.weight], [made.bilinear], made.context_index, made.cu_seqlens)
+                modulated.modulated_backward([made.dy], *operands, workspace, [True] * 4 + [made.bias is not None])
+    return list(launches.values())

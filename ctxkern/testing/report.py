@@ -26,11 +26,17 @@ def measure_case(case, inputs, backward, *, compiled=False, seconds=1.0, peaks=N
     """
     check(forms(inputs)["ctxkern"], inputs, case.id)
     device, dtype = inputs.x.device, inputs.x.dtype
-    peaks = peaks or ceilings(dtype, device)
-    positional, keyword = inputs.arguments()
-    plan = explain(*positional, **keyword, backward=backward)
     run = {k: v for k, v in calls(inputs, backward, compiled).items() if only is None or k in only}
     timings = interleaved(run, seconds, device=device)
+    memory = {name: peak_extra_bytes(fn, device) for name, fn in run.items()}
+    return rows_of(case, inputs, backward, timings, memory, peaks or ceilings(dtype, device))
+
+
+def rows_of(case, inputs, backward, timings, memory, peaks):
+    """Rows of a case from the `Timing` of each peer and its peak of extra bytes."""
+    device, dtype = inputs.x.device, inputs.x.dtype
+    positional, keyword = inputs.arguments()
+    plan = explain(*positional, **keyword, backward=backward)
     flops, moved = _counts(plan, inputs, backward)
     floor = peaks.floor(flops, moved)
     common = {
@@ -64,7 +70,7 @@ def measure_case(case, inputs, backward, *, compiled=False, seconds=1.0, peaks=N
                 "gflops": "" if name == "linear" else f"{flops / seconds_each / 1e9:.1f}",
                 "gbs": "" if name == "linear" else f"{moved / seconds_each / 1e9:.2f}",
                 "floor_share": "" if name == "linear" else f"{floor / seconds_each:.3f}",
-                "peak_extra_mib": f"{peak_extra_bytes(run[name], device) / 2**20:.2f}",
+                "peak_extra_mib": f"{memory[name] / 2**20:.2f}",
                 "strategy": plan.strategy if name == "ctxkern" else "",
             }
         )

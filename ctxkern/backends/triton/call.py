@@ -6,8 +6,8 @@ from functools import cached_property
 import torch
 import triton.language as tl
 
+from . import tiles
 from .grouping import group_rows
-from .tiles import kind_of, tile
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -42,11 +42,15 @@ class Call:
             self.sequences, self.length = cu_seqlens.shape[0] - 1, 0
         self.budget, self.dtype = workspace_bytes, x.dtype
         wide = any(t.dtype is not x.dtype for t in (context, *bilinears))
-        self.kind = kind_of(x.dtype, torch.float32 if wide else x.dtype)
+        kind = tiles.kind_of(x.dtype, torch.float32 if wide else x.dtype)
+        sizes = (self.d_in, *(t.shape[1] for t in bilinears))
+        aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
+        self.target = kind, tiles.architecture(x.device), aligned
         tf32 = x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
         self.precision = "tf32" if tf32 else "ieee"
         # of float32 products beside halves: three products of the matrix unit, where it has any
-        self.wide_precision = "tf32x3" if self.kind == "mixed" and torch.version.hip is None else self.precision
+        nvidia = self.target[1].startswith("sm_")
+        self.wide_precision = "tf32x3" if kind == tiles.MIXED and nvidia else self.precision
 
     @property
     def most_contexts(self):
@@ -56,7 +60,7 @@ class Call:
     @cached_property
     def groups(self):
         rows = self.tokens // max(self.most_contexts, 1)
-        block = tile("project", self.kind, rows, 1, 1).rows
+        block = tiles.tile("project", *self.target, rows, 1, 1).rows
         sizes = self.tokens, self.sequences, self.length, self.table
         return group_rows(*sizes, self.index, self.bounds, block, self.x.device)
 

@@ -1,7 +1,15 @@
 """What every kernel shares: products accumulated in float32, of operands of two dtypes; 64-bit offsets."""
 
+import functools
+
 import triton
 import triton.language as tl
+
+# a kernel; counts that no address depends on are not compiled for anew where they are 1 or a multiple of 16
+kernel = functools.partial(
+    triton.jit,
+    do_not_specialize=("limit", "tiles", "length", "u_begin", "u_size", "programs", "splits", "spans"),
+)
 
 
 @triton.jit

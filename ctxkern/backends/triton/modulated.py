@@ -7,6 +7,7 @@ from ctxkern._check import check_bounds, check_index
 
 from . import outer, panel
 from .call import Call, contiguous
+from .cost import predicted_seconds
 from .tiles import backward_blocks, forward_blocks
 
 
@@ -76,6 +77,7 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
         call.tokens, contexts, d_in, d_out, k, x.dtype, param_dtype, "cuda", call.per_token, weight is not None
     )
     flops, moved = planner.counts(problem, strategy)
+    made = None
     if strategy == "outer":
         blocks, used = (d_out, call.tokens), 0
     elif backward:
@@ -96,4 +98,5 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
         *planner.floor(problem, flops, moved),
         "D" if backward else "E",
         contexts if strategy == "panel" else 0,
+        predicted_seconds(problem, strategy, made, backward) if call.tokens and contexts else None,
     )

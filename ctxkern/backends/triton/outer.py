@@ -17,13 +17,13 @@ def forward(call, weights, bilinears, biases, outs):
 
 def _forward(call, weight, bilinear, bias, out):
     d_out, k = bilinear.shape[1], call.context_dim
-    t = tile("outer", call.kind, call.tokens, d_out, k)
-    grid = triton.cdiv(d_out, t.columns), triton.cdiv(call.tokens, t.rows)
-    parts = splits(call.d_in, grid[0] * grid[1], 4 * out.numel(), call.budget)
-    step = triton.cdiv(call.d_in, parts)
+    t = tile("outer", *call.target, call.tokens, d_out, k)
+    tiles = triton.cdiv(d_out, t.columns) * triton.cdiv(call.tokens, t.rows)
+    parts = splits(call.d_in, tiles, 4 * out.numel(), call.budget)
+    step = 16 * triton.cdiv(call.d_in, 16 * parts)  # so that rows are read from multiples of 16 bytes on
     parts = triton.cdiv(call.d_in, step)
     sums = call.buffer(parts * out.numel(), torch.float32) if parts > 1 else out
-    kernels._outer_forward_kernel[(*grid, parts)](
+    kernels._outer_forward_kernel[(tiles, parts)](
         *(call.x, call.context, call.slot, weight, bilinear, bias, sums),
         *(*bilinear.stride(), *strides(weight, 2)),
         *(call.tokens, call.d_in, d_out, k, step),
@@ -60,7 +60,7 @@ def backward(call, douts, weights, bilinears, dx, dcontext, dweights, dbilinears
 
 def _product(call, a, b, out, add):
     (m, k), n = a.shape, b.shape[1]
-    t = tile("product", call.kind, m, n, k)
+    t = tile("product", *call.target, m, n, k)
     if m and n:
         kernels._product_kernel[(triton.cdiv(m, t.rows), triton.cdiv(n, t.columns))](
             *(a, b, out),
@@ -78,7 +78,7 @@ def _product(call, a, b, out, add):
 
 def _spread(call, dout, dbilinear):
     d_out, k = dout.shape[1], call.context_dim
-    t = tile("outer-spread", call.kind, d_out, k, call.tokens)
+    t = tile("outer-spread", *call.target, d_out, k, call.tokens)
     kernels._outer_spread_kernel[(call.d_in * triton.cdiv(d_out, t.rows), triton.cdiv(k, t.columns))](
         *(call.x, dout, call.context, call.slot, dbilinear),
         *dbilinear.stride(),
@@ -94,7 +94,7 @@ def _spread(call, dout, dbilinear):
 
 def _turn(call, douts, weights, bilinears, dx, dcontext):
     k = call.context_dim
-    t = tile("outer-turn", call.kind, call.tokens, k, max(b.shape[1] for b in bilinears))
+    t = tile("outer-turn", *call.target, call.tokens, k, max(b.shape[1] for b in bilinears))
     tiles = triton.cdiv(call.tokens, t.rows)
     # without contexts dx is weight's part alone, which the kernel still writes
     pieces = [(i, at) for i in range(len(bilinears)) for at in range(0, max(k, 1), t.columns)]
@@ -108,7 +108,7 @@ def _turn(call, douts, weights, bilinears, dx, dcontext):
             _product(call, dout, weight.t(), sums, started)
             started = True
     parts, partial = splits(call.d_in, tiles, 4 * call.tokens * k, call.budget), None
-    step = triton.cdiv(call.d_in, parts)
+    step = 16 * triton.cdiv(call.d_in, 16 * parts)
     parts = triton.cdiv(call.d_in, step)
     if dcontext is not None:
         partial = call.buffer(parts * call.tokens * k, torch.float32)

@@ -13,7 +13,7 @@ added in their order.
 import triton
 import triton.language as tl
 
-from .device import dot_exact, wide
+from .device import dot_exact, kernel, wide
 from .grouping import context_count, range_of, rows_at, slots_of
 
 
@@ -25,7 +25,7 @@ def _slots(slot_ptr, rows, mask, SLOTS: tl.constexpr):
     return slot.to(tl.int64)
 
 
-@triton.jit
+@kernel
 def _outer_forward_kernel(
     # tensors
     x_ptr,  # [N, D]
@@ -59,13 +59,14 @@ def _outer_forward_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    e_blocks = tl.cdiv(d_out, BLOCK_E)
+    offs_m = (tl.program_id(0) // e_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
     slot = _slots(slot_ptr, offs_m, mask_m, SLOTS)
     n = offs_m.to(tl.int64)
-    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_e = (tl.program_id(0) % e_blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask_e = offs_e < d_out
-    d_begin = tl.program_id(2) * d_step
+    d_begin = tl.program_id(1) * d_step
     d_end = tl.minimum(d_begin + d_step, d_in)
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for k in range(0, context_dim, BLOCK_K):
@@ -89,7 +90,7 @@ def _outer_forward_kernel(
             acc = tl.dot(x, w.to(DTYPE), acc, input_precision=PRECISION)
     mask = mask_m[:, None] & mask_e[None, :]
     if SPLIT:
-        at = y_ptr + (tl.program_id(2).to(tl.int64) * rows + n[:, None]) * d_out + offs_e[None, :]
+        at = y_ptr + (tl.program_id(1).to(tl.int64) * rows + n[:, None]) * d_out + offs_e[None, :]
         tl.store(at, acc, mask=mask)
     else:
         if HAS_BIAS:
@@ -97,7 +98,7 @@ def _outer_forward_kernel(
         tl.store(y_ptr + n[:, None] * d_out + offs_e[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _outer_sum_kernel(
     sums_ptr,  # [splits, N·E], float32
     bias_ptr,  # [E]
@@ -118,7 +119,7 @@ def _outer_sum_kernel(
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _outer_turn_kernel(
     # tensors
     x_ptr,  # [N, D]
@@ -195,7 +196,7 @@ def _outer_turn_kernel(
         tl.store(partial_at, dcontext, mask=mask)
 
 
-@triton.jit
+@kernel
 def _outer_dcontext_kernel(
     partial_ptr,  # [ranges of D, N, K], float32
     groups_ptr,
@@ -231,7 +232,7 @@ def _outer_dcontext_kernel(
     tl.store(at, acc.to(dcontext_ptr.dtype.element_ty), mask=mask_k)
 
 
-@triton.jit
+@kernel
 def _outer_spread_kernel(
     # tensors
     x_ptr,  # [N, D]
@@ -278,7 +279,7 @@ def _outer_spread_kernel(
     tl.store(at, acc.to(dbilinear_ptr.dtype.element_ty), mask=mask_e[:, None] & mask_k[None, :])
 
 
-@triton.jit
+@kernel
 def _product_kernel(
     # tensors
     a_ptr,  # [M, K]

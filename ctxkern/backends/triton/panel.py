@@ -5,7 +5,7 @@ import triton
 
 from . import panel_kernels as kernels
 from .call import TL_DTYPES, contiguous, strides
-from .tiles import MAKE_ROWS, backward_blocks, clip, forward_blocks, tile
+from .tiles import MAKE_ROWS, backward_blocks, clip, forward_blocks, make_tile, tile
 
 # of the budget: partial sums for dcontext
 _PARTIAL_SHARE = 4
@@ -26,7 +26,7 @@ def _forward(call, weight, bilinear, bias, out):
         for u_begin, u_size in _blocks_of(limit, blocks.group):
             block = (0, call.d_in, e_begin, e_size, u_begin, u_size)
             _make(call, weight, bilinear, weights, None, None, block, True)
-            t = tile("project", call.kind, call.groups.block, e_size, call.d_in)
+            t = tile("project", *call.target, call.groups.block, e_size, call.d_in)
             kernels._panel_project_kernel[(call.groups.tiles, triton.cdiv(e_size, t.columns))](
                 call.x,
                 weights,
@@ -53,7 +53,7 @@ def backward(call, douts, weights, bilinears, dx, dcontext, dweights, dbilinears
     held, products = call.buffer(area * blocks.group), call.buffer(area * blocks.group)
     several = blocks.group < limit
     sums = call.buffer(area * (k + 1), torch.float32) if several else None
-    columns = tile("make", call.kind, blocks.columns, blocks.group, k).rows
+    columns = make_tile(*call.target, blocks.columns, blocks.group, k)[0].rows
     rows, partial = MAKE_ROWS, None
     if dcontext is not None:
         each = 4 * limit * k * triton.cdiv(blocks.columns, columns)
@@ -93,8 +93,7 @@ def _make(call, weight, bilinear, weights, products, partial, block, make, rows=
     """
     d_begin, d_size, e_begin, e_size, u_begin, u_size = block
     k = call.context_dim
-    t = tile("make", call.kind, e_size, u_size, k)
-    whole = k <= t.depth
+    t, whole = make_tile(*call.target, e_size, u_size, k)
     sizes = (call.groups.limit, k, *block)
     pairs = triton.cdiv(d_size, rows) * triton.cdiv(e_size, t.rows)
     contexts = triton.cdiv(u_size, t.columns)
@@ -132,7 +131,7 @@ def _blocks_of(size, step):
 
 def _gather(call, dout, products, block):
     d_begin, d_size, e_begin, e_size, u_begin, u_size = block
-    t = tile("gather", call.kind, d_size, e_size, call.groups.block)
+    t = tile("gather", *call.target, d_size, e_size, call.groups.block)
     grid = (triton.cdiv(d_size, t.rows) * triton.cdiv(e_size, t.columns), u_size)
     kernels._panel_gather_kernel[grid](
         call.x,
@@ -151,7 +150,7 @@ def _gather(call, dout, products, block):
 
 def _spread(call, products, dweight, dbilinear, sums, block, started, last):
     d_begin, d_size, e_begin, e_size, u_begin, u_size = block
-    t = tile("spread", call.kind, e_size, call.context_dim, u_size)
+    t = tile("spread", *call.target, e_size, call.context_dim, u_size)
     blocks_k = triton.cdiv(call.context_dim, t.columns) if dbilinear is not None else 1
     kernels._panel_spread_kernel[(d_size * triton.cdiv(e_size, t.rows), max(blocks_k, 1))](
         products,
@@ -178,7 +177,7 @@ def _spread(call, products, dweight, dbilinear, sums, block, started, last):
 
 def _turn(call, dout, weights, sums, dx, block, started, last):
     d_begin, d_size, e_begin, e_size, u_begin, u_size = block
-    t = tile("turn", call.kind, call.groups.block, d_size, e_size)
+    t = tile("turn", *call.target, call.groups.block, d_size, e_size)
     kernels._panel_turn_kernel[(call.groups.tiles, triton.cdiv(d_size, t.columns))](
         dout,
         weights,

@@ -12,14 +12,13 @@ block is all of D by a strip of E, so that no sum crosses blocks; backward, a st
 float atomics.
 """
 
-import triton
 import triton.language as tl
 
-from .device import dot_rounded, dot_wide, wide
+from .device import dot_rounded, dot_wide, kernel, wide
 from .grouping import context_count, range_of, rows_at, slots_of, tile_count, tile_range
 
 
-@triton.jit
+@kernel
 def _panel_make_kernel(
     # tensors
     bilinear_ptr,  # [D, E, K]
@@ -111,7 +110,7 @@ def _panel_make_kernel(
         tl.store(partial_ptr + at, dcontext, mask=mask)
 
 
-@triton.jit
+@kernel
 def _panel_dcontext_kernel(
     # tensors
     bilinear_ptr,
@@ -171,7 +170,7 @@ def _panel_dcontext_kernel(
     tl.store(partial_ptr + at, acc, mask=mask)
 
 
-@triton.jit
+@kernel
 def _panel_project_kernel(
     # tensors
     x_ptr,  # [N, D]
@@ -226,7 +225,7 @@ def _panel_project_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit
+@kernel
 def _panel_gather_kernel(
     # tensors
     x_ptr,  # [N, D]
@@ -275,7 +274,7 @@ def _panel_gather_kernel(
     tl.store(products_ptr + block, acc.to(products_ptr.dtype.element_ty), mask=mask_d[:, None] & mask_e[None, :])
 
 
-@triton.jit
+@kernel
 def _panel_turn_kernel(
     # tensors
     dy_ptr,  # [N, E]
@@ -339,7 +338,7 @@ def _panel_turn_kernel(
         tl.store(sums_ptr + sums, acc, mask=mask)
 
 
-@triton.jit
+@kernel
 def _panel_spread_kernel(
     # tensors
     products_ptr,  # [U, D_BLOCK, E_BLOCK]
@@ -423,7 +422,7 @@ def _panel_spread_kernel(
                 tl.store(sums_ptr + sums + context_dim, dweight, mask=mask_e)
 
 
-@triton.jit
+@kernel
 def _sum_partials_kernel(
     partial_ptr,  # [programs, U, K], float32
     groups_ptr,

@@ -1,0 +1,55 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory, matrix instructions, copies.
+
+    python bench/audit.py                         every target, into bench/results/triton-audit.csv
+    python bench/audit.py --arch sm_90            one or more of them, printed only
+    python bench/audit.py --arch sm_90 --write    their rows in the table replaced
+
+Exit status 1 where a kernel spills, asks for more shared memory than there is, or misses the matrix unit.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+
+from ctxkern.testing.kernels import DTYPES, PROBLEMS, TARGETS, audit, faults, launches_of
+
+COLUMNS = ("arch", "kernel", "dtypes", "tile", "registers", "spills", "shared", "instructions")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="*", choices=TARGETS, help="targets (default: all, written to the table)")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 alone, of the first and the last problems")
+    parser.add_argument("--write", action="store_true", help="replace the rows of these targets in the table")
+    args = parser.parse_args()
+    rows, wrong = [], []
+    problems, dtypes = (PROBLEMS[:1] + PROBLEMS[-2:-1], DTYPES[:1]) if args.quick else (PROBLEMS, DTYPES)
+    for arch in args.arch or TARGETS:
+        for launch in launches_of(arch, problems, dtypes):
+            found = audit(launch, arch)
+            counted = " ".join(f"{name}={count}" for name, count in found.instructions.items())
+            row = (arch, launch.name, launch.dtypes, launch.tile, found.registers, found.spills, found.shared, counted)
+            rows.append(row)
+            for fault in faults(launch, arch, found):
+                wrong.append(" ".join((*map(str, row[:4]), "|", fault)))
+            print(*row, flush=True)
+    if args.write or not args.arch:
+        path = Path(__file__).parent / "results" / "triton-audit.csv"
+        made = {(*map(str, row), triton.__version__) for row in rows}
+        if args.arch and path.exists():
+            with path.open(newline="") as file:
+                made |= {tuple(row) for row in csv.reader(file) if row[0] in set(TARGETS) - set(args.arch)}
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([(*COLUMNS, "triton"), *sorted(made)])
+    print(*wrong, sep="\n", file=sys.stderr)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Everything that only a GPU can tell, in one command: python bench/gpu.py
+
+  about     versions, the GPU and its clocks
+  check     the case table in every dtype and form against float64, small workspaces, bits of a second run
+  graphs    calls captured in a CUDA graph, replayed with other contexts per sequence
+  sanitize  compute-sanitizer (memcheck, racecheck) over a few small calls, where it is installed
+  time      graph replays over rotated inputs beside the peers: a row each in bench/results/<GPU>.csv
+  overhead  eager calls at d = 256, where Python and launches are what there is to pay
+
+Each stage is a process of its own, as an assertion on the device ends the one it happens in. --stages picks some,
+--compiled adds torch.compile of the peers, --rehearse runs all of it on the CPU in Triton's interpreter, at sizes of no
+interest.
+"""
+
+import argparse
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = str(int("--rehearse" in sys.argv))
+
+import torch
+
+import ctxkern
+from ctxkern import planner
+from ctxkern.testing import report
+from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
+from ctxkern.testing.measure import ceilings, interleaved, peak_extra_bytes, provenance
+from ctxkern.testing.oracle import check, run
+from ctxkern.testing.peers import calls
+
+STAGES = ("about", "check", "graphs", "sanitize", "time", "overhead")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="*", choices=(*STAGES, "small"), default=STAGES)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of the peers too")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, small: does the script itself run?")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for all peers of a case (default: 1)")
+    parser.add_argument("--csv", default=None, help="append rows here (default: bench/results/<GPU>.csv)")
+    parser.add_argument("--here", action="store_true", help="in this process, not one a stage")
+    return parser.parse_args()
+
+
+ARGS = arguments()
+DEVICE = "cpu" if ARGS.rehearse else "cuda"
+
+FORMS = {"panel": -1, "outer": 1 << 30}
+PAIRS = list(DTYPES.values())
+# sizes that fill tiles, beside the case table's; more contexts than a group holds
+FULL = [
+    Case("full", 8, 256, 512, 384, 64, bias=True),
+    Case("full-shared", 16, 96, 256, 512, 48, rows=5, index=tuple(i * 7 % 5 for i in range(16))),
+    Case("full-odd", 7, 133, 385, 391, 47, bias=True),
+    Case("full-wide-k", 4, 64, 128, 256, 512),
+    Case("full-ragged", 6, 0, 320, 256, 32, lengths=(1, 300, 0, 77, 128, 513)),
+    Case("full-token", 4, 64, 192, 256, 64, per_token=True),
+]
+# the cases that the bars are set for, then the table of all benchmarks
+TIMED = [
+    Case("price", 16, 2048, 2048, 2048, 32),
+    Case("projection", 32, 512, 1024, 1024, 64),
+    Case("decode-wide", 64, 1, 2048, 2048, 32),
+    Case("step", 16, 128, 256, 256, 32),
+    *BENCH_CASES,
+]
+if ARGS.rehearse:
+    PAIRS, FULL = PAIRS[:1], []
+    CASES = [case for case in CASES if case.id in ("tiny", "shared-uneven", "context-per-token")]
+    TIMED = [Case("tiny", 2, 8, 16, 16, 4)]
+
+
+def stage_about():
+    for name, value in provenance(DEVICE).items():
+        print(f"{name}: {value}")
+    print(f"capability: {torch.cuda.get_device_capability() if DEVICE == 'cuda' else None}")
+    if shutil.which("nvidia-smi"):
+        fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.total"
+        subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], check=False)
+
+
+def stage_check():
+    """Prints what is wrong; raises at the end."""
+    wrong, count = [], 0
+    for form, rows in FORMS.items():
+        planner.GPU_OUTER_ROWS = rows
+        for case in [*CASES, *FULL]:
+            if case.per_token and form == "panel":
+                continue
+            for dtype, param_dtype in PAIRS:
+                for workspace in (None, 1 << 14):
+                    label = f"{form} {case.id} {dtype} {param_dtype} workspace {workspace}"
+                    fn = functools.partial(ctxkern.modulated_linear, backend="triton", workspace_bytes=workspace)
+                    inputs = make_inputs(case, dtype, param_dtype, DEVICE)
+                    count += 1
+                    try:
+                        check(fn, inputs, label)
+                        first, second = run(fn, inputs), run(fn, inputs)
+                        for name, value in first.items():
+                            assert torch.equal(value, second[name]), f"{label}: {name} has other bits the second time"
+                    except Exception as error:
+                        wrong.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                        print(wrong[-1], flush=True)
+                        wait()
+    print(f"{count} calls, {len(wrong)} wrong")
+    assert not wrong
+
+
+def stage_graphs():
+    if DEVICE == "cpu":
+        return print("no graphs on the CPU")
+    case = Case("graph", 8, 64, 128, 96, 32, rows=6, index=(0, 1, 2, 3, 4, 5, 0, 1))
+    for rows in FORMS.values():
+        planner.GPU_OUTER_ROWS = rows
+        inputs = make_inputs(case, torch.bfloat16, device=DEVICE).leaves()
+        positional, keyword = inputs.arguments()
+        fn = functools.partial(ctxkern.modulated_linear, *positional, backend="triton", **keyword)
+
+        def step(fn=fn, inputs=inputs, positional=positional):
+            y = fn()
+            return y, *torch.autograd.grad(y, [t for t in positional if t is not None], inputs.dy)
+
+        replay, results = captured(step)
+        for index in ((5, 5, 5, 5, 0, 0, 3, 3), (1, 0, 1, 0, 1, 0, 1, 0), (0, 1, 2, 3, 4, 5, 0, 2)):
+            inputs.context_index.copy_(torch.tensor(index))
+            replay()
+            torch.cuda.synchronize()
+            for got, want in zip(results, step(), strict=True):
+                assert torch.equal(got, want), f"a replay differs with context_index {index}"
+    print("replays agree with eager calls, bit for bit")
+    return None
+
+
+def stage_small():
+    """What the sanitizer runs: each kernel once or twice."""
+    for rows in FORMS.values():
+        planner.GPU_OUTER_ROWS = rows
+        for case in CASES:
+            if case.id in ("odd", "shared-uneven", "ragged-shared", "wide-k", "context-per-token"):
+                for dtype, param_dtype in PAIRS:
+                    run(
+                        functools.partial(ctxkern.modulated_linear, backend="triton"),
+                        make_inputs(case, dtype, param_dtype, DEVICE),
+                    )
+    print("ran")
+
+
+def stage_sanitize():
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return print("compute-sanitizer is not installed")
+    command = [sys.executable, __file__, "--here", "--stages", "small"]
+    for check_name in ("memcheck", "racecheck"):
+        done = subprocess.run(
+            [tool, "--tool", check_name, "--error-exitcode", "9", *command], capture_output=True, text=True, check=False
+        )
+        print(check_name, "status", done.returncode, *done.stdout.strip().splitlines()[-3:], sep="\n  ")
+        assert done.returncode == 0, check_name
+    return None
+
+
+def captured(fn):
+    """(replay, results) of fn() in a CUDA graph, after a few runs on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = fn()
+    return graph.replay, results
+
+
+# bytes of inputs that are gone through before the first comes again: more than the caches hold
+ROTATED = 256 << 20
+
+
+def stage_time():
+    rows = []
+    for dtype, param_dtype in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+    ):
+        peaks = ceilings(dtype, DEVICE, 256 if ARGS.rehearse else None)
+        print(f"{dtype}: {peaks.flops / 1e12:.1f} TFLOP/s, {peaks.bandwidth / 1e9:.0f} GB/s", flush=True)
+        for case in TIMED:
+            for backward in (False, True):
+                try:
+                    made = timed_rows(case, dtype, param_dtype, backward, peaks)
+                except Exception as error:
+                    print(f"{case.id}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+                    continue
+                rows += made
+                print(report.table(made), flush=True)
+    print("\n".join(report.means(rows)))
+    path = ARGS.csv or report.results_file(DEVICE, Path(__file__).parent / "results")
+    if path and not ARGS.rehearse:
+        report.append(rows, path)
+        print(f"{len(rows)} rows appended to {path}")
+
+
+def timed_rows(case, dtype, param_dtype, backward, peaks):
+    first = make_inputs(case, dtype, param_dtype, DEVICE)
+    bytes_each = sum(t.numel() * t.element_size() for t in first.arguments()[0] if t is not None)
+    copies = 1 if ARGS.rehearse else max(1, min(8, -(-ROTATED // max(bytes_each, 1))))
+    inputs = [first, *(make_inputs(case, dtype, param_dtype, DEVICE, seed) for seed in range(1, copies))]
+    check(functools.partial(ctxkern.modulated_linear), first, case.id) if case.tokens * case.D * case.E < 1e11 else None
+    each = [calls(one, backward, ARGS.compiled) for one in inputs]
+    fns = {}
+    for name in each[0]:
+
+        def all_of(name=name):
+            for one in each:
+                one[name]()
+
+        try:
+            fns[name] = all_of if DEVICE == "cpu" else captured(all_of)[0]
+        except torch.cuda.OutOfMemoryError:
+            print(f"{case.id}: no memory for {name}", flush=True)
+    timings = interleaved(fns, ARGS.seconds, device=DEVICE)
+    memory = {name: peak_extra_bytes(each[0][name], DEVICE) for name in fns}
+    return report.rows_of(case, first, backward, scaled(timings, copies), memory, peaks)
+
+
+def scaled(timings, copies):
+    return {n: replace(t, p20=t.p20 / copies, p50=t.p50 / copies, p80=t.p80 / copies) for n, t in timings.items()}
+
+
+def wait():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def stage_overhead():
+    case = TIMED[0] if ARGS.rehearse else Case("step", 16, 128, 256, 256, 32)
+    for backward in (False, True):
+        made = calls(make_inputs(case, torch.float32 if ARGS.rehearse else torch.bfloat16, device=DEVICE), backward)
+        for name, fn in made.items():
+            for _ in range(3):
+                fn()
+            wait()
+            started, times = time.perf_counter(), 100
+            for _ in range(times):
+                fn()
+            issued = time.perf_counter() - started
+            wait()
+            done = time.perf_counter() - started
+            each = f"{issued / times * 1e6:8.1f} µs to issue, {done / times * 1e6:8.1f} µs in all"
+            print(f"{'fwd+bwd' if backward else 'fwd':8} {name:20} {each}")
+
+
+def main():
+    if ARGS.here:
+        for stage in ARGS.stages:
+            globals()[f"stage_{stage}"]()
+        return
+    failed = []
+    given = ["--seconds", str(ARGS.seconds), *(["--csv", ARGS.csv] if ARGS.csv else [])]
+    given += [flag for flag in ("--compiled", "--rehearse") if getattr(ARGS, flag[2:])]
+    for stage in ARGS.stages:
+        print(f"== {stage}", flush=True)
+        started = time.perf_counter()
+        status = subprocess.run([sys.executable, __file__, "--here", "--stages", stage, *given], check=False).returncode
+        if status:
+            failed.append(stage)
+        print(f"== {stage}: {'failed' if status else 'done'} in {time.perf_counter() - started:.0f} s", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
