@@ -19,7 +19,7 @@ import triton
 
 from ctxkern.testing.kernels import DTYPES, PROBLEMS, TARGETS, audit, faults, launches_of
 
-COLUMNS = ("arch", "kernel", "dtypes", "tile", "registers", "spills", "shared", "instructions")
+COLUMNS = ("arch", "kernel", "projections", "dtypes", "tile", "registers", "spills", "shared", "instructions")
 
 
 def main():
@@ -34,10 +34,11 @@ def main():
         for launch in launches_of(arch, problems, dtypes):
             found = audit(launch, arch)
             counted = " ".join(f"{name}={count}" for name, count in found.instructions.items())
-            row = (arch, launch.name, launch.dtypes, launch.tile, found.registers, found.spills, found.shared, counted)
+            what = (arch, launch.name, launch.projections, launch.dtypes, launch.tile)
+            row = (*what, found.registers, found.spills, found.shared, counted)
             rows.append(row)
             for fault in faults(launch, arch, found):
-                wrong.append(" ".join((*map(str, row[:4]), "|", fault)))
+                wrong.append(" ".join((*map(str, what), "|", fault)))
             print(*row, flush=True)
     if args.write or not args.arch:
         path = Path(__file__).parent / "results" / "triton-audit.csv"

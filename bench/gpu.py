@@ -3,13 +3,14 @@
   about     versions, the GPU and its clocks
   check     the case table in every dtype and form against float64, small workspaces, bits of a second run
   graphs    calls captured in a CUDA graph, replayed with other contexts per sequence
+  one       the panel form's forward as one persistent launch: case table, bits of 20 runs, times beside two
   sanitize  compute-sanitizer (memcheck, racecheck) over a few small calls, where it is installed
   time      graph replays over rotated inputs beside the peers: a row each in bench/results/<GPU>.csv
   overhead  eager calls at d = 256, where Python and launches are what there is to pay
 
-Each stage is a process of its own, as an assertion on the device ends the one it happens in. --stages picks some,
---compiled adds torch.compile of the peers, --rehearse runs all of it on the CPU in Triton's interpreter, at sizes of no
-interest.
+Each stage is a process of its own with a limit of its own, as an assertion on the device ends the one it happens in,
+and a kernel that waits for ever would end all. --stages picks some, --compiled adds torch.compile of the peers,
+--rehearse runs all of it on the CPU in Triton's interpreter, at sizes of no interest. bench/tune.py finds the tiles.
 """
 
 import argparse
@@ -30,16 +31,17 @@ import ctxkern
 from ctxkern import planner
 from ctxkern.testing import report
 from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
-from ctxkern.testing.measure import ceilings, interleaved, peak_extra_bytes, provenance
+from ctxkern.testing.measure import captured, ceilings, interleaved, peak_extra_bytes, provenance
 from ctxkern.testing.oracle import check, run
-from ctxkern.testing.peers import calls
+from ctxkern.testing.peers import calls, three_projections
 
-STAGES = ("about", "check", "graphs", "sanitize", "time", "overhead")
+# seconds that each may take
+STAGES = {"about": 60, "check": 600, "graphs": 120, "one": 240, "sanitize": 400, "time": 600, "overhead": 120}
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", nargs="*", choices=(*STAGES, "small"), default=STAGES)
+    parser.add_argument("--stages", nargs="*", choices=(*STAGES, "small"), default=list(STAGES))
     parser.add_argument("--compiled", action="store_true", help="torch.compile of the peers too")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small: does the script itself run?")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for all peers of a case (default: 1)")
@@ -51,7 +53,8 @@ def arguments():
 ARGS = arguments()
 DEVICE = "cpu" if ARGS.rehearse else "cuda"
 
-FORMS = {"panel": -1, "outer": 1 << 30}
+# rows a context up to which the outer form runs, and whether panel takes one launch
+FORMS = {"panel": (-1, False), "outer": (1 << 30, False), "one launch": (-1, True)}
 PAIRS = list(DTYPES.values())
 # sizes that fill tiles, beside the case table's; more contexts than a group holds
 FULL = [
@@ -66,6 +69,7 @@ FULL = [
 TIMED = [
     Case("price", 16, 2048, 2048, 2048, 32),
     Case("projection", 32, 512, 1024, 1024, 64),
+    Case("projection-qkv", 32, 512, 1024, 3072, 64),
     Case("decode-wide", 64, 1, 2048, 2048, 32),
     Case("step", 16, 128, 256, 256, 32),
     *BENCH_CASES,
@@ -73,7 +77,15 @@ TIMED = [
 if ARGS.rehearse:
     PAIRS, FULL = PAIRS[:1], []
     CASES = [case for case in CASES if case.id in ("tiny", "shared-uneven", "context-per-token")]
-    TIMED = [Case("tiny", 2, 8, 16, 16, 4)]
+    TIMED = [Case("tiny-qkv", 2, 8, 16, 48, 4)]
+
+
+def use(form):
+    """Calls of Triton kernels take this form from now on; None: the planner's choice."""
+    planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT = FORMS.get(form, PLANNED)
+
+
+PLANNED = planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT
 
 
 def stage_about():
@@ -88,8 +100,8 @@ def stage_about():
 def stage_check():
     """Prints what is wrong; raises at the end."""
     wrong, count = [], 0
-    for form, rows in FORMS.items():
-        planner.GPU_OUTER_ROWS = rows
+    for form in ("panel", "outer"):
+        use(form)
         for case in [*CASES, *FULL]:
             if case.per_token and form == "panel":
                 continue
@@ -116,8 +128,8 @@ def stage_graphs():
     if DEVICE == "cpu":
         return print("no graphs on the CPU")
     case = Case("graph", 8, 64, 128, 96, 32, rows=6, index=(0, 1, 2, 3, 4, 5, 0, 1))
-    for rows in FORMS.values():
-        planner.GPU_OUTER_ROWS = rows
+    for form in ("panel", "outer"):
+        use(form)
         inputs = make_inputs(case, torch.bfloat16, device=DEVICE).leaves()
         positional, keyword = inputs.arguments()
         fn = functools.partial(ctxkern.modulated_linear, *positional, backend="triton", **keyword)
@@ -137,10 +149,37 @@ def stage_graphs():
     return None
 
 
+def stage_one():
+    """A process of its own, as what waits for ever would take the other stages along."""
+    use("one launch")
+    for case in [*CASES, *FULL]:
+        for dtype, param_dtype in [] if case.per_token else PAIRS:
+            inputs = make_inputs(case, dtype, param_dtype, DEVICE)
+            for workspace in (None, 1 << 18):
+                fn = functools.partial(ctxkern.modulated_linear, backend="triton", workspace_bytes=workspace)
+                check(fn, inputs, f"one launch {case.id} {dtype} {param_dtype} workspace {workspace}")
+                positional, keyword = inputs.arguments()
+                y = fn(*positional, **keyword)
+                for _ in range(2 if ARGS.rehearse else 20):
+                    assert torch.equal(fn(*positional, **keyword), y), f"{case.id}: other bits"
+    print("the case table is right, bits are those of the first run")
+    for case in [case for case in TIMED if case.S > 1]:
+        inputs = make_inputs(case, PAIRS[0][0] if ARGS.rehearse else torch.bfloat16, device=DEVICE)
+        fns = {}
+        for form in ("panel", "one launch"):
+            use(form)
+            call = three_projections(inputs) if case.id.endswith("qkv") else calls(inputs)["ctxkern"]
+            fns[form] = call if DEVICE == "cpu" else captured(call)[0]
+        for form, timing in interleaved(fns, ARGS.seconds, device=DEVICE).items():
+            print(
+                f"{case.id:16} {form:12} {timing.p50 * 1e6:8.1f} µs ({timing.p20 * 1e6:.1f} to {timing.p80 * 1e6:.1f})"
+            )
+
+
 def stage_small():
     """What the sanitizer runs: each kernel once or twice."""
-    for rows in FORMS.values():
-        planner.GPU_OUTER_ROWS = rows
+    for form in ("panel", "outer"):
+        use(form)
         for case in CASES:
             if case.id in ("odd", "shared-uneven", "ragged-shared", "wide-k", "context-per-token"):
                 for dtype, param_dtype in PAIRS:
@@ -163,20 +202,6 @@ def stage_sanitize():
         print(check_name, "status", done.returncode, *done.stdout.strip().splitlines()[-3:], sep="\n  ")
         assert done.returncode == 0, check_name
     return None
-
-
-def captured(fn):
-    """(replay, results) of fn() in a CUDA graph, after a few runs on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = fn()
-    return graph.replay, results
 
 
 # bytes of inputs that are gone through before the first comes again: more than the caches hold
@@ -213,8 +238,13 @@ def timed_rows(case, dtype, param_dtype, backward, peaks):
     bytes_each = sum(t.numel() * t.element_size() for t in first.arguments()[0] if t is not None)
     copies = 1 if ARGS.rehearse else max(1, min(8, -(-ROTATED // max(bytes_each, 1))))
     inputs = [first, *(make_inputs(case, dtype, param_dtype, DEVICE, seed) for seed in range(1, copies))]
-    check(functools.partial(ctxkern.modulated_linear), first, case.id) if case.tokens * case.D * case.E < 1e11 else None
+    if case.tokens * case.D * case.E < 1e11:
+        check(ctxkern.modulated_linear, first, case.id)
     each = [calls(one, backward, ARGS.compiled) for one in inputs]
+    if case.id.endswith("qkv"):
+        each = [
+            made | {"ctxkern QKV": three_projections(one, backward)} for one, made in zip(inputs, each, strict=True)
+        ]
     fns = {}
     for name in each[0]:
 
@@ -269,7 +299,11 @@ def main():
     for stage in ARGS.stages:
         print(f"== {stage}", flush=True)
         started = time.perf_counter()
-        status = subprocess.run([sys.executable, __file__, "--here", "--stages", stage, *given], check=False).returncode
+        command = [sys.executable, __file__, "--here", "--stages", stage, *given]
+        try:
+            status = subprocess.run(command, check=False, timeout=STAGES[stage]).returncode
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {STAGES[stage]} s"
         if status:
             failed.append(stage)
         print(f"== {stage}: {'failed' if status else 'done'} in {time.perf_counter() - started:.0f} s", flush=True)

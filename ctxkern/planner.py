@@ -234,6 +234,8 @@ _CPU_TERMS = {
 }
 # rows a context up to which a GPU takes the outer form: by the counts, not measured yet
 GPU_OUTER_ROWS = 4
+# whether a GPU runs the panel form's forward as one persistent launch; None: where that was measured to be faster
+GPU_PERSISTENT = None
 
 # bytes of `bilinear` up to which it stays in cache, and laying it out for the outer form's forward costs nothing
 _CPU_CACHED = 8 << 20

@@ -96,31 +96,18 @@ def test_same_bits(form):
         assert torch.equal(value, second[name]), name
 
 
-@pytest.fixture
-def shuffled(monkeypatch):
-    """The interpreter runs the programs of a launch in another order."""
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    in_order = builder.set_grid_idx
-
-    def set_grid_idx(x, y, z):
-        nx, ny, nz = builder.grid_dim
-        order = random.Random(nx * ny * nz).sample(range(nx * ny * nz), nx * ny * nz)
-        at = order[(x * ny + y) * nz + z]
-        in_order(at // (ny * nz), at // nz % ny, at % nz)
-
-    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-
-
 @pytest.mark.skipif(not interpreted(), reason="a GPU orders programs as it likes")
 @pytest.mark.parametrize("form", FORMS, indirect=True)
-def test_the_order_of_programs_changes_no_bit(form, request):
+def test_the_order_of_programs_changes_no_bit(form):
+    from ctxkern.testing.interpreter import shuffled
+
     case = Case("shuffled", 9, 4, 12, 70, 6, rows=4, index=(3, 1, 3, 0, 0, 2, 3, 1, 1), bias=True)
     inputs = make_inputs(case, device=DEVICE)
     fn = functools.partial(triton_linear, workspace_bytes=1 << 14)
     want = run(fn, inputs)
-    request.getfixturevalue("shuffled")
-    for name, value in run(fn, inputs).items():
+    with shuffled():
+        got = run(fn, inputs)
+    for name, value in got.items():
         assert torch.equal(value, want[name]), name
 
 

@@ -19,7 +19,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxkern.backends.triton import grouping, modulated, outer_kernels, panel_kernels, tiles
+from ctxkern import planner
+from ctxkern.backends.triton import (
+    grouping,
+    modulated,
+    outer_kernels,
+    panel_backward_kernels,
+    panel_kernels,
+    persistent_kernel,
+    tiles,
+)
 
 from .cases import Case, make_inputs
 
@@ -57,14 +66,29 @@ class Launch:
     @property
     def dtypes(self):
         """Of the tensors, each once."""
-        return "+".join(dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*")))
+        kinds = [each for _, kind in self.signature for each in (kind if isinstance(kind, tuple) else (kind,))]
+        return "+".join(dict.fromkeys(k[1:] for k in kinds if isinstance(k, str) and k.startswith("*")))
+
+    @property
+    def projections(self):
+        """How many the launch takes."""
+        return max((len(kind) for name, kind in self.signature if name == "d_outs"), default=1)
 
     @property
     def tile(self):
         """Constants and options, in a line."""
-        flags = [name.lower() for name, value in self.constants if value is True]
-        sizes = [f"{name}={value}" for name, value in self.constants if name.startswith(("BLOCK", "ROWS"))]
+        named = [(name, value) for name, value in self.constants if isinstance(name, str)]
+        flags = [name.lower() for name, value in named if value is True]
+        sizes = [f"{name}={value}" for name, value in named if name.startswith(("BLOCK", "ROWS"))]
         return " ".join((*sizes, *(f"{name}={value}" for name, value in self.options), *flags))
+
+
+class Launches(dict):
+    """Each different `Launch` once, by its text; names: of all kernels launched, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
 
 
 class _Recorder:
@@ -74,31 +98,39 @@ class _Recorder:
     def __getitem__(self, grid):
         return self
 
-    def __call__(self, *args, num_warps=4, num_stages=3, **kwargs):
+    def __call__(self, *args, num_warps=4, num_stages=3, enable_fp_fusion=None, **kwargs):
+        assert enable_fp_fusion, f"{self.kernel.fn.__name__} is launched without the options of all"
         bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs)
         signature, constants, aligned = {}, {}, []
-        for at, (name, value) in enumerate(bound.arguments.items()):
-            parameter = self.kernel.params[at]
-            special = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = _TYPES[value.dtype]
-                aligned.append(at)
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if special and value % 16 == 0:
-                    aligned.append(at)
+
+        def specialise(path, value, constexpr, special):
+            if isinstance(value, tuple) and not constexpr:
+                return tuple(specialise((*path, i), v, False, special) for i, v in enumerate(value))
+            if constexpr or value is None or (special and isinstance(value, int) and value == 1):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, torch.Tensor) or special and value % 16 == 0:
+                aligned.append(path)
+            if isinstance(value, torch.Tensor):
+                return _TYPES[value.dtype]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+        for parameter in self.kernel.params:
+            value = bound.arguments[parameter.name]
+            flags = parameter.is_constexpr, not parameter.do_not_specialize
+            signature[parameter.name] = specialise((parameter.num,), value, *flags)
+        named = ((self.kernel.params[path[0]].name if len(path) == 1 else path, v) for path, v in constants.items())
         options = (("num_warps", num_warps), ("num_stages", num_stages))
-        launch = Launch(self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
+        launch = Launch(self.kernel, tuple(signature.items()), tuple(named), tuple(aligned), options)
         self.launches[str(launch)] = launch
+        self.launches.names.append(launch.name)
 
 
 @contextlib.contextmanager
 def recorded(arch):
-    """The launches of the modulated operators, each once, recorded instead of run, with the tiles of a target."""
-    launches, kept = {}, [(tiles, "architecture", tiles.architecture)]
-    for module in (grouping, panel_kernels, outer_kernels):
+    """The `Launches` of the modulated operators, recorded instead of run, with the tiles of a target."""
+    launches, kept = Launches(), [(tiles, "architecture", tiles.architecture)]
+    for module in (grouping, panel_kernels, panel_backward_kernels, persistent_kernel, outer_kernels):
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))
@@ -138,7 +170,7 @@ class Audit:
 
 def audit(launch, arch):
     """Compiles a `Launch` for a target and reads the machine code."""
-    attrs = {(at,): [["tt.divisibility", 16]] for at in launch.aligned}
+    attrs = {path: [["tt.divisibility", 16]] for path in launch.aligned}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
     compiled = triton.compile(source, target=TARGETS[arch], options=dict(launch.options) | {"enable_fp_fusion": True})
     if arch.startswith("gfx"):
@@ -176,6 +208,7 @@ _ROWS = {
     "panel_project": "BLOCK_M",
     "panel_gather": "BLOCK_D",
     "panel_turn": "BLOCK_M",
+    "panel_persistent": "BLOCK_M",
     "panel_spread": "BLOCK_E",
     "outer_forward": "BLOCK_M",
     "product": "BLOCK_M",
@@ -196,17 +229,20 @@ def faults(launch, arch, found):
     return wrong
 
 
-# many rows a context; K in several blocks; equal contexts; strips and groups; few rows; a context per token
+# (case, workspace, projections): many rows a context; K in several blocks; equal contexts; strips and groups; few rows;
+# a context per token
 PROBLEMS = [
-    (Case("panel", 32, 512, 1024, 1024, 64), 32 << 20),
-    (Case("panel-wide-k", 64, 256, 1024, 1024, 128), 32 << 20),
-    (Case("panel-wider-k", 16, 512, 512, 512, 300), 32 << 20),
-    (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), 32 << 20),
-    (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), 32 << 20),
-    (Case("panel-groups", 64, 128, 1024, 1024, 32), 1 << 20),
-    (Case("panel-odd", 13, 97, 385, 391, 47), 32 << 20),
-    (Case("outer-decode", 64, 1, 2048, 2048, 32), 32 << 20),
-    (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), 32 << 20),
+    (Case("panel", 32, 512, 1024, 1024, 64), 32 << 20, 3),
+    (Case("panel-one", 32, 512, 1024, 1024, 64), 32 << 20, 1),
+    (Case("panel-wide-k", 64, 256, 1024, 1024, 128), 32 << 20, 3),
+    (Case("panel-wider-k", 16, 512, 512, 512, 300), 32 << 20, 1),
+    (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), 32 << 20, 3),
+    (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), 32 << 20, 1),
+    (Case("panel-groups", 64, 128, 1024, 1024, 32), 1 << 20, 1),
+    (Case("panel-odd", 13, 97, 385, 391, 47), 32 << 20, 3),
+    (Case("outer-decode", 64, 1, 2048, 2048, 32), 32 << 20, 3),
+    (Case("outer-one", 64, 1, 2048, 2048, 32), 32 << 20, 1),
+    (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), 32 << 20, 1),
 ]
 DTYPES = [
     (torch.bfloat16, torch.bfloat16),
@@ -219,19 +255,22 @@ DTYPES = [
 def launches_of(arch, problems=PROBLEMS, dtypes=DTYPES):
     """Each different launch of the forward and backward of problems, on tensors without memory."""
     with recorded(arch) as launches:
-        for case, workspace in problems:
+        for case, workspace, count in problems:
             for dtype, param_dtype in dtypes:
-                made = make_inputs(case, dtype, param_dtype, "meta")
-                modulated.modulated_forward(
-                    made.x,
-                    made.context,
-                    [made.weight],
-                    [made.bilinear],
-                    [made.bias],
-                    made.context_index,
-                    made.cu_seqlens,
-                    workspace,
-                )
-                operands = (made.x, made.context, [made.weight], [made.bilinear], made.context_index, made.cu_seqlens)
-                modulated.modulated_backward([made.dy], *operands, workspace, [True] * 4 + [made.bias is not None])
+                _launch(make_inputs(case, dtype, param_dtype, "meta"), workspace, count)
     return list(launches.values())
+
+
+def _launch(made, workspace, count):
+    weights, bilinears, biases = ([t] * count for t in (made.weight, made.bilinear, made.bias))
+    spans = made.context_index, made.cu_seqlens
+    kept = planner.GPU_PERSISTENT
+    try:
+        # rows of odd sizes never take one launch by themselves
+        for planner.GPU_PERSISTENT in (False, True) if made.x.shape[-1] % 16 == 0 else (False,):
+            modulated.modulated_forward(made.x, made.context, weights, bilinears, biases, *spans, workspace)
+    finally:
+        planner.GPU_PERSISTENT = kept
+    needs = [True] * (2 + 2 * count) + [made.bias is not None] * count
+    operands = made.x, made.context, weights, bilinears, *spans, workspace
+    modulated.modulated_backward([made.dy] * count, *operands, needs)

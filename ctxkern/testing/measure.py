@@ -64,6 +64,20 @@ def _percentiles(values):
     return Timing(*at, len(values))
 
 
+def captured(fn):
+    """(replay, results) of fn() in a CUDA graph, after a few runs on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = fn()
+    return graph.replay, results
+
+
 def peak_extra_bytes(fn, device="cpu"):
     """The most memory that torch's allocator held at once during fn(), beyond what it held before and what the result
     of fn() holds: the temporaries, in bytes."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ctxkern import reference
-from ctxkern.functional import modulated_linear
+from ctxkern.functional import modulated_linear, modulated_qkv
 
 
 def einsum(x, context, weight, bilinear, bias=None, *, context_index=None, cu_seqlens=None):
@@ -72,6 +72,27 @@ def forms(inputs, compiled=False):
     if inputs.weight is not None:
         made["linear"] = linear
     return made
+
+
+def three_projections(inputs, backward=False):
+    """A callable that runs thirds of the columns of `inputs` as Q, K and V of one call: the work of one layer of E."""
+    leaves = inputs.leaves() if backward else inputs.map(lambda t: t.detach())
+    (x, context, *parameters), keyword = leaves.arguments()
+    width = inputs.bilinear.shape[1] // 3
+    dims = ("weight", 1), ("bilinear", 1), ("bias", 0)
+    lists = [
+        [None if t is None else t.detach().narrow(dim, i * width, width).clone() for i in range(3)]
+        for t, (_, dim) in zip(parameters, dims, strict=True)
+    ]
+    given = [x, context, *(t.requires_grad_(backward) for each in lists for t in each if t is not None)]
+    douts = [inputs.dy.narrow(-1, i * width, width).contiguous() for i in range(3)]
+
+    def call():
+        with torch.set_grad_enabled(backward):
+            ys = modulated_qkv(x, context, *lists, **keyword)
+        return (ys, torch.autograd.grad(ys, given, douts)) if backward else ys
+
+    return call
 
 
 def calls(inputs, backward=False, compiled=False):

@@ -6,8 +6,10 @@ from functools import cached_property
 import torch
 import triton.language as tl
 
+from ctxkern import planner
+
 from . import tiles
-from .grouping import group_rows
+from .grouping import group_rows, slot_of_rows
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -46,6 +48,8 @@ class Call:
         sizes = (self.d_in, *(t.shape[1] for t in bilinears))
         aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
         self.target = kind, tiles.architecture(x.device), aligned
+        persistent = planner.GPU_PERSISTENT
+        self.persistent = tiles.persistent(*self.target) if persistent is None else persistent
         tf32 = x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
         self.precision = "tf32" if tf32 else "ieee"
         # of float32 products beside halves: three products of the matrix unit, where it has any
@@ -69,18 +73,8 @@ class Call:
         """[N] int32, row of the context table of each row of x; None where they are the same."""
         if self.per_token or self.index is None and self.bounds is None and self.length == 1:
             return None
-        slot = self.index
-        if slot is not None:
-            inside = ((slot >= 0) & (slot < self.table)).all()
-            torch._assert_async(inside, "context_index lies outside the table")
-            slot = slot.clamp(0, max(self.table - 1, 0)).to(torch.int32)
-        else:
-            slot = torch.arange(self.sequences, dtype=torch.int32, device=self.x.device)
-        if self.bounds is None:
-            return slot[:, None].expand(self.sequences, self.length).reshape(-1).contiguous()
-        token = torch.arange(self.tokens, dtype=torch.int32, device=self.x.device)
-        sequence = torch.bucketize(token, self.bounds[1:], right=True).clamp(max=self.sequences - 1)
-        return slot[sequence]
+        sizes = self.tokens, self.sequences, self.length, self.table
+        return slot_of_rows(*sizes, self.index, self.bounds, self.x.device)
 
     def buffer(self, size, dtype=None):
         return torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)

@@ -23,7 +23,7 @@ def predicted_seconds(problem, strategy, blocks, backward):
 
 def _panel(p, blocks, backward):
     """(count, operations, bytes) of each kind of launch."""
-    rows, columns = min(blocks.rows, p.d_in), min(blocks.columns, p.d_out)
+    rows, columns = min(blocks.rows, p.d_in), min(blocks.width, p.d_out)
     groups = -(-p.contexts // blocks.group)
     count = -(-p.d_in // max(rows, 1)) * -(-p.d_out // max(columns, 1)) * groups
     x, y = p.tokens * rows * p.dtype.itemsize / groups, p.tokens * columns * p.dtype.itemsize / groups

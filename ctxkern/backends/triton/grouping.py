@@ -16,6 +16,8 @@ The buffer, int32, one part after another:
   seen:   for each sequence the first of its index, the rows of it before, and in all    O(B²) comparisons
   number: running sums over those firsts: contexts, rows, tiles                          one program
   spread: tile_context and order                                                         a program a sequence
+
+The outer form leaves rows in their order and takes only the slot of each.
 """
 
 from typing import NamedTuple
@@ -23,6 +25,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from .sizes import OPTIONS, cdiv, next_power_of_2
 
 _SEEN_BLOCK = 64
 _NUMBER_BLOCK = 256
@@ -240,11 +244,45 @@ def _spread_kernel(
             tl.store(groups_ptr + 4 + 3 * limit + tiles + at + i, begin + i, mask=i < size)
 
 
+@triton.jit(debug=True)
+def _slot_kernel(
+    index_ptr,
+    cu_seqlens_ptr,
+    slot_ptr,  # [N], out
+    rows,
+    length,
+    table,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0)
+    slot = b
+    if INDEXED:
+        slot = tl.load(index_ptr + b)
+        tl.device_assert((slot >= 0) & (slot < table), "context_index lies outside the table")
+        slot = tl.minimum(tl.maximum(slot, 0), table - 1).to(tl.int32)
+    begin, size = _sequence(cu_seqlens_ptr, b, True, rows, length, PACKED)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(slot_ptr + begin + i, tl.zeros([BLOCK], tl.int32) + slot, mask=i < size)
+
+
+def slot_of_rows(rows, sequences, length, table, context_index, cu_seqlens, device):
+    """[N] int32: row of the context table of each row of x; the first for rows that belong to no sequence."""
+    indexed, packed = context_index is not None, cu_seqlens is not None
+    slot = (torch.zeros if packed else torch.empty)(rows, dtype=torch.int32, device=device)
+    flags = {"PACKED": packed, "INDEXED": indexed, **OPTIONS}
+    block = min(_SPREAD_BLOCK, next_power_of_2(length)) if length else _SPREAD_BLOCK
+    _slot_kernel[(sequences,)](context_index, cu_seqlens, slot, rows, length, table, **flags, BLOCK=block)
+    return slot
+
+
 def group_rows(rows, sequences, length, table, context_index, cu_seqlens, block, device):
     """The `Groups` of a call; length: of every sequence, 0 where cu_seqlens [B + 1] has their bounds."""
     indexed, packed = context_index is not None, cu_seqlens is not None
     if not indexed and not packed:
-        tiles = sequences * triton.cdiv(length, block)
+        tiles = sequences * cdiv(length, block)
         return Groups(torch.empty(0, dtype=torch.int32, device=device), sequences, tiles, length, block, True, False)
     limit = min(sequences, table)
     tiles = rows // block + limit
@@ -252,9 +290,9 @@ def group_rows(rows, sequences, length, table, context_index, cu_seqlens, block,
     size = 4 + 3 * limit + tiles + (rows if indexed else 0)
     whole = torch.empty(size + scratch, dtype=torch.int32, device=device)
     buffer, seen, starts = whole[:size], whole[size:], whole[size + scratch - sequences :]
-    flags = {"PACKED": packed}
+    flags = {"PACKED": packed, **OPTIONS}
     if indexed:
-        _seen_kernel[(triton.cdiv(sequences, _SEEN_BLOCK),)](
+        _seen_kernel[(cdiv(sequences, _SEEN_BLOCK),)](
             context_index, cu_seqlens, seen, sequences, rows, length, table, **flags, BLOCK=_SEEN_BLOCK
         )
     flags["INDEXED"] = indexed

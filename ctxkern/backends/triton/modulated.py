@@ -8,6 +8,7 @@ from ctxkern._check import check_bounds, check_index
 from . import outer, panel
 from .call import Call, contiguous
 from .cost import predicted_seconds
+from .projections import Projection
 from .tiles import backward_blocks, forward_blocks
 
 
@@ -33,7 +34,8 @@ def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_
     call = Call(x, context, bilinears, context_index, cu_seqlens, workspace_bytes)
     if call.tokens and call.d_in:
         with call.device():
-            _form(call).forward(call, weights, bilinears, biases, outs)
+            members = zip(weights, bilinears, biases, outs, strict=True)
+            _form(call).forward(call, [Projection(*parts) for parts in members])
     else:
         for out, bias in zip(outs, biases, strict=True):
             out.copy_(out.new_zeros(()) if bias is None else bias)
@@ -58,7 +60,8 @@ def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_
         call = Call(x, context, bilinears, context_index, cu_seqlens, workspace_bytes)
         if call.tokens and call.d_in and any(t.shape[1] for t in bilinears):
             with call.device():
-                _form(call).backward(call, douts, weights, bilinears, *grads)
+                members = zip(weights, bilinears, [None] * n, douts, dweights, dbilinears, strict=True)
+                _form(call).backward(call, [Projection(*parts) for parts in members], dx, dcontext)
         else:
             for grad in (dx, *dweights, *dbilinears):
                 if grad is not None:
@@ -81,11 +84,11 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
     if strategy == "outer":
         blocks, used = (d_out, call.tokens), 0
     elif backward:
-        made = backward_blocks(d_in, d_out, k, contexts, x.dtype, param_dtype, workspace_bytes)
-        blocks, used = (made.rows, made.group), 2 * made.rows * made.columns * made.group * x.dtype.itemsize
+        made = backward_blocks(call.tokens, d_in, (d_out,), k, contexts, x.dtype, param_dtype, workspace_bytes)
+        blocks, used = (made.rows, made.group), 2 * made.rows * made.width * made.group * x.dtype.itemsize
     else:
-        made = forward_blocks(d_in, d_out, contexts, x.dtype, workspace_bytes)
-        blocks, used = (made.columns, made.group), d_in * made.columns * made.group * x.dtype.itemsize
+        made = forward_blocks(d_in, (d_out,), contexts, x.dtype, workspace_bytes)
+        blocks, used = (made.width, made.group), d_in * made.width * made.group * x.dtype.itemsize
     return planner.Plan(
         strategy,
         backend,

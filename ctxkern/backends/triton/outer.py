@@ -1,38 +1,40 @@
 """Outer, launched: how rows, columns and sums are cut; the maths is in outer_kernels.py."""
 
 import torch
-import triton
 
 from . import outer_kernels as kernels
-from .call import TL_DTYPES, as_matrix, contiguous, strides
+from .call import TL_DTYPES, as_matrix
+from .projections import together
+from .sizes import OPTIONS, cdiv
 from .tiles import clip, splits, tile
 
 
-def forward(call, weights, bilinears, biases, outs):
-    """y of each projection into `outs`."""
-    for weight, bilinear, bias, out in zip(weights, bilinears, biases, outs, strict=True):
-        if out.numel():
-            _forward(call, weight, bilinear, contiguous(bias), out)
+def forward(call, projections):
+    """y of each `Projection` into its rows."""
+    for alike in together(projections):
+        _forward(call, alike)
 
 
-def _forward(call, weight, bilinear, bias, out):
-    d_out, k = bilinear.shape[1], call.context_dim
-    t = tile("outer", *call.target, call.tokens, d_out, k)
-    tiles = triton.cdiv(d_out, t.columns) * triton.cdiv(call.tokens, t.rows)
-    parts = splits(call.d_in, tiles, 4 * out.numel(), call.budget)
-    step = 16 * triton.cdiv(call.d_in, 16 * parts)  # so that rows are read from multiples of 16 bytes on
-    parts = triton.cdiv(call.d_in, step)
-    sums = call.buffer(parts * out.numel(), torch.float32) if parts > 1 else out
-    kernels._outer_forward_kernel[(tiles, parts)](
-        *(call.x, call.context, call.slot, weight, bilinear, bias, sums),
-        *(*bilinear.stride(), *strides(weight, 2)),
-        *(call.tokens, call.d_in, d_out, k, step),
+def _forward(call, alike):
+    n, k = len(alike.members), call.context_dim
+    t = tile("outer", *call.target, call.tokens, alike.widest, k)
+    columns = cdiv(alike.widest, t.columns)
+    tiles = columns * cdiv(call.tokens, t.rows)
+    size = call.tokens * sum(alike.d_outs)
+    parts = splits(call.d_in, tiles * n, 4 * size, call.budget)
+    step = 16 * cdiv(call.d_in, 16 * parts)  # so that rows are read from multiples of 16 bytes on
+    parts = cdiv(call.d_in, step)
+    sums = call.buffer(parts * size, torch.float32) if parts > 1 else None
+    kernels._outer_forward_kernel[(tiles, parts, n)](
+        *(call.x, call.context, call.slot, alike.weight, alike.bilinear, alike.bias, alike.rows, sums),
+        *(alike.strides("bilinear"), alike.strides("weight")),
+        *(alike.d_outs, call.tokens, call.d_in, k, step, columns),
         BLOCK_M=t.rows,
         BLOCK_E=t.columns,
         BLOCK_K=t.depth,
         BLOCK_D=clip(step, 64),
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
+        HAS_WEIGHT=alike.weight is not None,
+        HAS_BIAS=alike.bias is not None,
         SLOTS=call.slot is not None,
         SPLIT=parts > 1,
         DTYPE=TL_DTYPES[call.dtype],
@@ -41,48 +43,53 @@ def _forward(call, weight, bilinear, bias, out):
     )
     if parts > 1:
         block = 1024
-        kernels._outer_sum_kernel[(triton.cdiv(out.numel(), block),)](
-            sums, bias, out, out.numel(), d_out, parts, BLOCK=block, HAS_BIAS=bias is not None
+        kernels._outer_sum_kernel[(cdiv(call.tokens * alike.widest, block), n)](
+            *(sums, alike.bias, alike.rows, alike.d_outs, call.tokens, parts),
+            BLOCK=block,
+            **OPTIONS,
+            HAS_BIAS=alike.bias is not None,
         )
 
 
-def backward(call, douts, weights, bilinears, dx, dcontext, dweights, dbilinears):
+def backward(call, projections, dx, dcontext):
     """The gradients into tensors of theirs; None: not asked for."""
-    douts = [as_matrix(d) for d in douts]
-    for dout, dweight, dbilinear in zip(douts, dweights, dbilinears, strict=True):
-        if dweight is not None:
-            _product(call, call.x.t(), dout, dweight, False)
-        if dbilinear is not None and dbilinear.numel():
-            _spread(call, dout, dbilinear)
+    projections = [p._replace(rows=as_matrix(p.rows)) for p in projections]
+    batches = together(projections)
+    for alike in batches:
+        if alike.dweight is not None:
+            for p in alike.members:
+                _product(call, call.x.t(), p.rows, p.dweight, False)
+        if alike.dbilinear is not None and call.context_dim:
+            _spread(call, alike)
     if dx is not None or dcontext is not None:
-        _turn(call, douts, weights, bilinears, None if dx is None else as_matrix(dx), dcontext)
+        _turn(call, batches, None if dx is None else as_matrix(dx), dcontext)
 
 
 def _product(call, a, b, out, add):
     (m, k), n = a.shape, b.shape[1]
     t = tile("product", *call.target, m, n, k)
-    if m and n:
-        kernels._product_kernel[(triton.cdiv(m, t.rows), triton.cdiv(n, t.columns))](
-            *(a, b, out),
-            *(*a.stride(), *b.stride(), *out.stride()),
-            *(m, n, k),
-            BLOCK_M=t.rows,
-            BLOCK_N=t.columns,
-            BLOCK_K=t.depth,
-            ADD=add,
-            DTYPE=TL_DTYPES[call.dtype],
-            PRECISION=call.precision,
-            **t.launch(),
-        )
+    kernels._product_kernel[(cdiv(m, t.rows), cdiv(n, t.columns))](
+        *(a, b, out),
+        *(*a.stride(), *b.stride(), *out.stride()),
+        *(m, n, k),
+        BLOCK_M=t.rows,
+        BLOCK_N=t.columns,
+        BLOCK_K=t.depth,
+        ADD=add,
+        DTYPE=TL_DTYPES[call.dtype],
+        PRECISION=call.precision,
+        **t.launch(),
+    )
 
 
-def _spread(call, dout, dbilinear):
-    d_out, k = dout.shape[1], call.context_dim
-    t = tile("outer-spread", *call.target, d_out, k, call.tokens)
-    kernels._outer_spread_kernel[(call.d_in * triton.cdiv(d_out, t.rows), triton.cdiv(k, t.columns))](
-        *(call.x, dout, call.context, call.slot, dbilinear),
-        *dbilinear.stride(),
-        *(call.tokens, call.d_in, d_out, k),
+def _spread(call, alike):
+    k = call.context_dim
+    t = tile("outer-spread", *call.target, alike.widest, k, call.tokens)
+    columns = cdiv(alike.widest, t.rows)
+    kernels._outer_spread_kernel[(call.d_in * columns, cdiv(k, t.columns), len(alike.members))](
+        *(call.x, alike.rows, call.context, call.slot, alike.dbilinear),
+        *(alike.strides("dbilinear"), alike.d_outs),
+        *(call.tokens, call.d_in, k, columns),
         BLOCK_M=t.depth,
         BLOCK_E=t.rows,
         BLOCK_K=t.columns,
@@ -92,51 +99,48 @@ def _spread(call, dout, dbilinear):
     )
 
 
-def _turn(call, douts, weights, bilinears, dx, dcontext):
+def _turn(call, batches, dx, dcontext):
     k = call.context_dim
-    t = tile("outer-turn", *call.target, call.tokens, k, max(b.shape[1] for b in bilinears))
-    tiles = triton.cdiv(call.tokens, t.rows)
+    t = tile("outer-turn", *call.target, call.tokens, k, max(alike.widest for alike in batches))
+    tiles = cdiv(call.tokens, t.rows)
     # without contexts dx is weight's part alone, which the kernel still writes
-    pieces = [(i, at) for i in range(len(bilinears)) for at in range(0, max(k, 1), t.columns)]
-    weighted = dx is not None and any(w is not None for w in weights)
+    pieces = [(alike, at) for alike in batches for at in range(0, max(k, 1), t.columns)]
+    weighted = [] if dx is None else [p for alike in batches for p in alike.members if p.weight is not None]
     sums = None
     if weighted or dx is not None and len(pieces) > 1:
         sums = call.buffer((call.tokens, call.d_in), torch.float32)
-    started = False
-    for dout, weight in zip(douts, weights, strict=True):
-        if weighted and weight is not None:
-            _product(call, dout, weight.t(), sums, started)
-            started = True
+    for at, p in enumerate(weighted):
+        _product(call, p.rows, p.weight.t(), sums, at > 0)
     parts, partial = splits(call.d_in, tiles, 4 * call.tokens * k, call.budget), None
-    step = 16 * triton.cdiv(call.d_in, 16 * parts)
-    parts = triton.cdiv(call.d_in, step)
+    step = 16 * cdiv(call.d_in, 16 * parts)
+    parts = cdiv(call.d_in, step)
     if dcontext is not None:
         partial = call.buffer(parts * call.tokens * k, torch.float32)
-    for piece, (i, k_begin) in enumerate(pieces):
+    for piece, (alike, k_begin) in enumerate(pieces):
         kernels._outer_turn_kernel[(tiles, parts)](
-            *(call.x, douts[i], call.context, call.slot, bilinears[i], sums, dx, partial),
-            *bilinears[i].stride(),
-            *(call.tokens, call.d_in, bilinears[i].shape[1], k, k_begin, step),
+            *(call.x, alike.rows, call.context, call.slot, alike.bilinear, sums, dx, partial),
+            *(alike.strides("bilinear"), alike.d_outs),
+            *(call.tokens, call.d_in, k, k_begin, step),
             BLOCK_M=t.rows,
             BLOCK_E=t.depth,
             BLOCK_K=t.columns,
             DX=dx is not None,
             DCONTEXT=dcontext is not None,
-            STARTED=started,
+            STARTED=bool(weighted) or piece > 0,
             LAST=piece + 1 == len(pieces),
-            ADDED=i > 0,
+            ADDED=alike is not batches[0],
             SLOTS=call.slot is not None,
             PRECISION=call.precision,
             **t.launch(),
         )
-        started = True
     if dcontext is not None and k:
         groups, block_k = call.groups, clip(k, 128)
-        kernels._outer_dcontext_kernel[(groups.limit, triton.cdiv(k, block_k))](
+        kernels._outer_dcontext_kernel[(groups.limit, cdiv(k, block_k))](
             *(partial, groups.buffer, dcontext),
             *(*groups.arguments()[1:], call.tokens, k, parts),
             BLOCK_M=16,
             BLOCK_K=block_k,
+            **OPTIONS,
             UNIFORM=groups.uniform,
             ORDERED=groups.ordered,
         )

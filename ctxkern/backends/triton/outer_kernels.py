@@ -7,7 +7,7 @@
 
 Rows stay in their order; `slot` [N] is the row of the context table of each, none for a context per token. `bilinear`
 is read once for a tile of rows, which are few where this form wins. Sums that several programs share are kept apart and
-added in their order.
+added in order. Projections of the same rows share launches: a program takes one of them, or sums over all of them.
 """
 
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .device import dot_exact, kernel, wide
 from .grouping import context_count, range_of, rows_at, slots_of
+from .projections import columns_before, pick
 
 
 @triton.jit
@@ -31,22 +32,21 @@ def _outer_forward_kernel(
     x_ptr,  # [N, D]
     context_ptr,  # [F, K]
     slot_ptr,  # [N]
-    weight_ptr,  # [D, E]
-    bilinear_ptr,  # [D, E, K]
-    bias_ptr,  # [E]
-    y_ptr,  # [N, E], or with SPLIT sums [splits, N, E] in float32
+    weights,  # of each projection [D, E]
+    bilinears,  # [D, E, K] each
+    biases,  # [E] each
+    outs,  # [N, E] each
+    sums_ptr,  # with SPLIT: [splits, N, E] of each, one after another, float32
     # strides
-    stride_t_d,
-    stride_t_e,
-    stride_t_k,
-    stride_w_d,
-    stride_w_e,
+    strides_t,
+    strides_w,
     # sizes
+    d_outs,
     rows,
     d_in,
-    d_out,
     context_dim,
     d_step,  # of D, a split
+    e_blocks,  # of the widest projection
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -59,15 +59,22 @@ def _outer_forward_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    e_blocks = tl.cdiv(d_out, BLOCK_E)
+    part = tl.program_id(2)
+    d_out = pick(part, d_outs)
+    e0 = (tl.program_id(0) % e_blocks) * BLOCK_E
+    if e0 >= d_out:
+        return
     offs_m = (tl.program_id(0) // e_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
     slot = _slots(slot_ptr, offs_m, mask_m, SLOTS)
     n = offs_m.to(tl.int64)
-    offs_e = (tl.program_id(0) % e_blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_e = e0 + tl.arange(0, BLOCK_E)
     mask_e = offs_e < d_out
     d_begin = tl.program_id(1) * d_step
     d_end = tl.minimum(d_begin + d_step, d_in)
+    stride_t_d = pick(part, strides_t[0])
+    # [1, BLOCK_E]
+    bilinear_at = pick(part, bilinears) + offs_e[None, :].to(tl.int64) * pick(part, strides_t[1])
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for k in range(0, context_dim, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -75,7 +82,7 @@ def _outer_forward_kernel(
         c_at = context_ptr + slot[:, None] * context_dim + offs_k[None, :]
         c = tl.load(c_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0).to(tl.float32)
         # [BLOCK_K, BLOCK_E]
-        t_at = bilinear_ptr + offs_e[None, :].to(tl.int64) * stride_t_e + offs_k[:, None] * stride_t_k
+        t_at = bilinear_at + offs_k[:, None] * pick(part, strides_t[2])
         for d in range(d_begin, d_end):
             x = tl.load(x_ptr + n * d_in + d, mask=mask_m, other=0.0).to(tl.float32)
             t = tl.load(t_at + wide(d) * stride_t_d, mask=mask_k[:, None] & mask_e[None, :], other=0.0)
@@ -85,59 +92,64 @@ def _outer_forward_kernel(
             offs_d = d + tl.arange(0, BLOCK_D)
             mask_d = offs_d < d_end
             x = tl.load(x_ptr + n[:, None] * d_in + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-            w_at = weight_ptr + offs_d[:, None].to(tl.int64) * stride_w_d + offs_e[None, :] * stride_w_e
+            w_at = pick(part, weights) + offs_d[:, None].to(tl.int64) * pick(part, strides_w[0])
+            w_at += offs_e[None, :] * pick(part, strides_w[1])
             w = tl.load(w_at, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
             acc = tl.dot(x, w.to(DTYPE), acc, input_precision=PRECISION)
     mask = mask_m[:, None] & mask_e[None, :]
     if SPLIT:
-        at = y_ptr + (tl.program_id(1).to(tl.int64) * rows + n[:, None]) * d_out + offs_e[None, :]
-        tl.store(at, acc, mask=mask)
+        sums_at = sums_ptr + tl.num_programs(1).to(tl.int64) * rows * columns_before(part, d_outs)
+        at = (tl.program_id(1).to(tl.int64) * rows + n[:, None]) * d_out + offs_e[None, :]
+        tl.store(sums_at + at, acc, mask=mask)
     else:
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptr + n[:, None] * d_out + offs_e[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+            acc += tl.load(pick(part, biases) + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
+        y_at = pick(part, outs) + n[:, None] * d_out + offs_e[None, :]
+        tl.store(y_at, acc.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel
 def _outer_sum_kernel(
-    sums_ptr,  # [splits, N·E], float32
-    bias_ptr,  # [E]
-    y_ptr,  # [N·E]
-    size,
-    d_out,
+    sums_ptr,  # [splits, N, E] of each projection, one after another, float32
+    biases,  # [E] each
+    outs,  # [N, E] each
+    d_outs,
+    rows,
     splits,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
+    part = tl.program_id(1)
+    d_out = pick(part, d_outs)
+    size = wide(rows) * d_out
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
+    sums_at = sums_ptr + wide(splits) * rows * columns_before(part, d_outs) + offs
     acc = tl.zeros([BLOCK], tl.float32)
     for s in range(0, splits):
-        acc += tl.load(sums_ptr + wide(s) * size + offs, mask=mask, other=0.0)
+        acc += tl.load(sums_at + wide(s) * size, mask=mask, other=0.0)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs % d_out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(pick(part, biases) + offs % d_out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pick(part, outs) + offs, acc.to(outs[0].dtype.element_ty), mask=mask)
 
 
 @kernel
 def _outer_turn_kernel(
     # tensors
     x_ptr,  # [N, D]
-    dy_ptr,  # [N, E]
+    dys,  # of each projection [N, E]
     context_ptr,  # [F, K]
     slot_ptr,  # [N]
-    bilinear_ptr,  # [D, E, K]
+    bilinears,  # [D, E, K] each
     sums_ptr,  # [N, D], float32: dx so far
     dx_ptr,  # [N, D]
     partial_ptr,  # [ranges of D, N, K], float32: dcontext
     # strides
-    stride_t_d,
-    stride_t_e,
-    stride_t_k,
+    strides_t,
     # sizes
+    d_outs,
     rows,
     d_in,
-    d_out,
     context_dim,
     k_begin,
     d_step,
@@ -149,7 +161,7 @@ def _outer_turn_kernel(
     DCONTEXT: tl.constexpr,
     STARTED: tl.constexpr,
     LAST: tl.constexpr,
-    ADDED: tl.constexpr,  # partial sums hold those of earlier projections
+    ADDED: tl.constexpr,  # partial sums hold those of earlier launches
     SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -172,15 +184,19 @@ def _outer_turn_kernel(
     d_begin = tl.program_id(1) * d_step
     for d in range(d_begin, tl.minimum(d_begin + d_step, d_in)):
         z = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-        for e in range(0, d_out, BLOCK_E):
-            offs_e = e + tl.arange(0, BLOCK_E)
-            mask_e = offs_e < d_out
-            dy_at = dy_ptr + n[:, None] * d_out + offs_e[None, :]
-            dy = tl.load(dy_at, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
-            # [BLOCK_E, BLOCK_K]
-            t_at = bilinear_ptr + wide(d) * stride_t_d + offs_e[:, None].to(tl.int64) * stride_t_e
-            t = tl.load(t_at + offs_k[None, :] * stride_t_k, mask=mask_e[:, None] & mask_k[None, :], other=0.0)
-            z = dot_exact(dy, t, z, PRECISION)
+        for part in range(0, len(d_outs)):
+            d_out = pick(part, d_outs)
+            bilinear_at = pick(part, bilinears) + wide(d) * pick(part, strides_t[0])
+            for e in range(0, d_out, BLOCK_E):
+                offs_e = e + tl.arange(0, BLOCK_E)
+                mask_e = offs_e < d_out
+                dy_at = pick(part, dys) + n[:, None] * d_out + offs_e[None, :]
+                dy = tl.load(dy_at, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
+                # [BLOCK_E, BLOCK_K]
+                t_at = bilinear_at + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
+                t_at += offs_k[None, :] * pick(part, strides_t[2])
+                t = tl.load(t_at, mask=mask_e[:, None] & mask_k[None, :], other=0.0)
+                z = dot_exact(dy, t, z, PRECISION)
         if DX:
             total = tl.sum(z * c, 1)
             if STARTED:
@@ -236,19 +252,18 @@ def _outer_dcontext_kernel(
 def _outer_spread_kernel(
     # tensors
     x_ptr,  # [N, D]
-    dy_ptr,  # [N, E]
+    dys,  # of each projection [N, E]
     context_ptr,  # [F, K]
     slot_ptr,  # [N]
-    dbilinear_ptr,  # [D, E, K]
+    dbilinears,  # [D, E, K] each
     # strides
-    stride_t_d,
-    stride_t_e,
-    stride_t_k,
+    strides_t,
     # sizes
+    d_outs,
     rows,
     d_in,
-    d_out,
     context_dim,
+    e_blocks,  # of the widest projection
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -256,10 +271,15 @@ def _outer_spread_kernel(
     SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    e_blocks = tl.cdiv(d_out, BLOCK_E)
+    part = tl.program_id(2)
+    d_out = pick(part, d_outs)
+    e0 = (tl.program_id(0) % e_blocks) * BLOCK_E
+    if e0 >= d_out:
+        return
     d = (tl.program_id(0) // e_blocks).to(tl.int64)
-    offs_e = (tl.program_id(0) % e_blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_e = e0 + tl.arange(0, BLOCK_E)
     mask_e = offs_e < d_out
+    dy_ptr = pick(part, dys)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
     acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
@@ -275,8 +295,9 @@ def _outer_spread_kernel(
         c = tl.load(c_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         # beside float32 contexts the product is theirs: rounding it would be the only rounding
         acc = tl.dot(tl.trans((x[:, None] * dy).to(c.dtype)), c, acc, input_precision=PRECISION)
-    at = dbilinear_ptr + d * stride_t_d + offs_e[:, None].to(tl.int64) * stride_t_e + offs_k[None, :] * stride_t_k
-    tl.store(at, acc.to(dbilinear_ptr.dtype.element_ty), mask=mask_e[:, None] & mask_k[None, :])
+    at = pick(part, dbilinears) + d * pick(part, strides_t[0]) + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
+    at += offs_k[None, :] * pick(part, strides_t[2])
+    tl.store(at, acc.to(dbilinears[0].dtype.element_ty), mask=mask_e[:, None] & mask_k[None, :])
 
 
 @kernel

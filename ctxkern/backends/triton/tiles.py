@@ -1,10 +1,13 @@
 """Tiles of the kernels and the blocks that a workspace holds: what a launch takes besides its operands."""
 
+import csv
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
+
+from .sizes import OPTIONS, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -17,72 +20,57 @@ class Tile(NamedTuple):
     stages: int
 
     def launch(self):
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return {"num_warps": self.warps, "num_stages": self.stages, **OPTIONS}
 
 
-# by kernel and by dtypes: a half, a half beside float32 parameters, float32. Not measured yet: what fits into registers
-# and shared memory of sm_80, sm_90 and sm_100 (bench/results/triton-audit.csv)
 HALF, MIXED, FLOAT = "half", "mixed", "float32"
-_TILES = {
-    ("project", HALF): Tile(128, 128, 64, 8, 3),
-    ("project", FLOAT): Tile(64, 64, 32, 4, 3),
-    ("turn", HALF): Tile(128, 128, 64, 8, 3),
-    ("turn", FLOAT): Tile(64, 64, 16, 4, 3),
-    ("gather", HALF): Tile(128, 128, 64, 8, 3),
-    ("gather", FLOAT): Tile(64, 64, 32, 4, 3),
-    # columns of E × contexts, K at a time
-    ("make", HALF): Tile(128, 64, 128, 8, 3),
-    ("make", MIXED): Tile(64, 64, 64, 8, 3),
-    ("make", FLOAT): Tile(32, 16, 32, 4, 2),
-    # K in several blocks
-    ("make-long", HALF): Tile(64, 64, 64, 4, 3),
-    ("make-long", MIXED): Tile(64, 32, 32, 4, 3),
-    ("make-long", FLOAT): Tile(32, 16, 32, 4, 2),
-    # columns of E × K, contexts at a time
-    ("spread", HALF): Tile(128, 64, 64, 4, 2),
-    ("spread", FLOAT): Tile(64, 64, 32, 4, 2),
-    # rows × columns of E, K at a time
-    ("outer", HALF): Tile(64, 64, 64, 4, 3),
-    ("outer", FLOAT): Tile(32, 32, 32, 4, 2),
-    # rows × K, columns of E at a time
-    ("outer-turn", HALF): Tile(64, 64, 64, 4, 3),
-    ("outer-turn", FLOAT): Tile(32, 32, 16, 4, 2),
-    # columns of E × K, rows at a time
-    ("outer-spread", HALF): Tile(64, 64, 64, 4, 2),
-    ("outer-spread", MIXED): Tile(64, 64, 32, 4, 2),
-    ("outer-spread", FLOAT): Tile(32, 32, 32, 4, 2),
-    ("product", HALF): Tile(64, 64, 64, 4, 3),
-    ("product", FLOAT): Tile(32, 32, 32, 4, 2),
-}
-# where rows do not begin at multiples of 16 bytes: operands pass through registers on their way
-_UNALIGNED = {
-    ("project", HALF): Tile(64, 64, 32, 4, 2),
-    ("project", FLOAT): Tile(32, 64, 16, 4, 2),
-    ("turn", HALF): Tile(64, 64, 32, 4, 2),
-    ("turn", FLOAT): Tile(32, 64, 16, 4, 2),
-    ("gather", HALF): Tile(64, 64, 32, 4, 2),
-    ("gather", FLOAT): Tile(32, 64, 16, 4, 2),
-    ("make", MIXED): Tile(64, 32, 64, 8, 2),
-    ("spread", FLOAT): Tile(32, 64, 16, 4, 2),
-}
-# where an architecture has too few registers or too little shared memory for those
-_ARCHITECTURES = {
-    ("sm_80", "make", HALF): Tile(64, 32, 128, 8, 3),
-    ("sm_80", "make", MIXED): Tile(32, 32, 64, 4, 2),
-    ("sm_80", "turn", HALF): Tile(128, 64, 32, 4, 3),
-    ("sm_80", "spread", MIXED): Tile(64, 64, 32, 4, 2),
-    ("sm_80", "outer-turn", MIXED): Tile(32, 32, 32, 4, 2),
-    ("sm_100", "make", MIXED): Tile(64, 32, 64, 4, 3),
-    ("sm_100", "turn", HALF): Tile(128, 128, 32, 8, 3),
-    ("sm_100", "spread", HALF): Tile(64, 64, 64, 4, 2),
-    ("sm_100", "outer-turn", MIXED): Tile(32, 32, 32, 4, 2),
-    ("gfx942", "make", HALF): Tile(64, 32, 128, 4, 2),
-    ("gfx942", "make", MIXED): Tile(32, 32, 64, 4, 2),
-}
+ALIGNED, UNALIGNED, ANY = "aligned", "unaligned", "any"
+TABLE = Path(__file__).with_name("tile_table.csv")
+
+
+def read_table(path=TABLE):
+    """{(kernel, dtypes, architecture, layout): Tile}, as bench/tune.py wrote it.
+
+    dtypes: a half, a half beside float32 parameters (mixed; those of a half where it has no row), float32. layout:
+    whether rows begin at multiples of 16 bytes; operands that do not pass through registers. rows, columns and depth:
+
+      make, make-long            columns of E × contexts, K at a time (all of K; K in several blocks)
+      project, turn              rows (turn: those of project) × columns of E or D, D or E at a time
+      gather                     D × E, rows at a time
+      spread                     columns of E × K, contexts at a time
+      outer                      rows × columns of E, K at a time
+      outer-turn                 rows × K, columns of E at a time
+      outer-spread               columns of E × K, rows at a time
+      product                    rows × columns, its sum at a time
+      persistent                 as project (rows: those), where one launch was measured to be faster; else no row
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = ("kernel", "dtypes", "architecture", "layout")
+    return {tuple(row[key] for key in keys): Tile(*(int(row[field]) for field in Tile._fields)) for row in rows}
+
+
+_TILES = read_table()
+_REMEMBERED = []
+
+
+def _remembered(function):
+    """A cache of what a problem's sizes lead to: looked up in every call, half of a launch's time otherwise."""
+    _REMEMBERED.append(cache(function))
+    return _REMEMBERED[-1]
+
+
+def forget():
+    """To be called where the table was changed."""
+    for function in _REMEMBERED:
+        function.cache_clear()
+
+
 # rows of D that a program of `make` goes through
 MAKE_ROWS = 8
 
 
+@_remembered
 def make_tile(kind, arch, aligned, columns, contexts, context_dim):
     """The `Tile` of `make`, and whether it holds all of K."""
     t = tile("make", kind, arch, aligned, columns, contexts, context_dim)
@@ -93,7 +81,7 @@ def make_tile(kind, arch, aligned, columns, contexts, context_dim):
 
 def clip(size, largest):
     """A power of two from 16 to `largest` that holds `size` if it can."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
+    return min(largest, max(16, next_power_of_2(size)))
 
 
 def kind_of(dtype, param_dtype):
@@ -103,24 +91,54 @@ def kind_of(dtype, param_dtype):
     return HALF if param_dtype is dtype else MIXED
 
 
+# architectures that the table has rows of; others of the same name's beginning take theirs, and the rest the smallest
+_FAMILIES = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "gfx9": "gfx942"}
+
+
 @cache
 def architecture(device):
     """sm_90 and so on, gfx942 and so on; sm_90 where there is no GPU."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return family(name)
 
 
+def family(name):
+    """The architecture whose tiles one takes."""
+    fallback = "gfx942" if name.startswith("gfx") else "sm_80"
+    return next((known for beginning, known in _FAMILIES.items() if name.startswith(beginning)), fallback)
+
+
+@_remembered
 def tile(kernel, kind, arch, aligned, rows, columns, depth):
     """The `Tile` of a kernel, cut to the sizes of a problem. aligned: whether rows begin at multiples of 16 bytes."""
-    kinds = (kind, HALF) if kind == MIXED else (kind,)
-    found = [_ARCHITECTURES.get((arch, kernel, k)) for k in kinds] if aligned or kernel == "make" else []
-    found += [] if aligned else [_UNALIGNED.get((kernel, k)) for k in kinds]
-    found += [_TILES.get((kernel, k)) for k in kinds]
-    t = next(t for t in found if t)
+    t = found(kernel, kind, arch, aligned)
     return t._replace(rows=clip(rows, t.rows), columns=clip(columns, t.columns), depth=clip(depth, t.depth))
+
+
+def found(kernel, kind, arch, aligned):
+    """The row of the table: of the architecture first, of the layout then, of the dtypes last."""
+    kinds = (kind, HALF) if kind == MIXED else (kind,)
+    layout = ALIGNED if aligned else UNALIGNED
+    keys = [(kernel, k, a, at) for a in (arch, ANY) for at in (layout, ANY) for k in kinds]
+    if kernel == "persistent" and not any(key in _TILES for key in keys):
+        return found("project", kind, arch, aligned)
+    return next(_TILES[key] for key in keys if key in _TILES)
+
+
+def persistent(kind, arch, aligned):
+    """Whether the panel form's forward runs as one launch: where that was measured to be faster than two a strip."""
+    return ("persistent", kind, arch, ALIGNED if aligned else UNALIGNED) in _TILES
+
+
+@cache
+def programs(device):
+    """Programs of a persistent launch: one a multiprocessor; 4 where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 # programs that keep a GPU busy: twice the multiprocessors of an H100
@@ -134,10 +152,11 @@ def splits(size, programs, bytes_each, budget):
 
 
 class Blocks(NamedTuple):
-    """Rows of D and columns of E of a block, and contexts of a group."""
+    """Rows of D, columns of a strip, strips of a launch, and contexts of a group."""
 
     rows: int
-    columns: int
+    width: int
+    strips: int
     group: int
 
 
@@ -152,27 +171,48 @@ _GRID = 65_535
 _NARROW = 64
 
 
-def forward_blocks(d_in, d_out, limit, dtype, budget):
+@_remembered
+def forward_blocks(d_in, d_outs, limit, dtype, budget):
     """All of D by as many columns as hold all contexts, or fewer contexts where those would be too few."""
-    column = d_in * dtype.itemsize
+    column, widest = d_in * dtype.itemsize, max(d_outs)
     group = min(max(limit, 1), _GRID)
-    while group > 1 and column and budget // (column * group) < min(_NARROW, d_out):
+    while group > 1 and column and budget // (column * group) < min(_NARROW, widest):
         group = -(-group // 2)
-    columns = _down(max(1, budget // max(column * group, 1)), _NARROW)
-    return Blocks(d_in, min(columns, d_out), group)
+    fit = max(1, budget // max(column * group, 1))
+    width = max(1, min(_down(fit, _NARROW), widest))
+    strips = sum(-(-d_out // width) for d_out in d_outs)
+    return Blocks(d_in, width, min(strips, max(1, fit // width)), group)
 
 
-def backward_blocks(d_in, d_out, context_dim, limit, dtype, param_dtype, budget):
-    """As many rows of D as hold W and G of all contexts; where those are too few, less of E, then fewer contexts."""
+# what a launch costs, in bytes that memory moves meanwhile: 2 µs of an H100's, not measured
+_LAUNCH_BYTES = 6 << 20
+
+
+@_remembered
+def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype, budget):
+    """Rows of D by columns of E that hold W and G of all contexts and move fewest bytes; else fewer contexts.
+
+    A block reads x and dy, and dy again for dx; where it has not all columns, dx goes through memory in float32.
+    """
     element = 2 * dtype.itemsize
     sums = (context_dim + 1) * torch.float32.itemsize
-    columns, group = d_out, min(max(limit, 1), _GRID)
+    group, total = min(max(limit, 1), _GRID), sum(d_outs)
+    candidates = [(max(*d_outs, 1), strips) for strips in {len(d_outs), 1}]
+    while candidates[-1][0] > _NARROW:
+        candidates.append((max(_down(-(-candidates[-1][0] // 2), 16), _NARROW), 1))
 
-    def rows():
-        return budget // max(columns * (group * element + (sums if group < limit else 0)), 1)
+    def rows_of(width, strips):
+        fit = budget // max(width * strips * (group * element + (sums if group < limit else 0)), 1)
+        return min(_down(max(1, fit), _NARROW), d_in)
 
-    while rows() < min(_NARROW, d_in) and columns > _NARROW:
-        columns = -(-columns // 2)
-    while rows() < min(16, d_in) and group > 1:
+    def cost(width, strips):
+        rows, columns = rows_of(width, strips), min(width * strips, total)
+        count = -(-d_in // max(rows, 1)) * -(-total // max(columns, 1))
+        moved = dtype.itemsize * (rows + 2 * columns) + (2 * torch.float32.itemsize * rows if columns < total else 0)
+        narrow = max(1, min(_NARROW, d_in) / max(rows, 1)) * max(1, min(_NARROW, total) / max(columns, 1))
+        return count * (tokens * moved * narrow + _LAUNCH_BYTES)
+
+    while group > 1 and max(rows_of(*candidate) for candidate in candidates) < min(16, d_in):
         group = -(-group // 2)
-    return Blocks(min(_down(max(1, rows()), _NARROW), d_in), max(columns, 1), group)
+    width, strips = min(candidates, key=lambda candidate: cost(*candidate))
+    return Blocks(rows_of(width, strips), width, min(strips, sum(-(-d_out // width) for d_out in d_outs)), group)
