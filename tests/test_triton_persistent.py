@@ -43,6 +43,7 @@ def small(monkeypatch):
     table = {key: t._replace(**narrow.get(key[0], {})) for key, t in tiles._TILES.items()}
     monkeypatch.setattr(tiles, "_TILES", table)
     monkeypatch.setattr(tiles, "MAKE_ROWS", 8)
+    monkeypatch.setattr(persistent, "_STRIPS", 8)
     tiles.forget()
     empty = Call.buffer
     monkeypatch.setattr(Call, "buffer", lambda *args: empty(*args).fill_(float("nan")))

@@ -61,10 +61,14 @@ class Call:
         """U at most."""
         return min(self.sequences, self.table)
 
+    @property
+    def rows_each(self):
+        """Rows of a context, on average and at least."""
+        return self.tokens // max(self.most_contexts, 1)
+
     @cached_property
     def groups(self):
-        rows = self.tokens // max(self.most_contexts, 1)
-        block = tiles.tile("project", *self.target, rows, 1, 1).rows
+        block = tiles.tile("project", *self.target, self.rows_each, 1, 1).rows
         sizes = self.tokens, self.sequences, self.length, self.table
         return group_rows(*sizes, self.index, self.bounds, block, self.x.device)
 

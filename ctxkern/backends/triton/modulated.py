@@ -1,11 +1,13 @@
 """The modulated operators: which form runs, and what the kernels are given."""
 
+import math
+
 import torch
 
 from ctxkern import planner
 from ctxkern._check import check_bounds, check_index
 
-from . import outer, panel
+from . import outer, panel, persistent
 from .call import Call, contiguous
 from .cost import predicted_seconds
 from .projections import Projection
@@ -80,15 +82,16 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
         call.tokens, contexts, d_in, d_out, k, x.dtype, param_dtype, "cuda", call.per_token, weight is not None
     )
     flops, moved = planner.counts(problem, strategy)
-    made = None
+    made, one_launch = None, strategy == "panel" and not backward and persistent.runs(call, (d_out,))
     if strategy == "outer":
         blocks, used = (d_out, call.tokens), 0
     elif backward:
         made = backward_blocks(call.tokens, d_in, (d_out,), k, contexts, x.dtype, param_dtype, workspace_bytes)
-        blocks, used = (made.rows, made.group), 2 * made.rows * made.width * made.group * x.dtype.itemsize
+        blocks, used = (made.rows, made.group), 2 * math.prod(made) * x.dtype.itemsize
     else:
-        made = forward_blocks(d_in, (d_out,), contexts, x.dtype, workspace_bytes)
-        blocks, used = (made.width, made.group), d_in * made.width * made.group * x.dtype.itemsize
+        sizes = d_in, (d_out,), contexts, x.dtype, workspace_bytes
+        made = persistent.blocks_of(call, (d_out,)) if one_launch else forward_blocks(*sizes)
+        blocks, used = (made.width, made.group), math.prod(made) * x.dtype.itemsize
     return planner.Plan(
         strategy,
         backend,
@@ -101,5 +104,5 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
         *planner.floor(problem, flops, moved),
         "D" if backward else "E",
         contexts if strategy == "panel" else 0,
-        predicted_seconds(problem, strategy, made, backward) if call.tokens and contexts else None,
+        predicted_seconds(problem, strategy, made, backward, one_launch) if call.tokens and contexts else None,
     )

@@ -82,7 +82,7 @@ def _outer_forward_kernel(
         c_at = context_ptr + slot[:, None] * context_dim + offs_k[None, :]
         c = tl.load(c_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0).to(tl.float32)
         # [BLOCK_K, BLOCK_E]
-        t_at = bilinear_at + offs_k[:, None] * pick(part, strides_t[2])
+        t_at = bilinear_at + offs_k[:, None] * wide(pick(part, strides_t[2]))
         for d in range(d_begin, d_end):
             x = tl.load(x_ptr + n * d_in + d, mask=mask_m, other=0.0).to(tl.float32)
             t = tl.load(t_at + wide(d) * stride_t_d, mask=mask_k[:, None] & mask_e[None, :], other=0.0)
@@ -93,7 +93,7 @@ def _outer_forward_kernel(
             mask_d = offs_d < d_end
             x = tl.load(x_ptr + n[:, None] * d_in + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0)
             w_at = pick(part, weights) + offs_d[:, None].to(tl.int64) * pick(part, strides_w[0])
-            w_at += offs_e[None, :] * pick(part, strides_w[1])
+            w_at += offs_e[None, :] * wide(pick(part, strides_w[1]))
             w = tl.load(w_at, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
             acc = tl.dot(x, w.to(DTYPE), acc, input_precision=PRECISION)
     mask = mask_m[:, None] & mask_e[None, :]
@@ -194,7 +194,7 @@ def _outer_turn_kernel(
                 dy = tl.load(dy_at, mask=mask_m[:, None] & mask_e[None, :], other=0.0)
                 # [BLOCK_E, BLOCK_K]
                 t_at = bilinear_at + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
-                t_at += offs_k[None, :] * pick(part, strides_t[2])
+                t_at += offs_k[None, :] * wide(pick(part, strides_t[2]))
                 t = tl.load(t_at, mask=mask_e[:, None] & mask_k[None, :], other=0.0)
                 z = dot_exact(dy, t, z, PRECISION)
         if DX:
@@ -296,7 +296,7 @@ def _outer_spread_kernel(
         # beside float32 contexts the product is theirs: rounding it would be the only rounding
         acc = tl.dot(tl.trans((x[:, None] * dy).to(c.dtype)), c, acc, input_precision=PRECISION)
     at = pick(part, dbilinears) + d * pick(part, strides_t[0]) + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
-    at += offs_k[None, :] * pick(part, strides_t[2])
+    at += offs_k[None, :] * wide(pick(part, strides_t[2]))
     tl.store(at, acc.to(dbilinears[0].dtype.element_ty), mask=mask_e[:, None] & mask_k[None, :])
 
 

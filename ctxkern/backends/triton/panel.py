@@ -17,7 +17,7 @@ _PARTIAL_SHARE = 4
 def forward(call, projections):
     """y of each `Projection` into its rows."""
     for alike in together(projections):
-        if call.persistent and persistent.fits(call, alike):
+        if persistent.runs(call, alike.d_outs):
             persistent.forward(call, alike)
         else:
             _forward(call, alike)

@@ -111,7 +111,7 @@ def _panel_dcontext_kernel(
     offs_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
     bilinear_at = pick(part, bilinears) + columns[:, None] * pick(part, strides_t[1])
-    bilinear_at += offs_k[None, :] * pick(part, strides_t[2])
+    bilinear_at += offs_k[None, :] * wide(pick(part, strides_t[2]))
     acc = tl.zeros([BLOCK_U, BLOCK_K], tl.float32)
     first = (block // e_blocks) * ROWS
     for row in range(first, tl.minimum(first + ROWS, d_size)):
@@ -270,7 +270,8 @@ def _panel_spread_kernel(
             acc += tl.load(sums_ptr + cells, mask=mask, other=0.0)
         if LAST:
             gradient_at = pick(part, dbilinears) + d * pick(part, strides_t[0])
-            gradient_at += columns[:, None] * pick(part, strides_t[1]) + offs_k[None, :] * pick(part, strides_t[2])
+            gradient_at += columns[:, None] * pick(part, strides_t[1])
+            gradient_at += offs_k[None, :] * wide(pick(part, strides_t[2]))
             tl.store(gradient_at, acc.to(dbilinears[0].dtype.element_ty), mask=mask)
         else:
             tl.store(sums_ptr + cells, acc, mask=mask)

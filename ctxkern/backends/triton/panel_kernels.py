@@ -79,7 +79,7 @@ def make_tile(
         offs_k = tl.arange(0, BLOCK_K)
         mask_k = offs_k < context_dim
         # [BLOCK_E, BLOCK_K]
-        stride_k = pick(part, strides_t[2])
+        stride_k = wide(pick(part, strides_t[2]))
         bilinear_at = pick(part, bilinears) + columns[:, None] * pick(part, strides_t[1]) + offs_k[None, :] * stride_k
         if HAS_WEIGHT:
             weight_at = pick(part, weights) + columns * pick(part, strides_w[1])

@@ -7,29 +7,32 @@ from .call import TL_DTYPES
 from .sizes import cdiv
 from .tiles import MAKE_ROWS, forward_blocks, make_tile, programs, tile
 
-# strips, at least, where there are columns enough: what is made before the first and projected after the last
-# product begins overlaps with nothing; not measured
-_STRIPS = 8
+# strips, at least, where there are columns enough: the first is made and the last projected while nothing else runs,
+# but x is read once for each; 4 by the model of cost.py (with 8 it predicts 168 for 130 µs at E = 1024, K = 64), not
+# measured
+_STRIPS = 4
 
 
-def _tiles(call, alike):
-    """(width of a strip, contexts of a group, tile of `make` and whether it holds all of K, tile of `project`)."""
-    blocks = forward_blocks(call.d_in, alike.d_outs, call.groups.limit, call.dtype, call.budget // kernels.RING)
-    project = tile("persistent", *call.target, call.groups.block, blocks.width, call.d_in)
-    share = -(-sum(alike.d_outs) // _STRIPS)
-    width = min(blocks.width, cdiv(share, project.columns) * project.columns)
-    make, whole = make_tile(*call.target, width, blocks.group, call.context_dim)
-    return width, blocks.group, make._replace(rows=min(make.rows, project.columns)), whole, project
+def blocks_of(call, d_outs):
+    """The `Blocks` of projections, RING strips; fewer contexts than there are where the ring cannot hold all."""
+    blocks = forward_blocks(call.d_in, d_outs, call.most_contexts, call.dtype, call.budget // kernels.RING)
+    columns = tile("persistent", *call.target, call.rows_each, blocks.width, call.d_in).columns
+    share = max(1, cdiv(sum(d_outs), _STRIPS))
+    width = min(blocks.width, cdiv(share, columns) * columns)
+    return blocks._replace(width=width, strips=kernels.RING)
 
 
-def fits(call, alike):
-    """Whether the ring holds all contexts."""
-    return _tiles(call, alike)[1] >= call.groups.limit
+def runs(call, d_outs):
+    """Whether one launch is wanted and the ring holds all contexts."""
+    return call.persistent and blocks_of(call, d_outs).group >= call.most_contexts
 
 
 def forward(call, alike):
     """y of each `Projection` into its rows."""
-    width, group, make, whole, project = _tiles(call, alike)
+    _, width, _, group = blocks_of(call, alike.d_outs)
+    project = tile("persistent", *call.target, call.rows_each, width, call.d_in)
+    make, whole = make_tile(*call.target, width, group, call.context_dim)
+    make = make._replace(rows=min(make.rows, project.columns))
     strips = alike.strips(width)
     ring = call.buffer(kernels.RING * group * call.d_in * width)
     counters = torch.zeros(1 + 2 * strips * cdiv(width, project.columns), dtype=torch.int32, device=ring.device)

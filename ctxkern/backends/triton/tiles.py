@@ -165,6 +165,12 @@ def _down(size, to):
     return size if size < to else size // to * to
 
 
+def _even(size, step):
+    """The multiple of _NARROW by which size is cut into as many parts as by step, all about as large."""
+    count = -(-size // step)
+    return min(step, -(-size // (count * _NARROW)) * _NARROW) if count > 1 else step
+
+
 # programs in the second direction of a launch, at most: contexts of a group
 _GRID = 65_535
 # rows or columns of a block from which products run at the tile's speed; smaller ones cost loads twice over
@@ -179,7 +185,7 @@ def forward_blocks(d_in, d_outs, limit, dtype, budget):
     while group > 1 and column and budget // (column * group) < min(_NARROW, widest):
         group = -(-group // 2)
     fit = max(1, budget // max(column * group, 1))
-    width = max(1, min(_down(fit, _NARROW), widest))
+    width = max(1, _even(widest, min(_down(fit, _NARROW), widest)))
     strips = sum(-(-d_out // width) for d_out in d_outs)
     return Blocks(d_in, width, min(strips, max(1, fit // width)), group)
 
@@ -197,13 +203,15 @@ def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype
     element = 2 * dtype.itemsize
     sums = (context_dim + 1) * torch.float32.itemsize
     group, total = min(max(limit, 1), _GRID), sum(d_outs)
-    candidates = [(max(*d_outs, 1), strips) for strips in {len(d_outs), 1}]
+    candidates = [(max(*d_outs, 1), strips) for strips in sorted({len(d_outs), 1}, reverse=True)]
     while candidates[-1][0] > _NARROW:
         candidates.append((max(_down(-(-candidates[-1][0] // 2), 16), _NARROW), 1))
 
+    def fit(width, strips):
+        return budget // max(width * strips * (group * element + (sums if group < limit else 0)), 1)
+
     def rows_of(width, strips):
-        fit = budget // max(width * strips * (group * element + (sums if group < limit else 0)), 1)
-        return min(_down(max(1, fit), _NARROW), d_in)
+        return _even(d_in, min(_down(max(1, fit(width, strips)), _NARROW), d_in))
 
     def cost(width, strips):
         rows, columns = rows_of(width, strips), min(width * strips, total)
@@ -212,7 +220,8 @@ def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype
         narrow = max(1, min(_NARROW, d_in) / max(rows, 1)) * max(1, min(_NARROW, total) / max(columns, 1))
         return count * (tokens * moved * narrow + _LAUNCH_BYTES)
 
-    while group > 1 and max(rows_of(*candidate) for candidate in candidates) < min(16, d_in):
+    while group > 1 and max(fit(*candidate) for candidate in candidates) < min(16, d_in):
         group = -(-group // 2)
-    width, strips = min(candidates, key=lambda candidate: cost(*candidate))
+    fitting = [candidate for candidate in candidates if fit(*candidate)] or candidates[-1:]
+    width, strips = min(fitting, key=lambda candidate: cost(*candidate))
     return Blocks(rows_of(width, strips), width, min(strips, sum(-(-d_out // width) for d_out in d_outs)), group)
