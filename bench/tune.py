@@ -132,6 +132,7 @@ def compiled(kernel, kind, arch, layout):
 
 def compile_for(arch):
     """Rows of a target where the tile that it has is at fault."""
+    kept = dict(tiles._TILES)
     for kernel, kind, layout in itertools.product(ARGS.kernels, ARGS.dtypes, (ALIGNED, UNALIGNED)):
         key = kernel, kind, arch, layout
         if kernel == "persistent":
@@ -143,13 +144,12 @@ def compile_for(arch):
             print(*key, *t, "|", *wrong, flush=True)
             if not wrong:
                 break
-        with_tile(key, t)
+        with_tile(key, kept.get(key))
         if wrong:
             print(*key, "no candidate without faults", file=sys.stderr, flush=True)
         elif t != first:
+            with_tile(key, t)
             write(key, t, "compiled")
-        else:
-            with_tile(key, None if first is not tiles.read_table().get(key) else first)
 
 
 def calls_of(kernel, kind, case):
