@@ -44,6 +44,7 @@ SOURCES = {
     "csrc/*.cpp": "baseline",
 }
 
+CUDA_SOURCE = "csrc/cuda/modulated.cu"
 CUDA_ARCHS = "80,90,100"
 
 
@@ -188,19 +189,46 @@ def build_core(target, temp, report):
         raise NotBuiltError(f"compilation failed: {first_error(done.stdout)}")
 
 
-def cuda_report():
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME")
+    return (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None) or shutil.which("nvcc")
+
+
+def build_cuda(target):
+    """Compiles the CUDA kernels into `target`, a library that links neither torch nor Python; returns the report.
+
+    Machine code for every architecture, PTX of the last for later ones. Where CUDA was asked for (CTXKERN_BUILD_CUDA=1)
+    a failure is an error, else it is told in the report.
+    """
     wanted = os.environ.get("CTXKERN_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise ValueError(f"CTXKERN_BUILD_CUDA is {wanted!r}; it takes 0 (leave CUDA out) or 1")
     archs = re.findall(r"\w+", os.environ.get("CTXKERN_CUDA_ARCHS", CUDA_ARCHS))
-    report = {"built": False, "reason": "no CUDA sources in this version", "nvcc": None, "archs": archs}
+    report = {"built": False, "reason": "", "nvcc": None, "archs": archs}
+    target.unlink(missing_ok=True)
     if wanted == "0":
         return report | {"reason": "CTXKERN_BUILD_CUDA=0"}
-    home = os.environ.get("CUDA_HOME")
-    nvcc = (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None) or shutil.which("nvcc")
-    if nvcc:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        report["reason"] = "nvcc was not found (CUDA_HOME, PATH)"
+    else:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace").stdout
         report["nvcc"] = next(iter(re.findall(r"V([\d.]+)", version)), "unknown version")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-std=c++17", "-O3", "-shared", "-cudart", "static", "--threads", "0"]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        for arch in archs:
+            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+        command += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"] if archs else []
+        done = subprocess.run(
+            [*command, CUDA_SOURCE, "-o", str(target)], capture_output=True, text=True, errors="replace"
+        )
+        print(done.stdout, done.stderr, flush=True)
+        report["built"] = done.returncode == 0 and target.exists()
+        if not report["built"]:
+            report["reason"] = f"nvcc {report['nvcc']} failed: {first_error(done.stderr or done.stdout)}"
+    if wanted == "1" and not report["built"]:
+        raise RuntimeError(f"CTXKERN_BUILD_CUDA=1, but {report['reason']}")
     return report
 
 
@@ -228,16 +256,22 @@ class BuildExt(build_ext):
             target.unlink(missing_ok=True)
             print(f"ctxkern: built without its compiled core: {reason}", file=sys.stderr, flush=True)
         info = {"version": self.distribution.get_version(), "python": sysconfig.get_config_var("SOABI")}
-        info |= {"cpu": cpu, "cuda": cuda_report()}
+        info |= {"cpu": cpu, "cuda": build_cuda(self.cuda_target())}
+        if not info["cuda"]["built"]:
+            print(f"ctxkern: built without CUDA kernels: {info['cuda']['reason']}", file=sys.stderr, flush=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_name("_build.json").write_text(json.dumps(info, indent=2) + "\n")
 
+    def cuda_target(self):
+        return self.target().with_name("_cuda_kernels.so")
+
     def get_outputs(self):
-        return [*super().get_outputs(), str(self.target().with_name("_build.json"))]
+        more = [self.target().with_name("_build.json"), self.cuda_target()]
+        return [*super().get_outputs(), *(str(path) for path in more if path.exists())]
 
     def copy_extensions_to_source(self):
         package = Path(self.get_finalized_command("build_py").get_package_dir("ctxkern"))
-        for built in (self.target(), self.target().with_name("_build.json")):
+        for built in (self.target(), self.cuda_target(), self.target().with_name("_build.json")):
             in_place = package / built.name
             in_place.unlink(missing_ok=True)
             if built.exists():

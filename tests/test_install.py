@@ -1,5 +1,6 @@
 """Installs of a copy of the tracked files: old and current pip, with and without a compiler, editable, in place."""
 
+import ctypes
 import json
 import os
 import shlex
@@ -26,7 +27,9 @@ print(json.dumps([ctxkern.__file__, c.available(), c.reason(), c.cpu_isas(), c.b
 
 
 def attempt(*command, cwd=None, **env):
-    env = {name: value for name, value in os.environ.items() if name not in BUILD_SETTINGS} | env
+    # nvcc takes a minute: where a test does not ask for it, it is left out
+    kept = {name: value for name, value in os.environ.items() if name not in BUILD_SETTINGS}
+    env = kept | {"CTXKERN_BUILD_CUDA": "0"} | env
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
@@ -226,11 +229,42 @@ def test_cuda_is_reported(tools, source):
     build_in_place(tools, source, **NO_COMPILER, CTXKERN_BUILD_CUDA="0", CTXKERN_CUDA_ARCHS="80;90a")
     cuda = build_info(source)["cuda"]
     assert (cuda["built"], cuda["reason"], cuda["archs"]) == (False, "CTXKERN_BUILD_CUDA=0", ["80", "90a"])
-    build_in_place(tools, source, **NO_COMPILER, CTXKERN_CUDA_ARCHS="")
-    assert build_info(source)["cuda"]["reason"]
+    no_nvcc = {"CTXKERN_BUILD_CUDA": "", "CUDA_HOME": "/nonexistent", "PATH": str(Path(tools).parent)}
+    build_in_place(tools, source, **NO_COMPILER, **no_nvcc)
+    assert build_info(source)["cuda"]["reason"].startswith("nvcc was not found")
     done = attempt(tools, "setup.py", "build_ext", "--inplace", cwd=source, CTXKERN_BUILD_CUDA="no", **NO_COMPILER)
     assert done.returncode
     assert "CTXKERN_BUILD_CUDA is 'no'; it takes 0" in done.stderr
+
+
+def test_cuda_kernels_are_built_where_nvcc_is(tools, source, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on this machine")
+    build_in_place(tools, source, **NO_COMPILER, CTXKERN_BUILD_CUDA="1", CTXKERN_CUDA_ARCHS="90")
+    assert build_info(source)["cuda"]["built"]
+    library = source / "ctxkern" / "_cuda_kernels.so"
+    assert ctypes.CDLL(library).ctxkern_cuda_abi() == 1
+    needed = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
+    assert not any(name in needed for name in ("torch", "python", "cudart"))
+    broken = tmp_path / "bin" / "nvcc"
+    broken.parent.mkdir()
+    broken.write_text('#!/bin/sh\necho "error: no licence today" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    build_in_place(tools, source, **NO_COMPILER, CTXKERN_BUILD_CUDA="", CUDA_HOME=str(tmp_path))
+    assert "no licence today" in build_info(source)["cuda"]["reason"]
+    assert not library.exists()
+    done = attempt(
+        tools,
+        "setup.py",
+        "build_ext",
+        "--inplace",
+        cwd=source,
+        **NO_COMPILER,
+        CTXKERN_BUILD_CUDA="1",
+        CUDA_HOME=tmp_path,
+    )
+    assert done.returncode
+    assert "CTXKERN_BUILD_CUDA=1, but nvcc" in done.stderr
 
 
 def test_sdist_builds_the_same_wheel(tools, compiler, source, tmp_path):

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from .. import _compiled
+from .. import _compiled, _cuda
 from . import cpu, portable
 
 NAMES = ("reference", "portable", "cpu", "triton", "cuda")
@@ -41,7 +41,7 @@ def backends():
         "portable": _AVAILABLE,
         "cpu": Status(_compiled.reason() or "available"),
         "triton": Status(_without_triton() or "available"),
-        "cuda": Status("this version has no CUDA kernels"),
+        "cuda": Status(_without_cuda() or "available"),
     }
 
 
@@ -58,20 +58,29 @@ def _without_triton():
     return "no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs it on the CPU, for tests)"
 
 
+def _without_cuda():
+    """Why CUDA C++ kernels cannot run here, or ""."""
+    if _cuda.reason() or _cuda.emulated() or torch.cuda.is_available():
+        return _cuda.reason()
+    return "no GPU: torch.cuda.is_available() is False"
+
+
 def interpreted():
     """Whether Triton's interpreter runs its kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-_BEST = {"cpu": "cpu", "cuda": "triton"}
+_BEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
 def _best(device_type, dtype, family):
-    name = _BEST.get(device_type)
-    return name if name and backends()[name] and not _refusal(name, device_type, dtype, family) else "portable"
+    for name in _BEST.get(device_type, ()):
+        if backends()[name] and not _refusal(name, device_type, dtype, family):
+            return name
+    return "portable"
 
 
-_FAMILIES = {"cpu": ("modulated",), "triton": ("modulated",)}
+_FAMILIES = {"cpu": ("modulated",), "triton": ("modulated",), "cuda": ("modulated",)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,7 +88,8 @@ def _refusal(name, device_type, dtype, family):
     """Why a backend that is there does not take a call, or ""."""
     if name not in _FAMILIES:
         return ""
-    device = "cpu" if name == "cpu" or interpreted() else "cuda"
+    on_cpu = {"cpu": True, "triton": interpreted(), "cuda": _cuda.emulated()}[name]
+    device = "cpu" if on_cpu else "cuda"
     if device_type != device:
         return f"takes tensors on {'the CPU' if device == 'cpu' else 'a GPU'}, not on {device_type}"
     if dtype not in _DTYPES:

@@ -1,0 +1,150 @@
+// Which rows of x belong to which context, found on the device: equal indices become one context, without waiting.
+//
+// Contexts in use are numbered 0 to U - 1 by their first sequence, and their rows brought together in an order of its
+// own, the grouped rows; a tile is up to `block` grouped rows of one context. U is known on the device alone: `limit` and
+// `tiles` are the most there can be. Without an index and without bounds every sequence is a context of `length` rows
+// (`uniform`) and there is no buffer. It is int32, one part after another:
+//
+//   contexts, tiles          how many there are
+//   slot [limit]             row of the context table
+//   first [limit + 1]        first grouped row of a context
+//   tile_first [limit + 1]   its first tile
+//   tile_context [tiles]     context of a tile
+//   order [N]                row of x of a grouped row; only with an index
+//   seen [4, B]              scratch: first of the same index, rows of it before, rows of it in all; first grouped row
+#pragma once
+
+#include "problem.h"
+
+namespace ctxkern {
+
+struct Range {
+  int begin, end;
+};
+
+__device__ __forceinline__ int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
+__device__ __forceinline__ int context_count(const Groups& g) { return g.uniform ? g.limit : g.buffer[0]; }
+__device__ __forceinline__ int tile_count(const Groups& g) { return g.uniform ? g.tiles : g.buffer[1]; }
+
+__device__ __forceinline__ int slot_of(const Groups& g, int u) { return g.uniform ? u : g.buffer[2 + u]; }
+
+__device__ __forceinline__ Range range_of(const Problem& q, int u) {
+  const Groups& g = q.groups;
+  if (g.uniform) return {static_cast<int>(u * q.length), static_cast<int>((u + 1) * q.length)};
+  return {g.buffer[2 + g.limit + u], g.buffer[3 + g.limit + u]};
+}
+
+// Rows of x of grouped rows; null where they are the same.
+__device__ __forceinline__ const int* order_of(const Groups& g) {
+  return g.ordered ? g.buffer + 4 + 3 * g.limit + g.tiles : nullptr;
+}
+
+struct TileOfRows {
+  int context, begin, end;
+};
+
+__device__ __forceinline__ TileOfRows tile_of(const Problem& q, int tile) {
+  const Groups& g = q.groups;
+  int u, inside;
+  if (g.uniform) {
+    const int each = static_cast<int>((q.length + g.block - 1) / g.block);
+    u = tile / each;
+    inside = tile % each;
+  } else {
+    u = g.buffer[4 + 3 * g.limit + tile];
+    inside = tile - g.buffer[3 + 2 * g.limit + u];
+  }
+  const Range range = range_of(q, u);
+  return {u, range.begin + inside * g.block, range.end};
+}
+
+// The rows of a sequence, cut to those that there are.
+__device__ __forceinline__ Range sequence_of(const Problem& q, int b) {
+  if (!q.bounds) return {static_cast<int>(b * q.length), static_cast<int>((b + 1) * q.length)};
+  const int begin = q.bounds[b] < 0 ? 0 : least(q.bounds[b], q.tokens);
+  const int end = q.bounds[b + 1] < begin ? begin : least(q.bounds[b + 1], q.tokens);
+  return {begin, end};
+}
+
+// What torch's own indexing does where an index lies outside: the device stops.
+__device__ __forceinline__ void require(bool holds) {
+#ifdef CTXKERN_EMULATE
+  if (!holds) throw std::runtime_error("context_index or cu_seqlens lies outside");
+#else
+  if (!holds) __trap();
+#endif
+}
+
+constexpr int kGroupThreads = 128;
+
+__global__ void seen_kernel(Problem q, int* seen) {
+  const int b = blockIdx.x * blockDim.x + threadIdx.x, sequences = static_cast<int>(q.sequences);
+  if (b >= sequences) return;
+  const int64_t mine = q.index[b];
+  require(mine >= 0 && mine < q.table);
+  int first = b, before = 0, total = 0;
+  for (int j = 0; j < sequences; ++j) {
+    if (q.index[j] != mine) continue;
+    const Range range = sequence_of(q, j);
+    first = j < first ? j : first;
+    before += j < b ? range.end - range.begin : 0;
+    total += range.end - range.begin;
+  }
+  seen[b] = first;
+  seen[sequences + b] = before;
+  seen[2 * sequences + b] = total;
+}
+
+// One thread: B is a batch of sequences, and this is O(B).
+__global__ void number_kernel(Problem q, int* seen) {
+  const Groups& g = q.groups;
+  if (threadIdx.x) return;
+  const int sequences = static_cast<int>(q.sequences);
+  if (q.bounds) require(q.bounds[0] == 0 && q.bounds[sequences] == q.tokens);
+  int contexts = 0, row = 0, tile = 0;
+  for (int b = 0; b < sequences; ++b) {
+    if (q.bounds) require(q.bounds[b] <= q.bounds[b + 1]);
+    const Range range = sequence_of(q, b);
+    const int total = q.index ? seen[2 * sequences + b] : range.end - range.begin;
+    if (total == 0 || (q.index && seen[b] != b)) continue;
+    g.buffer[2 + contexts] = q.index ? static_cast<int>(q.index[b]) : b;
+    g.buffer[2 + g.limit + contexts] = row;
+    g.buffer[3 + 2 * g.limit + contexts] = tile;
+    seen[3 * sequences + b] = row;
+    ++contexts;
+    row += total;
+    tile += (total + g.block - 1) / g.block;
+  }
+  g.buffer[0] = contexts;
+  g.buffer[1] = tile;
+  g.buffer[2 + g.limit + contexts] = row;
+  g.buffer[3 + 2 * g.limit + contexts] = tile;
+}
+
+// A block a sequence: the tiles of a context, the order of a sequence's rows.
+__global__ void place_kernel(Problem q, const int* seen) {
+  const Groups& g = q.groups;
+  const int b = blockIdx.x, sequences = static_cast<int>(q.sequences);
+  if (b < g.buffer[0])
+    for (int t = g.buffer[3 + 2 * g.limit + b] + threadIdx.x; t < g.buffer[4 + 2 * g.limit + b]; t += blockDim.x)
+      g.buffer[4 + 3 * g.limit + t] = b;
+  if (!q.index) return;
+  const Range range = sequence_of(q, b);
+  if (range.begin == range.end) return;
+  const int at = seen[3 * sequences + seen[b]] + seen[sequences + b];
+  for (int i = threadIdx.x; i < range.end - range.begin; i += blockDim.x)
+    g.buffer[4 + 3 * g.limit + g.tiles + at + i] = range.begin + i;
+}
+
+// A block a sequence: the row of the context table of each row of x.
+__global__ void slots_kernel(Problem q) {
+  const int b = blockIdx.x;
+  const int64_t slot = q.index ? q.index[b] : b;
+  require(slot >= 0 && slot < q.table);
+  if (q.bounds) require(q.bounds[b] <= q.bounds[b + 1] && q.bounds[0] == 0 && q.bounds[q.sequences] == q.tokens);
+  const Range range = sequence_of(q, b);
+  for (int i = range.begin + threadIdx.x; i < range.end; i += blockDim.x) q.slots[i] = static_cast<int>(slot);
+}
+
+}  // namespace ctxkern

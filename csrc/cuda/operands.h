@@ -1,0 +1,167 @@
+// Operands of products (product.h): rows of matrices, brought together or in place, and parameters with strides.
+#pragma once
+
+#include "groups.h"
+#include "product.h"
+
+namespace ctxkern {
+
+// Elements of a parameter, whatever its dtype.
+template <int planes, class C, class H>
+__device__ __forceinline__ void load_parameter(C* to, int plane, const Parameter& p, int64_t at, int64_t stride,
+                                               int valid) {
+  if (p.wide) {
+    load_chunk<planes>(to, plane, static_cast<const float*>(p.data) + at, stride, valid);
+  } else {
+    load_chunk<planes>(to, plane, static_cast<const H*>(p.data) + at, stride, valid);
+  }
+}
+
+// A row-major matrix: m or n are its rows (along the sum), or its columns.
+template <class C, class S, bool along_sum>
+struct Rows {
+  static constexpr bool kAlongSum = along_sum;
+  const S* data;
+  int64_t stride;
+  const int* order;  // row `first + r` of the matrix is order[first + r] of memory; null: in place
+  int first, rows, columns;
+
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
+    const int row = along_sum ? at : k, column = along_sum ? k : at;
+    const int valid = row < rows ? columns - column : 0;
+    const int64_t line = row < rows ? (order ? order[first + row] : first + row) : 0;
+    load_chunk<1>(to, plane, data + line * stride + (valid > 0 ? column : 0), 1, valid);
+  }
+};
+
+// The context table [F, K], by contexts of a group or by rows of x; K along the sum, or the columns.
+template <class C, class H, bool along_sum, int planes = 1>
+struct Contexts {
+  static constexpr bool kAlongSum = along_sum;
+  Parameter table;
+  int64_t context_dim;
+  const int* slots;  // null: in place
+  int first, rows, k_begin;
+
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
+    const int row = along_sum ? at : k, column = (along_sum ? k : at) + k_begin;
+    const int valid = row < rows ? static_cast<int>(context_dim) - column : 0;
+    const int64_t line = row < rows ? (slots ? slots[first + row] : first + row) : 0;
+    load_parameter<planes, C, H>(to, plane, table, line * context_dim + (valid > 0 ? column : 0), 1, valid);
+  }
+};
+
+// A parameter [n, k] with strides: neighbours along the sum, or along n.
+template <class C, class H, bool along_sum, int planes = 1>
+struct Strided {
+  static constexpr bool kAlongSum = along_sum;
+  Parameter parameter;
+  int64_t begin, stride_n, stride_k;
+  int n, depth;
+
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
+    const int other = along_sum ? at : k, there = along_sum ? n : depth;
+    const int valid = other < there ? (along_sum ? depth - k : n - at) : 0;
+    const int64_t from = valid > 0 ? begin + at * stride_n + k * stride_k : begin;
+    load_parameter<planes, C, H>(to, plane, parameter, from, along_sum ? stride_k : stride_n, valid);
+  }
+};
+
+// The sum over pairs (i, j), j < inner: i after i, each filled up to whole chunks.
+template <class C>
+struct Pairs {
+  int inner;
+  __device__ __forceinline__ int padded() const { return (inner + kChunk<C> - 1) / kChunk<C> * kChunk<C>; }
+  __device__ __forceinline__ int depth(int outer) const { return outer * padded(); }
+};
+
+// Bilinear [D, E, K] with the sum over (d, k) and e as n: neighbours along the sum.
+template <class C, class H>
+struct BilinearOfPairs {
+  static constexpr bool kAlongSum = true;
+  Parameter bilinear;
+  int64_t begin, stride_d, stride_e, stride_k;
+  int e_size, d_size;
+  Pairs<C> pairs;
+
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
+    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    const int valid = at < e_size && d < d_size ? pairs.inner - inner : 0;
+    const int64_t from = valid > 0 ? begin + d * stride_d + at * stride_e + inner * stride_k : begin;
+    load_parameter<1, C, H>(to, plane, bilinear, from, stride_k, valid);
+  }
+};
+
+// x ⊗ c, the operand of the outer form: rows n, the sum over (d, k).
+template <class C, class H>
+struct RowsTimesContexts {
+  static constexpr bool kAlongSum = true;
+  const H* x;
+  int64_t d_in;
+  Contexts<C, H, true> contexts;
+  int d_begin, d_size;
+  Pairs<C> pairs;
+
+  __device__ __forceinline__ void chunk(C* to, int, int at, int k) const {
+    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    const bool there = at < contexts.rows && d < d_size;
+    const int64_t row = contexts.first + at;
+    const float scale = there ? to_float(x[row * d_in + d_begin + d]) : 0.0f;
+    const int64_t line = there ? (contexts.slots ? contexts.slots[row] : row) * contexts.context_dim : 0;
+    CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) {
+      const bool inside = there && inner + i < pairs.inner;
+      to[i] = from_float<C>(inside ? scale * read<H>(contexts.table, line + inner + i) : 0.0f);
+    }
+  }
+};
+
+// x[n, d] dy[n, e] for one d: e by rows n, which the sum goes over.
+template <class C, class H>
+struct RowsTimesRows {
+  static constexpr bool kAlongSum = false;
+  const H *x, *dy;
+  int64_t d_in, d_out;
+  int d, e_begin, e_size, rows;
+
+  __device__ __forceinline__ void chunk(C* to, int, int at, int k) const {
+    const float scale = k < rows ? to_float(x[k * d_in + d]) : 0.0f;
+    CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) {
+      const bool inside = k < rows && at + i < e_size;
+      to[i] = from_float<C>(inside ? scale * to_float(dy[k * d_out + e_begin + at + i]) : 0.0f);
+    }
+  }
+};
+
+// G [U, D_BLOCK, E_BLOCK] with the sum over (d, e) of a range of D, and its partner, bilinear with k as n.
+template <class C>
+struct ProductsOfPairs {
+  static constexpr bool kAlongSum = true;
+  const C* data;
+  int64_t stride_u, stride_d;
+  int contexts, d_size;
+  Pairs<C> pairs;
+
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
+    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    const int valid = at < contexts && d < d_size ? pairs.inner - inner : 0;
+    load_chunk<1>(to, plane, data + (valid > 0 ? at * stride_u + d * stride_d + inner : 0), 1, valid);
+  }
+};
+
+template <class C, class H, int planes>
+struct BilinearByPairs {
+  static constexpr bool kAlongSum = false;
+  Parameter bilinear;
+  int64_t begin, stride_d, stride_e, stride_k;
+  int k_size, d_size;
+  Pairs<C> pairs;
+
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
+    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    const int valid = d < d_size && inner < pairs.inner ? k_size - at : 0;
+    const int64_t from = valid > 0 ? begin + d * stride_d + inner * stride_e + at * stride_k : begin;
+    load_parameter<planes, C, H>(to, plane, bilinear, from, stride_k, valid);
+  }
+};
+
+}  // namespace ctxkern

@@ -1,0 +1,217 @@
+// Outer: the product of a row of x with its context is the operand, and no weight is made at all.
+//
+//   forward   y[n, e] = Σ_d Σ_k (x[n, d] c[n, k]) bilinear[d, e, k] + Σ_d x[n, d] weight[d, e] + bias[e]
+//   turn      z[n, k] = Σ_e dy[n, e] bilinear[d, e, k] for one d
+//             dx[n, d] = Σ_k z[n, k] c[n, k]    dcontext[n, k] += x[n, d] z[n, k]
+//   spread    dbilinear[d, e, k] = Σ_n (x[n, d] dy[n, e]) c[n, k]
+//
+// Rows stay in their order. Sums that several blocks share are kept apart and added in their order. C: the dtype of
+// products, float32 or that of x; H: the dtype of x.
+#pragma once
+
+#include "panel.h"
+
+namespace ctxkern {
+
+// Rows × all of a block of K, so that a warp has whole rows.
+using TurnTile = Tile<64, 64, 4, 1>;
+
+template <class C>
+using OuterProduct = Product<C, SmallTile, 1, RowsTimesContexts<C, C>, BilinearOfPairs<C, C>>;
+template <class C>
+using WeightProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, C, false>>;
+
+// sums [splits, N, E] in float32 where there are several splits of D, of d_step rows each.
+template <class C>
+__global__ void __launch_bounds__(SmallTile::kThreads)
+    outer_forward_kernel(Problem q, Projection p, float* __restrict__ split_sums, int d_step) {
+  const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x / e_blocks) * SmallTile::kM;
+  const int64_t e0 = static_cast<int64_t>(blockIdx.x % e_blocks) * SmallTile::kN;
+  const int d0 = blockIdx.y * d_step, d_size = least(d_step, q.d_in - d0);
+  const int rows = least(SmallTile::kM, q.tokens - n0), columns = least(SmallTile::kN, p.d_out - e0);
+  const int64_t *st = p.bilinear_strides, *sw = p.weight_strides;
+  const C* x = static_cast<const C*>(q.x);
+  Sums<SmallTile> sums;
+  sums.clear();
+  if (q.context_dim) {
+    const Pairs<C> pairs{static_cast<int>(q.context_dim)};
+    const int* slots = q.per_token ? nullptr : q.slots;
+    const Contexts<C, C, true> contexts{q.context, q.context_dim, slots, static_cast<int>(n0), rows, 0};
+    const RowsTimesContexts<C, C> a{x, q.d_in, contexts, d0, d_size, pairs};
+    const BilinearOfPairs<C, C> b{p.bilinear, d0 * st[0] + e0 * st[1], st[0], st[1], st[2], columns, d_size, pairs};
+    OuterProduct<C>::add(sums, a, b, pairs.depth(d_size));
+  }
+  if (p.weight.data) {
+    const Rows<C, C, true> a{x + d0, q.d_in, nullptr, static_cast<int>(n0), rows, d_size};
+    const Strided<C, C, false> b{p.weight, d0 * sw[0] + e0 * sw[1], sw[1], sw[0], columns, d_size};
+    WeightProduct<C>::add(sums, a, b, d_size);
+  }
+  sums.each([&](int r, int column, float sum) {
+    if (r >= rows || column >= columns) return;
+    const int64_t at = (n0 + r) * p.d_out + e0 + column;
+    if (split_sums) {
+      split_sums[blockIdx.y * q.tokens * p.d_out + at] = sum;
+    } else {
+      if (p.bias.data) sum += read<C>(p.bias, e0 + column);
+      static_cast<C*>(p.rows)[at] = from_float<C>(sum);
+    }
+  });
+}
+
+template <class C>
+__global__ void outer_sum_kernel(Problem q, Projection p, const float* __restrict__ split_sums, int splits) {
+  const int64_t size = q.tokens * p.d_out, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= size) return;
+  float sum = 0;
+  for (int s = 0; s < splits; ++s) sum += split_sums[s * size + at];
+  if (p.bias.data) sum += read<C>(p.bias, at % p.d_out);
+  static_cast<C*>(p.rows)[at] = from_float<C>(sum);
+}
+
+template <class C, int planes>
+using OuterTurnProduct = Product<C, TurnTile, planes, Rows<C, C, true>, Strided<C, C, false, planes>>;
+
+// For one block of K, k0 on, of one projection. sums [N, D] in float32: dx so far; partial [splits, N, K]: dcontext.
+template <class C, int planes>
+__global__ void __launch_bounds__(TurnTile::kThreads)
+    outer_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, float* __restrict__ partial, int k0,
+                      int d_step, bool started, bool last, bool added) {
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x) * TurnTile::kM;
+  const int rows = least(TurnTile::kM, q.tokens - n0), context_dim = static_cast<int>(q.context_dim);
+  const int d0 = blockIdx.y * d_step, d1 = d0 + least(d_step, q.d_in - d0);
+  const int64_t* st = p.bilinear_strides;
+  const Rows<C, C, true> a{static_cast<const C*>(p.rows), p.d_out, nullptr, static_cast<int>(n0), rows,
+                           static_cast<int>(p.d_out)};
+  // c and the sums of dcontext, as a thread has its part of z
+  Sums<TurnTile> c, dcontext;
+  const int* slots = q.per_token ? nullptr : q.slots;
+  const int64_t split = static_cast<int64_t>(blockIdx.y) * q.tokens;
+  dcontext.clear();
+  c.each([&](int r, int k, float& value) {
+    const bool there = r < rows && k0 + k < context_dim;
+    value = there ? read<C>(q.context, (slots ? slots[n0 + r] : n0 + r) * q.context_dim + k0 + k) : 0.0f;
+  });
+  if (partial && added)
+    dcontext.each([&](int r, int k, float& sum) {
+      if (r < rows && k0 + k < context_dim) sum = partial[(split + n0 + r) * context_dim + k0 + k];
+    });
+  for (int d = d0; d < d1; ++d) {
+    Sums<TurnTile> z;
+    z.clear();
+    const Strided<C, C, false, planes> b{p.bilinear, d * st[0] + k0 * st[2], st[2], st[1], context_dim - k0,
+                                         static_cast<int>(p.d_out)};
+    OuterTurnProduct<C, planes>::add(z, a, b, static_cast<int>(p.d_out));
+    CTXKERN_UNROLL for (int i = 0; i < TurnTile::kRows; ++i)
+      CTXKERN_UNROLL for (int h = 0; h < 2; ++h) {
+        const int64_t r = threadIdx.x / 32 * (TurnTile::kM / TurnTile::kWarpsM) + 16 * i + 8 * h + threadIdx.x % 32 / 4;
+        const float x = r < rows ? to_float(static_cast<const C*>(q.x)[(n0 + r) * q.d_in + d]) : 0.0f;
+        float total = 0;
+        CTXKERN_UNROLL for (int j = 0; j < TurnTile::kColumns; ++j)
+          CTXKERN_UNROLL for (int w = 0; w < 2; ++w) {
+            total += z.at[i][j][2 * h + w] * c.at[i][j][2 * h + w];
+            dcontext.at[i][j][2 * h + w] += x * z.at[i][j][2 * h + w];
+          }
+        total += exchange(total, 1);
+        total += exchange(total, 2);
+        if (q.dx && r < rows && threadIdx.x % 4 == 0) {
+          const int64_t at = (n0 + r) * q.d_in + d;
+          if (started) total += dx_sums[at];
+          if (last) {
+            static_cast<C*>(q.dx)[at] = from_float<C>(total);
+          } else {
+            dx_sums[at] = total;
+          }
+        }
+      }
+  }
+  if (partial)
+    dcontext.each([&](int r, int k, float& sum) {
+      if (r < rows && k0 + k < context_dim) partial[(split + n0 + r) * context_dim + k0 + k] = sum;
+    });
+}
+
+// dcontext of a context: the partial sums of its rows, in their order.
+template <class C>
+__global__ void outer_dcontext_kernel(Problem q, const float* __restrict__ partial, int splits) {
+  const int u = blockIdx.x;
+  if (u >= context_count(q.groups)) return;
+  const Range range = range_of(q, u);
+  const int* order = order_of(q.groups);
+  const int64_t slot = slot_of(q.groups, u);
+  for (int64_t k = threadIdx.x; k < q.context_dim; k += blockDim.x) {
+    float sum = 0;
+    for (int64_t s = 0; s < splits; ++s)
+      for (int i = range.begin; i < range.end; ++i)
+        sum += partial[(s * q.tokens + (order ? order[i] : i)) * q.context_dim + k];
+    write<C>(q.dcontext, slot * q.context_dim + k, sum);
+  }
+}
+
+template <class C, class H>
+using OuterSpreadProduct = Product<C, SmallTile, 1, RowsTimesRows<C, H>, Contexts<C, H, false>>;
+
+template <class C, class H>
+__global__ void __launch_bounds__(SmallTile::kThreads) outer_spread_kernel(Problem q, Projection p) {
+  const int e_blocks = static_cast<int>((p.d_out + SmallTile::kM - 1) / SmallTile::kM);
+  const int d = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN;
+  const int columns = least(SmallTile::kM, p.d_out - e0), rows = static_cast<int>(q.tokens);
+  const RowsTimesRows<C, H> a{
+      static_cast<const H*>(q.x), static_cast<const H*>(p.rows), q.d_in, p.d_out, d, e0, columns, rows};
+  const Contexts<C, H, false> b{q.context, q.context_dim, q.per_token ? nullptr : q.slots, 0, rows, k0};
+  Sums<SmallTile> sums;
+  sums.clear();
+  OuterSpreadProduct<C, H>::add(sums, a, b, rows);
+  const int64_t* st = p.dbilinear_strides;
+  sums.each([&](int column, int k, float sum) {
+    if (column < columns && k0 + k < q.context_dim)
+      write<H>(p.dbilinear, d * st[0] + (e0 + column) * st[1] + (k0 + k) * st[2], sum);
+  });
+}
+
+template <class C>
+using GradientProduct = Product<C, SmallTile, 1, Rows<C, C, false>, Rows<C, C, false>>;
+
+// dweight = x^T dy.
+template <class C>
+__global__ void __launch_bounds__(SmallTile::kThreads) dweight_kernel(Problem q, Projection p) {
+  const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
+  const int d0 = blockIdx.x / e_blocks * SmallTile::kM, e0 = blockIdx.x % e_blocks * SmallTile::kN;
+  const int rows = static_cast<int>(q.tokens), d_size = least(SmallTile::kM, q.d_in - d0);
+  const int columns = least(SmallTile::kN, p.d_out - e0);
+  const Rows<C, C, false> a{static_cast<const C*>(q.x) + d0, q.d_in, nullptr, 0, rows, d_size};
+  const Rows<C, C, false> b{static_cast<const C*>(p.rows) + e0, p.d_out, nullptr, 0, rows, columns};
+  Sums<SmallTile> sums;
+  sums.clear();
+  GradientProduct<C>::add(sums, a, b, rows);
+  sums.each([&](int r, int column, float sum) {
+    if (r < d_size && column < columns)
+      write<C>(p.dweight, (d0 + r) * p.dweight_strides[0] + (e0 + column) * p.dweight_strides[1], sum);
+  });
+}
+
+template <class C>
+using TransposedProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, C, true>>;
+
+// sums [N, D] (+)= dy weight^T.
+template <class C>
+__global__ void __launch_bounds__(SmallTile::kThreads)
+    weight_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, bool started) {
+  const int d_blocks = static_cast<int>((q.d_in + SmallTile::kN - 1) / SmallTile::kN);
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x / d_blocks) * SmallTile::kM;
+  const int d0 = blockIdx.x % d_blocks * SmallTile::kN, d_out = static_cast<int>(p.d_out);
+  const int rows = least(SmallTile::kM, q.tokens - n0), columns = least(SmallTile::kN, q.d_in - d0);
+  const Rows<C, C, true> a{static_cast<const C*>(p.rows), p.d_out, nullptr, static_cast<int>(n0), rows, d_out};
+  const int64_t* sw = p.weight_strides;
+  const Strided<C, C, true> b{p.weight, d0 * sw[0], sw[0], sw[1], columns, d_out};
+  Sums<SmallTile> sums;
+  sums.clear();
+  TransposedProduct<C>::add(sums, a, b, d_out);
+  sums.each([&](int r, int column, float sum) {
+    if (r >= rows || column >= columns) return;
+    float* total = dx_sums + (n0 + r) * q.d_in + d0 + column;
+    *total = started ? *total + sum : sum;
+  });
+}
+
+}  // namespace ctxkern

@@ -1,0 +1,229 @@
+// Panel: weights of all contexts for a block of D × E, then their products with rows of x or dy; block after block.
+//
+//   make      W_u[d, e] = weight[d, e] + Σ_k bilinear[d, e, k] c[u, k]    all contexts at once
+//   project   y[n, e] = Σ_d x[n, d] W_u[d, e] + bias[e]                   a tile: rows of one context
+//   gather    G_u[d, e] = Σ_{n of u} x[n, d] dy[n, e]
+//   turn      dx[n, d] = Σ_e dy[n, e] W_u[d, e]
+//   spread    dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]    dweight[d, e] = Σ_u G_u[d, e]
+//   dcontext  dcontext[u, k] = Σ_{d, e} bilinear[d, e, k] G_u[d, e]       a part for each range of rows of D
+//
+// W and G lie in a workspace, [contexts of a group, rows of a block, columns of a block], in the dtype of x. C: the dtype
+// of x. Reductions have a fixed order; there are no atomics.
+#pragma once
+
+#include "operands.h"
+
+namespace ctxkern {
+
+// Contexts × columns; rows of a context × columns, and smaller ones.
+using MakeTile = Tile<32, 128, 1, 4>;
+using SmallTile = Tile<64, 64, 2, 2>;
+using LargeTile = Tile<128, 128, 2, 4>;
+
+template <class C>
+using MakeProduct = Product<C, MakeTile, 1, Contexts<C, C, true>, Strided<C, C, true>>;
+
+template <class C>
+__global__ void __launch_bounds__(MakeTile::kThreads)
+    make_kernel(Problem q, Projection p, Block block, C* __restrict__ panel) {
+  const int e_blocks = (block.e_size + MakeTile::kN - 1) / MakeTile::kN;
+  const int row = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * MakeTile::kN;
+  const int u0 = blockIdx.y * MakeTile::kM;
+  const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
+  if (u0 >= count) return;
+  const int64_t d = block.d_begin + row, e = block.e_begin + e0;
+  const int* slots = q.groups.uniform ? nullptr : q.groups.buffer + 2;
+  const Contexts<C, C, true> a{q.context, q.context_dim, slots, block.u_begin + u0, count - u0, 0};
+  const int64_t *st = p.bilinear_strides, *sw = p.weight_strides;
+  const Strided<C, C, true> b{p.bilinear,          d * st[0] + e * st[1],           st[1], st[2], block.e_size - e0,
+                              static_cast<int>(q.context_dim)};
+  Sums<MakeTile> sums;
+  sums.clear();
+  MakeProduct<C>::add(sums, a, b, static_cast<int>(q.context_dim));
+  sums.each([&](int u, int column, float sum) {
+    if (u0 + u >= count || e0 + column >= block.e_size) return;
+    if (p.weight.data) sum += read<C>(p.weight, d * sw[0] + (e + column) * sw[1]);
+    panel[((static_cast<int64_t>(u0) + u) * block.d_size + row) * block.e_size + e0 + column] = from_float<C>(sum);
+  });
+}
+
+template <class C, class T>
+using ProjectProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, false>>;
+
+template <class C, class T>
+__global__ void __launch_bounds__(T::kThreads)
+    project_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel) {
+  const int e_blocks = (block.e_size + T::kN - 1) / T::kN;
+  const int tile = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kN;
+  if (tile >= tile_count(q.groups)) return;
+  const TileOfRows rows = tile_of(q, tile);
+  const int u = rows.context - block.u_begin, here = least(rows.end - rows.begin, T::kM);
+  if (u < 0 || u >= block.u_size) return;
+  const int* order = order_of(q.groups);
+  const int d_in = static_cast<int>(q.d_in);
+  const Rows<C, C, true> a{static_cast<const C*>(q.x), q.d_in, order, rows.begin, here, d_in};
+  const C* weights = panel + static_cast<int64_t>(u) * d_in * block.e_size + e0;
+  const Rows<C, C, false> b{weights, block.e_size, nullptr, 0, d_in, block.e_size - e0};
+  Sums<T> sums;
+  sums.clear();
+  ProjectProduct<C, T>::add(sums, a, b, d_in);
+  C* y = static_cast<C*>(p.rows);
+  sums.each([&](int r, int column, float sum) {
+    if (r >= here || e0 + column >= block.e_size) return;
+    const int64_t row = order ? order[rows.begin + r] : rows.begin + r, e = block.e_begin + e0 + column;
+    if (p.bias.data) sum += read<C>(p.bias, e);
+    y[row * p.d_out + e] = from_float<C>(sum);
+  });
+}
+
+template <class C, class T>
+using GatherProduct = Product<C, T, 1, Rows<C, C, false>, Rows<C, C, false>>;
+
+template <class C, class T>
+__global__ void __launch_bounds__(T::kThreads)
+    gather_kernel(Problem q, Projection p, Block block, C* __restrict__ products) {
+  const int u = blockIdx.y;
+  if (block.u_begin + u >= context_count(q.groups)) return;
+  const int e_blocks = (block.e_size + T::kN - 1) / T::kN;
+  const int d0 = blockIdx.x / e_blocks * T::kM, e0 = blockIdx.x % e_blocks * T::kN;
+  const Range range = range_of(q, block.u_begin + u);
+  const int rows = range.end - range.begin;
+  const int* order = order_of(q.groups);
+  const Rows<C, C, false> a{static_cast<const C*>(q.x) + block.d_begin + d0, q.d_in, order, range.begin, rows,
+                            block.d_size - d0};
+  const Rows<C, C, false> b{static_cast<const C*>(p.rows) + block.e_begin + e0, p.d_out, order, range.begin, rows,
+                            block.e_size - e0};
+  Sums<T> sums;
+  sums.clear();
+  GatherProduct<C, T>::add(sums, a, b, rows);
+  C* to = products + static_cast<int64_t>(u) * block.d_size * block.e_size;
+  sums.each([&](int row, int column, float sum) {
+    if (d0 + row < block.d_size && e0 + column < block.e_size)
+      to[static_cast<int64_t>(d0 + row) * block.e_size + e0 + column] = from_float<C>(sum);
+  });
+}
+
+template <class C, class T>
+using TurnProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, true>>;
+
+// sums: [N, D_BLOCK] in float32, of earlier launches where `started`, for later ones where not `last`.
+template <class C, class T>
+__global__ void __launch_bounds__(T::kThreads)
+    turn_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel, float* sums_at, bool started,
+                bool last) {
+  const int d_blocks = (block.d_size + T::kN - 1) / T::kN;
+  const int tile = blockIdx.x / d_blocks, d0 = blockIdx.x % d_blocks * T::kN;
+  if (tile >= tile_count(q.groups)) return;
+  const TileOfRows rows = tile_of(q, tile);
+  const int u = rows.context - block.u_begin, here = least(rows.end - rows.begin, T::kM);
+  if (u < 0 || u >= block.u_size) return;
+  const int* order = order_of(q.groups);
+  const Rows<C, C, true> a{static_cast<const C*>(p.rows) + block.e_begin, p.d_out, order, rows.begin, here, block.e_size};
+  const C* weights = panel + (static_cast<int64_t>(u) * block.d_size + d0) * block.e_size;
+  const Rows<C, C, true> b{weights, block.e_size, nullptr, 0, block.d_size - d0, block.e_size};
+  Sums<T> sums;
+  sums.clear();
+  TurnProduct<C, T>::add(sums, a, b, block.e_size);
+  C* dx = static_cast<C*>(q.dx);
+  sums.each([&](int r, int column, float sum) {
+    if (r >= here || d0 + column >= block.d_size) return;
+    const int64_t row = order ? order[rows.begin + r] : rows.begin + r;
+    float* total = sums_at + row * block.d_size + d0 + column;
+    if (started) sum += *total;
+    if (last) {
+      dx[row * q.d_in + block.d_begin + d0 + column] = from_float<C>(sum);
+    } else {
+      *total = sum;
+    }
+  });
+}
+
+template <class C, int planes>
+using SpreadProduct = Product<C, SmallTile, planes, Rows<C, C, false>, Contexts<C, C, false, planes>>;
+
+// sums: [D_BLOCK, E_BLOCK, K + 1] in float32, of earlier groups where `started`, for later ones where not `last`.
+template <class C, int planes>
+__global__ void __launch_bounds__(SmallTile::kThreads)
+    spread_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* sums_at, bool started,
+                  bool last) {
+  const int e_blocks = (block.e_size + SmallTile::kM - 1) / SmallTile::kM;
+  const int row = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN;
+  const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
+  const int context_dim = static_cast<int>(q.context_dim);
+  const int64_t each = static_cast<int64_t>(block.d_size) * block.e_size, d = block.d_begin + row;
+  const C* from = products + static_cast<int64_t>(row) * block.e_size + e0;
+  const int64_t *st = p.dbilinear_strides, *sw = p.dweight_strides;
+  if (p.dbilinear.data && k0 < context_dim) {
+    const int* slots = q.groups.uniform ? nullptr : q.groups.buffer + 2;
+    const Rows<C, C, false> a{from, each, nullptr, 0, count, block.e_size - e0};
+    const Contexts<C, C, false, planes> b{q.context, q.context_dim, slots, block.u_begin, count, k0};
+    Sums<SmallTile> sums;
+    sums.clear();
+    SpreadProduct<C, planes>::add(sums, a, b, count > 0 ? count : 0);
+    sums.each([&](int column, int k, float sum) {
+      if (e0 + column >= block.e_size || k0 + k >= context_dim) return;
+      float* total = sums_at + (static_cast<int64_t>(row) * block.e_size + e0 + column) * (context_dim + 1) + k0 + k;
+      if (started) sum += *total;
+      if (last) {
+        write<C>(p.dbilinear, d * st[0] + (block.e_begin + e0 + column) * st[1] + (k0 + k) * st[2], sum);
+      } else {
+        *total = sum;
+      }
+    });
+  }
+  if (p.dweight.data && k0 == 0) {
+    for (int column = threadIdx.x; column < SmallTile::kM && e0 + column < block.e_size; column += SmallTile::kThreads) {
+      float sum = 0;
+      for (int u = 0; u < count; ++u) sum += to_float(from[u * each + column]);
+      float* total = sums_at + (static_cast<int64_t>(row) * block.e_size + e0 + column) * (context_dim + 1) + context_dim;
+      if (started) sum += *total;
+      if (last) {
+        write<C>(p.dweight, d * sw[0] + (block.e_begin + e0 + column) * sw[1], sum);
+      } else {
+        *total = sum;
+      }
+    }
+  }
+}
+
+template <class C, int planes>
+using ContextProduct = Product<C, SmallTile, planes, ProductsOfPairs<C>, BilinearByPairs<C, C, planes>>;
+
+// partial [ranges, limit, K], added to; a range is `rows` rows of the block's D.
+template <class C, int planes>
+__global__ void __launch_bounds__(SmallTile::kThreads)
+    dcontext_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* __restrict__ partial,
+                    int rows) {
+  const int u0 = blockIdx.x * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN, first = blockIdx.z * rows;
+  const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
+  if (u0 >= count) return;
+  const int64_t each = static_cast<int64_t>(block.d_size) * block.e_size, *st = p.bilinear_strides;
+  const int d_size = least(rows, block.d_size - first), context_dim = static_cast<int>(q.context_dim);
+  const Pairs<C> pairs{block.e_size};
+  const C* from = products + u0 * each + static_cast<int64_t>(first) * block.e_size;
+  const ProductsOfPairs<C> a{from, each, block.e_size, count - u0, d_size, pairs};
+  const int64_t begin = (static_cast<int64_t>(block.d_begin) + first) * st[0] + block.e_begin * st[1] + k0 * st[2];
+  const BilinearByPairs<C, C, planes> b{p.bilinear, begin, st[0], st[1], st[2], context_dim - k0, d_size, pairs};
+  Sums<SmallTile> sums;
+  sums.clear();
+  ContextProduct<C, planes>::add(sums, a, b, pairs.depth(d_size));
+  sums.each([&](int u, int k, float sum) {
+    if (u0 + u >= count || k0 + k >= context_dim) return;
+    partial[(static_cast<int64_t>(blockIdx.z) * q.groups.limit + block.u_begin + u0 + u) * context_dim + k0 + k] += sum;
+  });
+}
+
+// dcontext of a context: its partial sums, in their order.
+template <class C>
+__global__ void sum_partials_kernel(Problem q, const float* __restrict__ partial, int ranges) {
+  const int u = blockIdx.x;
+  if (u >= context_count(q.groups)) return;
+  const int64_t slot = slot_of(q.groups, u);
+  for (int64_t k = threadIdx.x; k < q.context_dim; k += blockDim.x) {
+    float sum = 0;
+    for (int r = 0; r < ranges; ++r) sum += partial[(static_cast<int64_t>(r) * q.groups.limit + u) * q.context_dim + k];
+    write<C>(q.dcontext, slot * q.context_dim + k, sum);
+  }
+}
+
+}  // namespace ctxkern

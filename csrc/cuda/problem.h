@@ -1,0 +1,64 @@
+// What a call is: sizes, strides and pointers, given to every kernel by value.
+#pragma once
+
+#include "device.h"
+
+namespace ctxkern {
+
+constexpr int kMostProjections = 3;
+
+// A parameter: in the dtype of x, or float32 beside a half.
+struct Parameter {
+  void* data;
+  int wide;
+};
+
+// weight [D, E], bilinear [D, E, K], bias [E], y or dy [N, E], and gradients of the first two; null where absent.
+struct Projection {
+  Parameter weight, bilinear, bias, dweight, dbilinear;
+  void* rows;
+  int64_t d_out;
+  int64_t weight_strides[2], bilinear_strides[3], dweight_strides[2], dbilinear_strides[3];
+};
+
+// Which rows belong to which context: see groups.h.
+struct Groups {
+  int* buffer;
+  int limit, tiles, block, uniform, ordered;
+};
+
+struct Problem {
+  const void* x;         // [N, D]
+  Parameter context;     // [F, K]
+  Parameter dcontext;    // [F, K], zeros at first
+  void* dx;              // [N, D]
+  const int64_t* index;  // [B]
+  const int* bounds;     // [B + 1]
+  int64_t tokens, d_in, context_dim, table, sequences, length;
+  int64_t per_token, outer, dtype, projections, workspace_bytes;
+  Projection projection[kMostProjections];
+  Groups groups;
+  int* slots;  // [N], of the outer form
+};
+
+// A block of D × E, and a group of contexts.
+struct Block {
+  int d_begin, d_size, e_begin, e_size, u_begin, u_size;
+};
+
+template <class C>
+__device__ __forceinline__ float read(const Parameter& p, int64_t at) {
+  if (p.wide) return static_cast<const float*>(p.data)[at];
+  return to_float(static_cast<const C*>(p.data)[at]);
+}
+
+template <class C>
+__device__ __forceinline__ void write(const Parameter& p, int64_t at, float value) {
+  if (p.wide) {
+    static_cast<float*>(p.data)[at] = value;
+  } else {
+    static_cast<C*>(p.data)[at] = from_float<C>(value);
+  }
+}
+
+}  // namespace ctxkern

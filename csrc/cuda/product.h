@@ -1,0 +1,170 @@
+// A tile of a product: sums [BM, BN] = Σ_k a[m, k] b[k, n] by the threads of a block, operands staged through shared
+// memory by copies that run ahead.
+//
+// An operand is a class with
+//   kAlongSum                             whether neighbours in memory are neighbours along the sum (else along m or n)
+//   chunk(to, plane, at, k)               kChunk<C> neighbours from m or n = at and k on, zeros beyond its bounds; what
+//                                         rounding leaves goes `plane` elements further, kPlanes - 1 times
+// C: float (multiplied and added in float32) or a half (the matrix unit, sums in float32).
+#pragma once
+
+#include "device.h"
+
+namespace ctxkern {
+
+template <class C>
+constexpr int kChunk = 16 / static_cast<int>(sizeof(C));
+// Along the sum, a stage.
+template <class C>
+constexpr int kDepth = sizeof(C) == 2 ? 32 : 16;
+constexpr int kStages = 3;
+
+// Rows and columns of a tile, and of the warps that share it.
+template <int M, int N, int WarpsM, int WarpsN>
+struct Tile {
+  static constexpr int kM = M, kN = N, kWarpsM = WarpsM, kWarpsN = WarpsN;
+  static constexpr int kThreads = 32 * WarpsM * WarpsN;
+  // In tiles of 16 × 8, of a warp.
+  static constexpr int kRows = M / WarpsM / 16, kColumns = N / WarpsN / 8;
+};
+
+template <class T>
+struct Sums {
+  float at[T::kRows][T::kColumns][4];
+
+  __device__ __forceinline__ void clear() {
+    CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+      CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+        CTXKERN_UNROLL for (int k = 0; k < 4; ++k) at[i][j][k] = 0;
+  }
+
+  // f(row, column, sum) for each that this thread has; columns 2c and 2c + 1 of a row follow each other.
+  template <class F>
+  __device__ __forceinline__ void each(F f) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = warp / T::kWarpsN * (T::kM / T::kWarpsM) + lane / 4;
+    const int column = warp % T::kWarpsN * (T::kN / T::kWarpsN) + lane % 4 * 2;
+    CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+      CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+        CTXKERN_UNROLL for (int k = 0; k < 4; ++k) f(row + 16 * i + k / 2 * 8, column + 8 * j + k % 2, at[i][j][k]);
+  }
+};
+
+// One operand's part of a stage: lines of chunks, a chunk longer than they are so that the rows of a matrix of eight
+// lie in different banks.
+template <class C, bool along_sum, int size>
+struct Stage {
+  static constexpr int kLine = (along_sum ? kDepth<C> : size) + kChunk<C>;
+  static constexpr int kLines = along_sum ? size : kDepth<C>;
+  static constexpr int kElements = kLine * kLines;
+
+  static __device__ __forceinline__ int at(int outer, int k) { return along_sum ? outer * kLine + k : k * kLine + outer; }
+
+  template <class Operand>
+  static __device__ __forceinline__ void fill(C* stage, const Operand& operand, int k, int threads) {
+    constexpr int chunks = (along_sum ? kDepth<C> : size) / kChunk<C>;
+    for (int i = threadIdx.x; i < chunks * kLines; i += threads) {
+      const int line = i / chunks, part = i % chunks * kChunk<C>;
+      C* to = stage + line * kLine + part;
+      operand.chunk(to, kElements, along_sum ? line : part, k + (along_sum ? part : line));
+    }
+  }
+};
+
+template <class C, class T, int planes, class A, class B>
+struct Product {
+  using StageA = Stage<C, A::kAlongSum, T::kM>;
+  using StageB = Stage<C, B::kAlongSum, T::kN>;
+  static constexpr int kElements = StageA::kElements + planes * StageB::kElements;
+  static constexpr size_t kShared = kStages * kElements * sizeof(C);
+
+  // Adds the product over k from 0 to depth; all threads of the block together.
+  static __device__ __forceinline__ void add(Sums<T>& sums, const A& a, const B& b, int depth) {
+    C* shared = reinterpret_cast<C*>(shared_memory());
+    const int steps = (depth + kDepth<C> - 1) / kDepth<C>;
+    auto fill = [&](int step) {
+      if (step < steps) {
+        C* stage = shared + step % kStages * kElements;
+        StageA::fill(stage, a, step * kDepth<C>, T::kThreads);
+        StageB::fill(stage + StageA::kElements, b, step * kDepth<C>, T::kThreads);
+      }
+      commit_copies();
+    };
+    for (int step = 0; step < kStages - 1; ++step) fill(step);
+    for (int step = 0; step < steps; ++step) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+      fill(step + kStages - 1);
+      const C* stage = shared + step % kStages * kElements;
+      CTXKERN_UNROLL for (int plane = 0; plane < planes; ++plane)
+        multiply_stage(sums, stage, stage + StageA::kElements + plane * StageB::kElements);
+    }
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+ private:
+  static __device__ __forceinline__ void multiply_stage(Sums<T>& sums, const C* a, const C* b) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int m = warp / T::kWarpsN * (T::kM / T::kWarpsM), n = warp % T::kWarpsN * (T::kN / T::kWarpsN);
+    if constexpr (sizeof(C) == 4) {
+      // a stage by itself first: rounding grows with the number of terms of a sum
+      Sums<T> stage;
+      stage.clear();
+      for (int k = 0; k < kDepth<C>; ++k) {
+        float left[T::kRows][2], right[T::kColumns][2];
+        CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+          CTXKERN_UNROLL for (int h = 0; h < 2; ++h) left[i][h] = a[StageA::at(m + 16 * i + 8 * h + lane / 4, k)];
+        CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+          CTXKERN_UNROLL for (int h = 0; h < 2; ++h) right[j][h] = b[StageB::at(n + 8 * j + lane % 4 * 2 + h, k)];
+        CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+          CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+            CTXKERN_UNROLL for (int h = 0; h < 4; ++h) stage.at[i][j][h] += left[i][h / 2] * right[j][h % 2];
+      }
+      CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+        CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+          CTXKERN_UNROLL for (int h = 0; h < 4; ++h) sums.at[i][j][h] += stage.at[i][j][h];
+    } else {
+      static_assert(T::kColumns % 2 == 0, "columns come in pairs of tiles");
+      const int low = lane % 8, j8 = lane / 8;
+      CTXKERN_UNROLL for (int k = 0; k < kDepth<C>; k += 16) {
+        uint32_t left[T::kRows][4], right[T::kColumns / 2][4];
+        CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i) {
+          const int row = m + 16 * i + j8 % 2 * 8, at = k + j8 / 2 * 8;
+          const C* from = a + (A::kAlongSum ? StageA::at(row + low, at) : StageA::at(row, at + low));
+          load_matrices<!A::kAlongSum>(left[i], from);
+        }
+        CTXKERN_UNROLL for (int j = 0; j < T::kColumns / 2; ++j) {
+          const int column = n + 16 * j + j8 / 2 * 8, at = k + j8 % 2 * 8;
+          const C* from = b + (B::kAlongSum ? StageB::at(column + low, at) : StageB::at(column, at + low));
+          load_matrices<!B::kAlongSum>(right[j], from);
+        }
+        CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+          CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+            multiply<C>(sums.at[i][j], left[i], right[j / 2] + j % 2 * 2);
+      }
+    }
+  }
+};
+
+// kChunk<C> elements from `from` on, `stride` apart, of which `valid` are there; planes - 1 times what rounding leaves.
+template <int planes, class C, class S>
+__device__ __forceinline__ void load_chunk(C* to, int plane, const S* from, int64_t stride, int valid) {
+  if constexpr (sizeof(S) == sizeof(C)) {
+    if (stride == 1 && valid >= kChunk<C> && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      copy_async(to, from);
+      CTXKERN_UNROLL for (int p = 1; p < planes; ++p)
+        CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) to[p * plane + i] = from_float<C>(0.0f);
+      return;
+    }
+  }
+  CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) {
+    float value = i < valid ? to_float(from[i * stride]) : 0.0f;
+    CTXKERN_UNROLL for (int p = 0; p < planes; ++p) {
+      to[p * plane + i] = from_float<C>(value);
+      value -= to_float(to[p * plane + i]);
+    }
+  }
+}
+
+}  // namespace ctxkern

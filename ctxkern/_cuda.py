@@ -1,0 +1,51 @@
+"""Loads the CUDA kernels, a library without torch, when they are first asked for, and tells why they are missing."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+from ._compiled import build_info
+
+# csrc/cuda/modulated.cu
+_ABI = 1
+
+
+@functools.cache
+def _attempt():
+    path = os.environ.get("CTXKERN_CUDA_LIBRARY") or Path(__file__).with_name("_cuda_kernels.so")
+    if not Path(path).exists():
+        cuda = build_info().get("cuda", {})
+        why = cuda.get("reason") or "nothing was built: run pip install ."
+        return None, f"built without CUDA kernels because {why}"
+    try:
+        library = ctypes.CDLL(str(path))
+        found = library.ctxkern_cuda_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{Path(path).name} does not load: {error}"
+    if found != _ABI:
+        return None, f"{Path(path).name} is of another version ({found}, not {_ABI}): run pip install . again"
+    library.ctxkern_cuda_problem_bytes.restype = ctypes.c_int64
+    library.ctxkern_cuda_modulated.restype = ctypes.c_char_p
+    pointers = ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+    library.ctxkern_cuda_modulated.argtypes = (*pointers, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
+    return library, ""
+
+
+def load():
+    """The library. Raises RuntimeError where there is none, with the reason."""
+    library, reason = _attempt()
+    if library is None:
+        raise RuntimeError(f"the CUDA kernels are not available: {reason}")
+    return library
+
+
+def emulated():
+    """Whether the library's kernels run on the CPU (CTXKERN_CUDA_LIBRARY, for tests)."""
+    library, _ = _attempt()
+    return library is not None and bool(library.ctxkern_cuda_emulated())
+
+
+def reason():
+    """Why the library is not available, or ''."""
+    return _attempt()[1]

@@ -1,0 +1,232 @@
+"""The CUDA C++ kernels, compiled for the CPU by an emulation header: case table, bounds, barriers, thread orders."""
+
+import functools
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ctxkern
+from ctxkern import _cuda, planner
+from ctxkern.backends import registry
+from ctxkern.reference import modulated_linear_ref
+from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
+from ctxkern.testing.oracle import check, check_family, run
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+FORMS = {"panel": -1, "outer": 1 << 30}
+# the emulation needs seconds for each of these, and longer in many strips
+LARGE = ("deep", "non-power-of-two", "debug", "prime", "narrow-k")
+
+cuda_linear = functools.partial(ctxkern.modulated_linear, backend="cuda")
+
+
+def compiled(folder, *flags, sources=SOURCES):
+    """The kernels as a library for the CPU."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or not sources.exists():
+        pytest.skip("no C++ compiler or no sources here")
+    library = Path(folder) / "emulated.so"
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *flags]
+    command += ["-DCTXKERN_EMULATE", "-x", "c++", str(sources / "modulated.cu"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def forget():
+    _cuda._attempt.cache_clear()
+    registry.backends.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory):
+    kept = os.environ.get("CTXKERN_CUDA_LIBRARY")
+    os.environ["CTXKERN_CUDA_LIBRARY"] = str(compiled(tmp_path_factory.mktemp("cuda")))
+    forget()
+    yield os.environ["CTXKERN_CUDA_LIBRARY"]
+    del os.environ["CTXKERN_CUDA_LIBRARY"]
+    if kept is not None:
+        os.environ["CTXKERN_CUDA_LIBRARY"] = kept
+    forget()
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    monkeypatch.setattr(planner, "GPU_OUTER_ROWS", FORMS[request.param])
+
+
+def _table():
+    for name in FORMS:
+        for dtypes in DTYPES:
+            for case in CASES:
+                if name == "panel" and case.per_token or case.id in LARGE and dtypes not in ("f32", "bf16"):
+                    continue
+                yield pytest.param(name, dtypes, case, id=f"{case.id}-{dtypes}-{name}")
+
+
+@pytest.mark.parametrize(("form", "dtypes", "case"), list(_table()), indirect=["form"])
+def test_table(form, dtypes, case):
+    check(cuda_linear, make_inputs(case, *DTYPES[dtypes]), case.id)
+
+
+# contexts in several groups, strips of a few columns and rows, blocks of a part of E; K over several blocks
+SMALL = [
+    (Case("groups", 10, 3, 12, 20, 5, bias=True), 2048),
+    (Case("groups-wide-k", 5, 4, 6, 10, 140), 1024),
+    (Case("blocks-of-e", 3, 5, 9, 150, 4), 4096),
+    (Case("least", 3, 4, 5, 6, 3, bias=True), 1),
+    (Case("shared-groups", 9, 4, 12, 20, 6, rows=4, index=(3, 1, 3, 0, 0, 2, 3, 1, 1)), 2048),
+    (Case("large-tiles", 2, 130, 64, 136, 9, bias=True), 1 << 20),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("case", "workspace"), SMALL, ids=[case.id for case, _ in SMALL])
+def test_small_workspace(form, case, workspace, dtypes):
+    if case.id == "large-tiles" and planner.GPU_OUTER_ROWS > 0:
+        pytest.skip("the outer form has no large tiles")
+    fn = functools.partial(cuda_linear, workspace_bytes=workspace)
+    check(fn, make_inputs(case, *DTYPES[dtypes]), case.id)
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("lengths", [None, (3, 0, 5, 2)], ids=["padded", "packed"])
+def test_three_projections_share_dx_and_dcontext(form, lengths):
+    case = Case("qkv", 4, 5, 12, 0, 6, rows=3, index=(2, 0, 2, 1), lengths=lengths)
+    inputs = [make_inputs(Case(**{**case.__dict__, "E": e, "bias": True}), seed=e) for e in (20, 9, 33)]
+    shared = {"context_index": inputs[0].context_index, "cu_seqlens": inputs[0].cu_seqlens}
+
+    def fn(x, context, w0, w1, w2, t0, t1, t2, b0, b1, b2):
+        return ctxkern.modulated_qkv(x, context, [w0, w1, w2], [t0, t1, t2], [b0, b1, b2], backend="cuda", **shared)
+
+    def reference(x, context, w0, w1, w2, t0, t1, t2, b0, b1, b2):
+        each = ((w0, t0, b0), (w1, t1, b1), (w2, t2, b2))
+        return tuple(modulated_linear_ref(x, context, *parts, **shared) for parts in each)
+
+    tensors = {"x": inputs[0].x, "context": inputs[0].context}
+    for letter, name in (("w", "weight"), ("t", "bilinear"), ("b", "bias")):
+        tensors |= {f"{letter}{i}": getattr(one, name) for i, one in enumerate(inputs)}
+    check_family(fn, reference, tensors, [one.dy for one in inputs], "qkv")
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("dtypes", ["f32", "bf16-f32-params"])
+def test_no_order_of_threads_changes_a_bit(form, dtypes, monkeypatch):
+    inputs = make_inputs(next(c for c in CASES if c.id == "shared-uneven"), *DTYPES[dtypes])
+    first = run(cuda_linear, inputs)
+    for seed in ("7", "8"):
+        monkeypatch.setenv("CTXKERN_EMULATE_SEED", seed)
+        for name, value in run(cuda_linear, inputs).items():
+            assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("needed", ["x", "context", "weight", "bilinear", "bias"])
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_one_gradient_alone(form, needed):
+    inputs = make_inputs(next(c for c in CASES if c.id == "tiny"))
+    want = run(cuda_linear, inputs)[f"d{needed}"]
+    leaf = getattr(inputs, needed).requires_grad_()
+    positional, keyword = inputs.arguments()
+    (got,) = torch.autograd.grad(cuda_linear(*positional, **keyword), leaf, inputs.dy)
+    assert torch.equal(got, want)
+
+
+def test_what_cannot_run_says_so():
+    x, context, bilinear = torch.randn(2, 3, 4), torch.randn(5, 2), torch.randn(4, 6, 2)
+    with pytest.raises(ValueError, match=r"context_index\[1\] is 5"):
+        cuda_linear(x, context, None, bilinear, context_index=torch.tensor([0, 5]))
+    with pytest.raises(RuntimeError, match="float64"):
+        cuda_linear(x.double(), context.double(), None, bilinear.double(), context_index=torch.tensor([0, 1]))
+
+
+def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
+    x, context, bilinear = torch.randn(2, 3, 4), torch.randn(2, 2), torch.randn(4, 6, 2)
+    monkeypatch.setattr(importlib.import_module("ctxkern.backends.cuda"), "_CODES", {torch.float32: 7})
+    with pytest.raises(RuntimeError, match=r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*an unknown dtype"):
+        cuda_linear(x, context, None, bilinear)
+
+
+def test_explain_tells_form_and_blocks():
+    x, context, bilinear = torch.randn(3, 64, 8), torch.randn(3, 4), torch.randn(8, 10, 4)
+    plan = ctxkern.explain(x, context, None, bilinear, backend="cuda")
+    assert (plan.strategy, plan.backend, plan.contexts, plan.strip, plan.group) == ("panel", "cuda", 3, 10, 3)
+    assert ctxkern.explain(x[:, :2].contiguous(), context, None, bilinear, backend="cuda").strategy == "outer"
+    assert ctxkern.explain(x, context, None, bilinear, backend="cuda", backward=True).strip_of == "D"
+
+
+PLANTED = {
+    "nothing": ("product.h", "constexpr int kStages = 3;", "constexpr int kStages = 3 + 0;"),
+    "no barrier before a stage is read": (
+        "product.h",
+        "wait_copies<kStages - 2>();\n      __syncthreads();",
+        "wait_copies<kStages - 2>();",
+    ),
+    "copies are not waited for": ("product.h", "wait_copies<kStages - 2>();", "wait_copies<kStages>();"),
+    "half the lanes leave": (
+        "product.h",
+        "      const int low = lane % 8,",
+        "      if (lane >= 16) return;\n      const int low = lane % 8,",
+    ),
+    "a column too many is written": (
+        "panel.h",
+        "if (r >= here || e0 + column >= block.e_size) return;",
+        "if (r >= here || e0 + column > block.e_size) return;",
+    ),
+    "a row too many is read": (
+        "operands.h",
+        "const int valid = row < rows ? columns - column : 0;\n    const int64_t line = row < rows ?",
+        "const int valid = row < rows + 9999 ? columns - column : 0;\n    const int64_t line = row < rows + 9999 ?",
+    ),
+}
+# what leaves its bounds changes no result: only the sanitizer sees it
+OUT_OF_BOUNDS = ("a column too many is written", "a row too many is read")
+
+_CHECK = """
+import functools, torch, ctxkern
+from ctxkern import planner
+from ctxkern.testing.cases import Case, make_inputs
+from ctxkern.testing.oracle import check
+
+planner.GPU_OUTER_ROWS = -1
+for dtype in (torch.bfloat16, torch.float32):
+    inputs = make_inputs(Case("planted", 2, 70, 40, 72, 24, bias=True), dtype)
+    check(functools.partial(ctxkern.modulated_linear, backend="cuda"), inputs)
+"""
+
+
+QUICK = ("nothing", "no barrier before a stage is read", "a column too many is written")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANTED])
+def test_planted_faults_are_caught(name, tmp_path):
+    file, old, new = PLANTED[name]
+    sources = tmp_path / "cuda"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert old in text
+    (sources / file).write_text(text.replace(old, new))
+    # with the sanitizer's own red zones around what torch and the emulation allocate
+    library = compiled(tmp_path, "-g", "-fsanitize=address", "-Wno-clobbered", sources=sources)
+    preload = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    environment = {
+        **os.environ,
+        "CTXKERN_CUDA_LIBRARY": str(library),
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": str(Path(ctxkern.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        ["setarch", "-R", sys.executable, "-c", _CHECK], capture_output=True, text=True, env=environment, cwd="/"
+    )
+    if name == "nothing":
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert done.returncode != 0, "not noticed"
+        assert name not in OUT_OF_BOUNDS or "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
