@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +54,11 @@ def main():
         sys.exit("nvcc was not found")
     version = re.findall(r"V([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)[0]
     rows, wrong = [], []
-    for arch in args.arch or (80, 90, 100):
-        for name, registers, spilled, stack, threads in compiled(nvcc, arch):
+    archs = args.arch or (80, 90, 100)
+    with ThreadPoolExecutor() as pool:
+        audited = list(pool.map(lambda arch: compiled(nvcc, arch), archs))
+    for arch, kernels in zip(archs, audited, strict=True):
+        for name, registers, spilled, stack, threads in kernels:
             blocks = REGISTERS // (-(-registers * 32 // UNIT) * UNIT * threads // 32)
             rows.append((f"sm_{arch}", name, registers, spilled, stack, threads, blocks, version))
             print(*rows[-1], flush=True)
