@@ -4,7 +4,7 @@
   check     the case table in every dtype and form against float64, small workspaces, bits of a second run
   graphs    calls captured in a CUDA graph, replayed with other contexts per sequence
   one       the panel form's forward as one persistent launch: case table, bits of 20 runs, times beside two
-  sanitize  compute-sanitizer (memcheck, racecheck) over a few small calls, where it is installed
+  sanitize  compute-sanitizer (memcheck, racecheck, synccheck, initcheck) over a few small calls, where it is installed
   time      graph replays over rotated inputs beside the peers: a row each in bench/results/<GPU>.csv
   overhead  eager calls at d = 256, where Python and launches are what there is to pay
 
@@ -15,6 +15,7 @@ and a kernel that waits for ever would end all. --stages picks some, --compiled 
 
 import argparse
 import functools
+import itertools
 import os
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ from ctxkern.testing.oracle import check, run
 from ctxkern.testing.peers import calls, three_projections
 
 # seconds that each may take
-STAGES = {"about": 60, "check": 600, "graphs": 120, "one": 240, "sanitize": 400, "time": 600, "overhead": 120}
+STAGES = {"about": 60, "check": 600, "graphs": 120, "one": 240, "sanitize": 600, "time": 600, "overhead": 120}
 
 
 def arguments():
@@ -86,11 +87,13 @@ def use(form):
 
 
 PLANNED = planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT
+BACKENDS = [name for name in ("triton", "cuda") if ctxkern.backends()[name]]
 
 
 def stage_about():
     for name, value in provenance(DEVICE).items():
         print(f"{name}: {value}")
+    print(*(f"{name}: {status}" for name, status in ctxkern.backends().items()), sep="\n")
     print(f"capability: {torch.cuda.get_device_capability() if DEVICE == 'cuda' else None}")
     if shutil.which("nvidia-smi"):
         fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.total"
@@ -100,15 +103,15 @@ def stage_about():
 def stage_check():
     """Prints what is wrong; raises at the end."""
     wrong, count = [], 0
-    for form in ("panel", "outer"):
+    for form, backend in itertools.product(("panel", "outer"), BACKENDS):
         use(form)
         for case in [*CASES, *FULL]:
             if case.per_token and form == "panel":
                 continue
             for dtype, param_dtype in PAIRS:
                 for workspace in (None, 1 << 14):
-                    label = f"{form} {case.id} {dtype} {param_dtype} workspace {workspace}"
-                    fn = functools.partial(ctxkern.modulated_linear, backend="triton", workspace_bytes=workspace)
+                    label = f"{backend} {form} {case.id} {dtype} {param_dtype} workspace {workspace}"
+                    fn = functools.partial(ctxkern.modulated_linear, backend=backend, workspace_bytes=workspace)
                     inputs = make_inputs(case, dtype, param_dtype, DEVICE)
                     count += 1
                     try:
@@ -128,11 +131,11 @@ def stage_graphs():
     if DEVICE == "cpu":
         return print("no graphs on the CPU")
     case = Case("graph", 8, 64, 128, 96, 32, rows=6, index=(0, 1, 2, 3, 4, 5, 0, 1))
-    for form in ("panel", "outer"):
+    for form, backend in itertools.product(("panel", "outer"), BACKENDS):
         use(form)
         inputs = make_inputs(case, torch.bfloat16, device=DEVICE).leaves()
         positional, keyword = inputs.arguments()
-        fn = functools.partial(ctxkern.modulated_linear, *positional, backend="triton", **keyword)
+        fn = functools.partial(ctxkern.modulated_linear, *positional, backend=backend, **keyword)
 
         def step(fn=fn, inputs=inputs, positional=positional):
             y = fn()
@@ -178,13 +181,13 @@ def stage_one():
 
 def stage_small():
     """What the sanitizer runs: each kernel once or twice."""
-    for form in ("panel", "outer"):
+    for form, backend in itertools.product(("panel", "outer"), BACKENDS):
         use(form)
         for case in CASES:
             if case.id in ("odd", "shared-uneven", "ragged-shared", "wide-k", "context-per-token"):
                 for dtype, param_dtype in PAIRS:
                     run(
-                        functools.partial(ctxkern.modulated_linear, backend="triton"),
+                        functools.partial(ctxkern.modulated_linear, backend=backend),
                         make_inputs(case, dtype, param_dtype, DEVICE),
                     )
     print("ran")
@@ -195,7 +198,7 @@ def stage_sanitize():
     if not Path(tool).exists():
         return print("compute-sanitizer is not installed")
     command = [sys.executable, __file__, "--here", "--stages", "small"]
-    for check_name in ("memcheck", "racecheck"):
+    for check_name in ("memcheck", "racecheck", "synccheck", "initcheck"):
         done = subprocess.run(
             [tool, "--tool", check_name, "--error-exitcode", "9", *command], capture_output=True, text=True, check=False
         )
@@ -240,7 +243,8 @@ def timed_rows(case, dtype, param_dtype, backward, peaks):
     inputs = [first, *(make_inputs(case, dtype, param_dtype, DEVICE, seed) for seed in range(1, copies))]
     if case.tokens * case.D * case.E < 1e11:
         check(ctxkern.modulated_linear, first, case.id)
-    each = [calls(one, backward, ARGS.compiled) for one in inputs]
+    beside = ["cuda"] if "cuda" in BACKENDS and DEVICE == "cuda" else []
+    each = [calls(one, backward, ARGS.compiled, beside) for one in inputs]
     if case.id.endswith("qkv"):
         each = [
             made | {"ctxkern QKV": three_projections(one, backward)} for one, made in zip(inputs, each, strict=True)

@@ -52,11 +52,14 @@ def linear(x, context, weight, bilinear, bias=None, *, context_index=None, cu_se
     return F.linear(x, weight.mT.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def forms(inputs, compiled=False):
-    """{name: fn of (x, context, weight, bilinear, bias)} of the peers that a case has, ctxkern first."""
+def forms(inputs, compiled=False, backends=()):
+    """{name: fn of (x, context, weight, bilinear, bias)} of the peers that a case has, ctxkern first; backends: of
+    ctxkern, by name, beside the one that it chooses."""
     index, bounds = inputs.context_index, inputs.cu_seqlens
+    ours = functools.partial(modulated_linear, context_index=index, cu_seqlens=bounds)
     made = {
-        "ctxkern": functools.partial(modulated_linear, context_index=index, cu_seqlens=bounds),
+        "ctxkern": ours,
+        **{f"ctxkern {name}": functools.partial(ours, backend=name) for name in backends},
         "einsum": functools.partial(einsum, context_index=index, cu_seqlens=bounds),
     }
     if bounds is not None:
@@ -95,12 +98,12 @@ def three_projections(inputs, backward=False):
     return call
 
 
-def calls(inputs, backward=False, compiled=False):
+def calls(inputs, backward=False, compiled=False, backends=()):
     """{name: callable without arguments} that runs each form on the inputs, forward or forward and backward."""
     leaves = inputs.leaves() if backward else inputs.map(lambda t: t.detach())
     positional, _ = leaves.arguments()
     made = {}
-    for name, fn in forms(inputs, compiled).items():
+    for name, fn in forms(inputs, compiled, backends).items():
         args = positional
         if name == "addmm+bmm K-major":
             k_major = leaves.bilinear.detach().permute(2, 0, 1).contiguous().requires_grad_(backward)
