@@ -9,8 +9,9 @@ import torch
 import ctxkern
 from ctxkern import planner
 from ctxkern.backends.registry import interpreted
-from ctxkern.reference import modulated_linear_ref
+from ctxkern.reference import modulated_qkv_ref
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
+from ctxkern.testing.families import by_projection, qkv_arguments
 from ctxkern.testing.oracle import check, check_family, run
 
 pytest.importorskip("triton")
@@ -70,22 +71,11 @@ def test_small_workspace(form, case, workspace, dtypes):
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("lengths", [None, (3, 0, 5, 2)], ids=["padded", "packed"])
 def test_three_projections_share_dx_and_dcontext(form, lengths):
-    case = Case("qkv", 4, 5, 12, 0, 6, rows=3, index=(2, 0, 2, 1), lengths=lengths)
-    widths = (20, 9, 33)
-    inputs = [make_inputs(Case(**{**case.__dict__, "E": e, "bias": True}), device=DEVICE, seed=e) for e in widths]
-    shared = {"context_index": inputs[0].context_index, "cu_seqlens": inputs[0].cu_seqlens}
-
-    def fn(x, context, w0, w1, w2, t0, t1, t2, b0, b1, b2):
-        return ctxkern.modulated_qkv(x, context, [w0, w1, w2], [t0, t1, t2], [b0, b1, b2], backend="triton", **shared)
-
-    def reference(x, context, w0, w1, w2, t0, t1, t2, b0, b1, b2):
-        each = ((w0, t0, b0), (w1, t1, b1), (w2, t2, b2))
-        return tuple(modulated_linear_ref(x, context, *parts, **shared) for parts in each)
-
-    tensors = {"x": inputs[0].x, "context": inputs[0].context}
-    for letter, name in (("w", "weight"), ("t", "bilinear"), ("b", "bias")):
-        tensors |= {f"{letter}{i}": getattr(one, name) for i, one in enumerate(inputs)}
-    check_family(fn, reference, tensors, [one.dy for one in inputs], "qkv")
+    case = Case("qkv", 4, 5, 12, 20, 6, rows=3, index=(2, 0, 2, 1), lengths=lengths, bias=True)
+    arguments, douts = qkv_arguments(case, widths=(20, 9, 33))
+    arguments = {name: t if t is None else t.to(DEVICE) for name, t in arguments.items()}
+    fn = by_projection(functools.partial(ctxkern.modulated_qkv, backend="triton"))
+    check_family(fn, by_projection(modulated_qkv_ref), arguments, [dout.to(DEVICE) for dout in douts], "qkv")
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 
 from ctxkern import _compiled, planner
-from ctxkern._check import check_bounds, check_index
+
+from .shared import check_values, contiguous, outputs
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0)
@@ -80,10 +81,6 @@ def _allocator(kept):
     return allocate
 
 
-def _contiguous(t):
-    return t if t is None or t.is_contiguous() else t.contiguous()
-
-
 # a context per token: outer, whatever it costs
 _OUTER = (0.0, 1.0, -1.0)
 
@@ -106,20 +103,13 @@ def _run(sizes, projections, backward, terms, x, context, context_index, cu_seql
     try:
         _compiled.load().modulated(sizes, projections, backward, terms, _allocator(kept))
     except ValueError:
-        _check_values(x, context, context_index, cu_seqlens)
+        check_values(x, context, context_index, cu_seqlens)
         raise
-
-
-def _check_values(x, context, context_index, cu_seqlens):
-    if context_index is not None:
-        check_index(context_index, context.shape[0], "context_index")
-    if cu_seqlens is not None:
-        check_bounds(cu_seqlens, x.shape[0])
 
 
 def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):
     """The plan of one projection."""
-    _check_values(x, context, context_index, cu_seqlens)
+    check_values(x, context, context_index, cu_seqlens)
     sizes = _sizes(x, context, context_index, cu_seqlens, workspace_bytes, x, context)
     weights = (weight, bilinear) if backward else (None, None)
     projections = (_projection(weight, bilinear, None, None, *weights),)
@@ -158,9 +148,9 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
 
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
     """[y], one a projection, in the dtype of x and the leading shape of x."""
-    x, context, index, bounds = map(_contiguous, (x, context, context_index, cu_seqlens))
-    biases = [_contiguous(bias) for bias in biases]
-    outs = [x.new_empty((*x.shape[:-1], t.shape[1])) for t in bilinears]
+    x, context, index, bounds = map(contiguous, (x, context, context_index, cu_seqlens))
+    biases = [contiguous(bias) for bias in biases]
+    outs = outputs(x, bilinears)
     sizes = _sizes(x, context, index, bounds, workspace_bytes)
     projections = tuple(map(_projection, weights, bilinears, biases, outs))
     _run(sizes, projections, False, _terms(x, context, bilinears, False), x, context, index, bounds)
@@ -169,8 +159,8 @@ def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_
 
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    x, context, index, bounds = map(_contiguous, (x, context, context_index, cu_seqlens))
-    douts = [_contiguous(dout) for dout in douts]
+    x, context, index, bounds = map(contiguous, (x, context, context_index, cu_seqlens))
+    douts = [contiguous(dout) for dout in douts]
     n = len(bilinears)
     need_x, need_context, *each = needs
     need_w, need_t, need_b = each[:n], each[n : 2 * n], each[2 * n :]

@@ -11,17 +11,14 @@ from contextlib import nullcontext
 import torch
 
 from ctxkern import _cuda, planner
-from ctxkern._check import check_bounds, check_index
+
+from .shared import check_values, contiguous, fill_with_biases, gradients, outputs
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Problem: 19 integers before its projections, 22 in each, and Groups and slots, which the library fills in
 _MOST = 3
 _HEAD, _EACH = 19, 22
 _PROBLEM = struct.Struct(f"={_HEAD + _MOST * _EACH}q q6i q")
-
-
-def _contiguous(t):
-    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _pointer(t):
@@ -32,8 +29,8 @@ class _Call:
     """The parts of Problem that both passes share."""
 
     def __init__(self, x, context, context_index, cu_seqlens, budget):
-        self.x, self.context = _contiguous(x), _contiguous(context)
-        self.index, self.bounds = _contiguous(context_index), _contiguous(cu_seqlens)
+        self.x, self.context = contiguous(x), contiguous(context)
+        self.index, self.bounds = contiguous(context_index), contiguous(cu_seqlens)
         self.tokens, self.d_in = x.shape[:-1].numel(), x.shape[-1]
         self.context_dim = context.shape[-1]
         self.per_token = context.dim() == 3
@@ -109,53 +106,33 @@ def _aligned(workspace):
     return None if workspace is None else -(-workspace.data_ptr() // 256) * 256
 
 
-def _check_values(x, context, context_index, cu_seqlens):
-    """On the CPU, where kernels are emulated; on a GPU they check."""
-    if x.device.type != "cpu":
-        return
-    if context_index is not None:
-        check_index(context_index, context.shape[0], "context_index")
-    if cu_seqlens is not None:
-        check_bounds(cu_seqlens, x.shape[0])
-
-
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
     """[y], one a projection, in the dtype of x and the leading shape of x."""
-    _check_values(x, context, context_index, cu_seqlens)
-    outs = [x.new_empty((*x.shape[:-1], t.shape[1])) for t in bilinears]
-    biases = [_contiguous(bias) for bias in biases]
+    check_values(x, context, context_index, cu_seqlens)
+    outs, biases = outputs(x, bilinears), list(map(contiguous, biases))
     call = _Call(x, context, context_index, cu_seqlens, workspace_bytes)
     if call.tokens and call.d_in:
         call.run(list(map(call.projection, weights, bilinears, biases, outs)), False)
     else:
-        for out, bias in zip(outs, biases, strict=True):
-            out.copy_(out.new_zeros(()) if bias is None else bias)
+        fill_with_biases(outs, biases)
     return outs
 
 
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    _check_values(x, context, context_index, cu_seqlens)
-    n = len(bilinears)
-    need_x, need_context, *each = needs
-    need_w, need_t, need_b = each[:n], each[n : 2 * n], each[2 * n :]
-    douts = [_contiguous(dout) for dout in douts]
-    dweights = [torch.empty_like(w) if need else None for w, need in zip(weights, need_w, strict=True)]
-    dbilinears = [torch.empty_like(t) if need else None for t, need in zip(bilinears, need_t, strict=True)]
-    leading = tuple(range(x.dim() - 1))
-    dbiases = [dout.sum(leading) if need else None for dout, need in zip(douts, need_b, strict=True)]
-    dx = x.new_empty(x.shape) if need_x else None
-    dcontext = context.new_zeros(context.shape) if need_context else None
-    if need_x or need_context or any(need_w) or any(need_t):
-        call = _Call(x, context, context_index, cu_seqlens, workspace_bytes)
-        if call.tokens and call.d_in and any(t.shape[1] for t in bilinears):
-            members = map(call.projection, weights, bilinears, [None] * n, douts, dweights, dbilinears)
-            call.run(list(members), True, dx, dcontext)
-        else:
-            for grad in (dx, *dweights, *dbilinears):
-                if grad is not None:
-                    grad.zero_()
-    return dx, dcontext, dweights, dbilinears, dbiases
+    check_values(x, context, context_index, cu_seqlens)
+    douts = list(map(contiguous, douts))
+    grads = gradients(douts, x, context, weights, bilinears, needs)
+    call = _Call(x, context, context_index, cu_seqlens, workspace_bytes)
+    if call.tokens and call.d_in and any(t.shape[1] for t in bilinears):
+        if grads.left():
+            absent = [None] * len(douts)
+            members = map(call.projection, weights, bilinears, absent, douts, grads.dweights, grads.dbilinears)
+            call.run(list(members), True, grads.dx, grads.dcontext)
+    else:
+        for grad in grads.left():
+            grad.zero_()
+    return grads
 
 
 def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):

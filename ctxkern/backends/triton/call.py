@@ -7,15 +7,12 @@ import torch
 import triton.language as tl
 
 from ctxkern import planner
+from ctxkern.backends.shared import contiguous
 
 from . import tiles
 from .grouping import group_rows, slot_of_rows
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def contiguous(t):
-    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def as_matrix(t):

@@ -5,10 +5,10 @@ import math
 import torch
 
 from ctxkern import planner
-from ctxkern._check import check_bounds, check_index
+from ctxkern.backends.shared import check_values, contiguous, fill_with_biases, gradients, outputs
 
 from . import outer, panel, persistent
-from .call import Call, contiguous
+from .call import Call
 from .cost import predicted_seconds
 from .projections import Projection
 from .tiles import backward_blocks, forward_blocks
@@ -19,56 +19,37 @@ def _form(call):
     return outer if call.per_token or few else panel
 
 
-def _check_values(x, context, context_index, cu_seqlens):
-    """On the CPU, where the interpreter runs; on a GPU the kernels check."""
-    if x.device.type != "cpu":
-        return
-    if context_index is not None:
-        check_index(context_index, context.shape[0], "context_index")
-    if cu_seqlens is not None:
-        check_bounds(cu_seqlens, x.shape[0])
-
-
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
     """[y], one a projection, in the dtype of x and the leading shape of x."""
-    _check_values(x, context, context_index, cu_seqlens)
-    outs = [x.new_empty((*x.shape[:-1], t.shape[1])) for t in bilinears]
+    check_values(x, context, context_index, cu_seqlens)
+    outs = outputs(x, bilinears)
     call = Call(x, context, bilinears, context_index, cu_seqlens, workspace_bytes)
     if call.tokens and call.d_in:
         with call.device():
             members = zip(weights, bilinears, biases, outs, strict=True)
             _form(call).forward(call, [Projection(*parts) for parts in members])
     else:
-        for out, bias in zip(outs, biases, strict=True):
-            out.copy_(out.new_zeros(()) if bias is None else bias)
+        fill_with_biases(outs, biases)
     return outs
 
 
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    _check_values(x, context, context_index, cu_seqlens)
-    n = len(bilinears)
-    need_x, need_context, *each = needs
-    need_w, need_t, need_b = each[:n], each[n : 2 * n], each[2 * n :]
+    check_values(x, context, context_index, cu_seqlens)
     douts = [contiguous(dout) for dout in douts]
-    dweights = [torch.empty_like(w) if need else None for w, need in zip(weights, need_w, strict=True)]
-    dbilinears = [torch.empty_like(t) if need else None for t, need in zip(bilinears, need_t, strict=True)]
-    leading = tuple(range(x.dim() - 1))
-    dbiases = [dout.sum(leading) if need else None for dout, need in zip(douts, need_b, strict=True)]
-    dx = x.new_empty(x.shape) if need_x else None
-    dcontext = context.new_zeros(context.shape) if need_context else None
-    grads = dx, dcontext, dweights, dbilinears
-    if need_x or need_context or any(need_w) or any(need_t):
+    grads = gradients(douts, x, context, weights, bilinears, needs)
+    if grads.left():
         call = Call(x, context, bilinears, context_index, cu_seqlens, workspace_bytes)
         if call.tokens and call.d_in and any(t.shape[1] for t in bilinears):
             with call.device():
-                members = zip(weights, bilinears, [None] * n, douts, dweights, dbilinears, strict=True)
-                _form(call).backward(call, [Projection(*parts) for parts in members], dx, dcontext)
+                members = zip(
+                    weights, bilinears, [None] * len(douts), douts, grads.dweights, grads.dbilinears, strict=True
+                )
+                _form(call).backward(call, [Projection(*parts) for parts in members], grads.dx, grads.dcontext)
         else:
-            for grad in (dx, *dweights, *dbilinears):
-                if grad is not None:
-                    grad.zero_()
-    return *grads, dbiases
+            for grad in grads.left():
+                grad.zero_()
+    return grads
 
 
 def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):

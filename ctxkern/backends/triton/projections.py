@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .call import contiguous
+from ctxkern.backends.shared import contiguous
 
 
 class Projection(NamedTuple):
