@@ -8,7 +8,7 @@ from pathlib import Path
 from ._compiled import build_info
 
 # csrc/cuda/modulated.cu
-_ABI = 1
+_ABI = 2
 
 
 @functools.cache

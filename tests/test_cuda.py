@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from ctxkern.backends import registry
 from ctxkern.reference import modulated_qkv_ref
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.families import by_projection, qkv_arguments
-from ctxkern.testing.oracle import check, check_family, run
+from ctxkern.testing.measure import peak_extra_bytes
+from ctxkern.testing.oracle import check, check_family, oracle, run
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 FORMS = {"panel": -1, "outer": 1 << 30}
@@ -32,8 +34,8 @@ def compiled(folder, *flags, sources=SOURCES):
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None or not sources.exists():
         pytest.skip("no C++ compiler or no sources here")
-    library = Path(folder) / "emulated.so"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *flags]
+    library, given = Path(folder) / "emulated.so", shlex.split(os.environ.get("CXXFLAGS", ""))
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *given, *flags]
     command += ["-DCTXKERN_EMULATE", "-x", "c++", str(sources / "modulated.cu"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -135,10 +137,43 @@ def test_what_cannot_run_says_so():
         cuda_linear(x.double(), context.double(), None, bilinear.double(), context_index=torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_float32_is_rounded_to_tf32_where_torch_is_told_so(form):
+    inputs = make_inputs(Case("tf32", 2, 30, 24, 40, 12))
+    exact, ieee = oracle(inputs), run(cuda_linear, inputs)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        rounded = run(cuda_linear, inputs)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name, value in rounded.items():
+        error = (value.double() - exact[name]).norm() / exact[name].norm()
+        assert (ieee[name].double() - exact[name]).norm() / exact[name].norm() < 1e-6, name
+        # a product of two factors with 10 bits of fraction each, and of a weight made of such
+        assert 1e-6 < error < 4 * 2**-11, (name, error)
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16-f32-params"])
+def test_temporaries_stay_within_the_workspace(form, dtypes):
+    case = Case("memory", 16, 8, 64, 64, 16, rows=9, index=tuple(i % 9 for i in range(16)))
+    inputs = make_inputs(case, *DTYPES[dtypes])
+    positional, keyword = inputs.arguments()
+    leaves = [t.requires_grad_() for t in positional if t is not None]
+    for workspace in (16 << 10, 256 << 10):
+        fn = functools.partial(cuda_linear, *positional, **keyword, workspace_bytes=workspace)
+        peak = max(peak_extra_bytes(fn), peak_extra_bytes(lambda fn=fn: torch.autograd.grad(fn(), leaves, inputs.dy)))
+        # rows, their gradients and sums in float32; which rows belong together
+        assert peak <= workspace + 3 * case.tokens * 64 * 4 + 4096, (peak, workspace)
+
+
 def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
     x, context, bilinear = torch.randn(2, 3, 4), torch.randn(2, 2), torch.randn(4, 6, 2)
     monkeypatch.setattr(importlib.import_module("ctxkern.backends.cuda"), "_CODES", {torch.float32: 7})
-    with pytest.raises(RuntimeError, match=r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*an unknown dtype"):
+    with pytest.raises(
+        RuntimeError, match=r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*failed: an unknown dtype"
+    ):
         cuda_linear(x, context, None, bilinear)
 
 
@@ -181,6 +216,7 @@ _CHECK = """
 import functools, torch, ctxkern
 from ctxkern import planner
 from ctxkern.testing.cases import Case, make_inputs
+from ctxkern.testing.measure import peak_extra_bytes
 from ctxkern.testing.oracle import check
 
 planner.GPU_OUTER_ROWS = -1

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ctxkern import _cuda
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +245,7 @@ def test_cuda_kernels_are_built_where_nvcc_is(tools, source, tmp_path):
     build_in_place(tools, source, **NO_COMPILER, CTXKERN_BUILD_CUDA="1", CTXKERN_CUDA_ARCHS="90")
     assert build_info(source)["cuda"]["built"]
     library = source / "ctxkern" / "_cuda_kernels.so"
-    assert ctypes.CDLL(library).ctxkern_cuda_abi() == 1
+    assert ctypes.CDLL(library).ctxkern_cuda_abi() == _cuda._ABI
     needed = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
     assert not any(name in needed for name in ("torch", "python", "cudart"))
     broken = tmp_path / "bin" / "nvcc"

@@ -322,6 +322,34 @@ void multiply(void* const* arguments) {
   }
 }
 
+struct ProductTf32 {
+  float* sums;
+  const float *a, *b;
+};
+
+// To 10 bits of fraction, halves away from zero.
+inline float to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = (bits + 0x1000u) & 0xffffe000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void multiply_tf32(void* const* arguments) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* mine = static_cast<ProductTf32*>(arguments[lane]);
+    for (int i = 0; i < 4; ++i) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = to_tf32(mine->a[i]);
+    for (int i = 0; i < 2; ++i) b[lane % 4 + i * 4][lane / 4] = to_tf32(mine->b[i]);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* mine = static_cast<ProductTf32*>(arguments[lane]);
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 8; ++k) mine->sums[i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+  }
+}
+
 struct Exchange {
   float value;
   unsigned mask;
@@ -348,6 +376,11 @@ template <class T>
 void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t* b) {
   emulated::Product mine{sums, a, b};
   emulated::together(emulated::multiply<T>, &mine);
+}
+
+inline void multiply_tf32(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
+  emulated::ProductTf32 mine{sums, a, b};
+  emulated::together(emulated::multiply_tf32, &mine);
 }
 
 // The value of the lane whose number differs in the bits of `mask`.

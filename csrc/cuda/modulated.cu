@@ -296,7 +296,7 @@ thread_local std::string failure;
 #define CTXKERN_EXPORT extern "C" __attribute__((visibility("default")))
 
 // What changes the layout of Problem changes this.
-CTXKERN_EXPORT int ctxkern_cuda_abi() { return 1; }
+CTXKERN_EXPORT int ctxkern_cuda_abi() { return 2; }
 CTXKERN_EXPORT int ctxkern_cuda_emulated() {
 #ifdef CTXKERN_EMULATE
   return 1;

@@ -23,7 +23,7 @@ using WeightProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, C, f
 
 // sums [splits, N, E] in float32 where there are several splits of D, of d_step rows each.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads)
+__global__ void __launch_bounds__(SmallTile::kThreads, 2)
     outer_forward_kernel(Problem q, Projection p, float* __restrict__ split_sums, int d_step) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / e_blocks) * SmallTile::kM;
@@ -40,12 +40,12 @@ __global__ void __launch_bounds__(SmallTile::kThreads)
     const Contexts<C, C, true> contexts{q.context, q.context_dim, slots, static_cast<int>(n0), rows, 0};
     const RowsTimesContexts<C, C> a{x, q.d_in, contexts, d0, d_size, pairs};
     const BilinearOfPairs<C, C> b{p.bilinear, d0 * st[0] + e0 * st[1], st[0], st[1], st[2], columns, d_size, pairs};
-    OuterProduct<C>::add(sums, a, b, pairs.depth(d_size));
+    OuterProduct<C>::add(sums, a, b, pairs.depth(d_size), q.tf32);
   }
   if (p.weight.data) {
     const Rows<C, C, true> a{x + d0, q.d_in, nullptr, static_cast<int>(n0), rows, d_size};
     const Strided<C, C, false> b{p.weight, d0 * sw[0] + e0 * sw[1], sw[1], sw[0], columns, d_size};
-    WeightProduct<C>::add(sums, a, b, d_size);
+    WeightProduct<C>::add(sums, a, b, d_size, q.tf32);
   }
   sums.each([&](int r, int column, float sum) {
     if (r >= rows || column >= columns) return;
@@ -74,7 +74,7 @@ using OuterTurnProduct = Product<C, TurnTile, planes, Rows<C, C, true>, Strided<
 
 // For one block of K, k0 on, of one projection. sums [N, D] in float32: dx so far; partial [splits, N, K]: dcontext.
 template <class C, int planes>
-__global__ void __launch_bounds__(TurnTile::kThreads)
+__global__ void __launch_bounds__(TurnTile::kThreads, 2)
     outer_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, float* __restrict__ partial, int k0,
                       int d_step, bool started, bool last, bool added) {
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * TurnTile::kM;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(TurnTile::kThreads)
     z.clear();
     const Strided<C, C, false, planes> b{p.bilinear, d * st[0] + k0 * st[2], st[2], st[1], context_dim - k0,
                                          static_cast<int>(p.d_out)};
-    OuterTurnProduct<C, planes>::add(z, a, b, static_cast<int>(p.d_out));
+    OuterTurnProduct<C, planes>::add(z, a, b, static_cast<int>(p.d_out), q.tf32);
     CTXKERN_UNROLL for (int i = 0; i < TurnTile::kRows; ++i)
       CTXKERN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t r = threadIdx.x / 32 * (TurnTile::kM / TurnTile::kWarpsM) + 16 * i + 8 * h + threadIdx.x % 32 / 4;
@@ -152,7 +152,7 @@ template <class C, class H>
 using OuterSpreadProduct = Product<C, SmallTile, 1, RowsTimesRows<C, H>, Contexts<C, H, false>>;
 
 template <class C, class H>
-__global__ void __launch_bounds__(SmallTile::kThreads) outer_spread_kernel(Problem q, Projection p) {
+__global__ void __launch_bounds__(SmallTile::kThreads, 2) outer_spread_kernel(Problem q, Projection p) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kM - 1) / SmallTile::kM);
   const int d = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN;
   const int columns = least(SmallTile::kM, p.d_out - e0), rows = static_cast<int>(q.tokens);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads) outer_spread_kernel(Probl
   const Contexts<C, H, false> b{q.context, q.context_dim, q.per_token ? nullptr : q.slots, 0, rows, k0};
   Sums<SmallTile> sums;
   sums.clear();
-  OuterSpreadProduct<C, H>::add(sums, a, b, rows);
+  OuterSpreadProduct<C, H>::add(sums, a, b, rows, q.tf32);
   const int64_t* st = p.dbilinear_strides;
   sums.each([&](int column, int k, float sum) {
     if (column < columns && k0 + k < q.context_dim)
@@ -174,7 +174,7 @@ using GradientProduct = Product<C, SmallTile, 1, Rows<C, C, false>, Rows<C, C, f
 
 // dweight = x^T dy.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads) dweight_kernel(Problem q, Projection p) {
+__global__ void __launch_bounds__(SmallTile::kThreads, 2) dweight_kernel(Problem q, Projection p) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
   const int d0 = blockIdx.x / e_blocks * SmallTile::kM, e0 = blockIdx.x % e_blocks * SmallTile::kN;
   const int rows = static_cast<int>(q.tokens), d_size = least(SmallTile::kM, q.d_in - d0);
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads) dweight_kernel(Problem q,
   const Rows<C, C, false> b{static_cast<const C*>(p.rows) + e0, p.d_out, nullptr, 0, rows, columns};
   Sums<SmallTile> sums;
   sums.clear();
-  GradientProduct<C>::add(sums, a, b, rows);
+  GradientProduct<C>::add(sums, a, b, rows, q.tf32);
   sums.each([&](int r, int column, float sum) {
     if (r < d_size && column < columns)
       write<C>(p.dweight, (d0 + r) * p.dweight_strides[0] + (e0 + column) * p.dweight_strides[1], sum);
@@ -195,7 +195,7 @@ using TransposedProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, 
 
 // sums [N, D] (+)= dy weight^T.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads)
+__global__ void __launch_bounds__(SmallTile::kThreads, 2)
     weight_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, bool started) {
   const int d_blocks = static_cast<int>((q.d_in + SmallTile::kN - 1) / SmallTile::kN);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / d_blocks) * SmallTile::kM;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads)
   const Strided<C, C, true> b{p.weight, d0 * sw[0], sw[0], sw[1], columns, d_out};
   Sums<SmallTile> sums;
   sums.clear();
-  TransposedProduct<C>::add(sums, a, b, d_out);
+  TransposedProduct<C>::add(sums, a, b, d_out, q.tf32);
   sums.each([&](int r, int column, float sum) {
     if (r >= rows || column >= columns) return;
     float* total = dx_sums + (n0 + r) * q.d_in + d0 + column;

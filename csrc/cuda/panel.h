@@ -24,7 +24,7 @@ template <class C>
 using MakeProduct = Product<C, MakeTile, 1, Contexts<C, C, true>, Strided<C, C, true>>;
 
 template <class C>
-__global__ void __launch_bounds__(MakeTile::kThreads)
+__global__ void __launch_bounds__(MakeTile::kThreads, 2)
     make_kernel(Problem q, Projection p, Block block, C* __restrict__ panel) {
   const int e_blocks = (block.e_size + MakeTile::kN - 1) / MakeTile::kN;
   const int row = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * MakeTile::kN;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(MakeTile::kThreads)
                               static_cast<int>(q.context_dim)};
   Sums<MakeTile> sums;
   sums.clear();
-  MakeProduct<C>::add(sums, a, b, static_cast<int>(q.context_dim));
+  MakeProduct<C>::add(sums, a, b, static_cast<int>(q.context_dim), q.tf32);
   sums.each([&](int u, int column, float sum) {
     if (u0 + u >= count || e0 + column >= block.e_size) return;
     if (p.weight.data) sum += read<C>(p.weight, d * sw[0] + (e + column) * sw[1]);
@@ -51,7 +51,7 @@ template <class C, class T>
 using ProjectProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, false>>;
 
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, 2)
     project_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel) {
   const int e_blocks = (block.e_size + T::kN - 1) / T::kN;
   const int tile = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kN;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(T::kThreads)
   const Rows<C, C, false> b{weights, block.e_size, nullptr, 0, d_in, block.e_size - e0};
   Sums<T> sums;
   sums.clear();
-  ProjectProduct<C, T>::add(sums, a, b, d_in);
+  ProjectProduct<C, T>::add(sums, a, b, d_in, q.tf32);
   C* y = static_cast<C*>(p.rows);
   sums.each([&](int r, int column, float sum) {
     if (r >= here || e0 + column >= block.e_size) return;
@@ -80,7 +80,7 @@ template <class C, class T>
 using GatherProduct = Product<C, T, 1, Rows<C, C, false>, Rows<C, C, false>>;
 
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, 2)
     gather_kernel(Problem q, Projection p, Block block, C* __restrict__ products) {
   const int u = blockIdx.y;
   if (block.u_begin + u >= context_count(q.groups)) return;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(T::kThreads)
                             block.e_size - e0};
   Sums<T> sums;
   sums.clear();
-  GatherProduct<C, T>::add(sums, a, b, rows);
+  GatherProduct<C, T>::add(sums, a, b, rows, q.tf32);
   C* to = products + static_cast<int64_t>(u) * block.d_size * block.e_size;
   sums.each([&](int row, int column, float sum) {
     if (d0 + row < block.d_size && e0 + column < block.e_size)
@@ -108,7 +108,7 @@ using TurnProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, true>>;
 
 // sums: [N, D_BLOCK] in float32, of earlier launches where `started`, for later ones where not `last`.
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, 2)
     turn_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel, float* sums_at, bool started,
                 bool last) {
   const int d_blocks = (block.d_size + T::kN - 1) / T::kN;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(T::kThreads)
   const Rows<C, C, true> b{weights, block.e_size, nullptr, 0, block.d_size - d0, block.e_size};
   Sums<T> sums;
   sums.clear();
-  TurnProduct<C, T>::add(sums, a, b, block.e_size);
+  TurnProduct<C, T>::add(sums, a, b, block.e_size, q.tf32);
   C* dx = static_cast<C*>(q.dx);
   sums.each([&](int r, int column, float sum) {
     if (r >= here || d0 + column >= block.d_size) return;
@@ -143,7 +143,7 @@ using SpreadProduct = Product<C, SmallTile, planes, Rows<C, C, false>, Contexts<
 
 // sums: [D_BLOCK, E_BLOCK, K + 1] in float32, of earlier groups where `started`, for later ones where not `last`.
 template <class C, int planes>
-__global__ void __launch_bounds__(SmallTile::kThreads)
+__global__ void __launch_bounds__(SmallTile::kThreads, 2)
     spread_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* sums_at, bool started,
                   bool last) {
   const int e_blocks = (block.e_size + SmallTile::kM - 1) / SmallTile::kM;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads)
     const Contexts<C, C, false, planes> b{q.context, q.context_dim, slots, block.u_begin, count, k0};
     Sums<SmallTile> sums;
     sums.clear();
-    SpreadProduct<C, planes>::add(sums, a, b, count > 0 ? count : 0);
+    SpreadProduct<C, planes>::add(sums, a, b, count > 0 ? count : 0, q.tf32);
     sums.each([&](int column, int k, float sum) {
       if (e0 + column >= block.e_size || k0 + k >= context_dim) return;
       float* total = sums_at + (static_cast<int64_t>(row) * block.e_size + e0 + column) * (context_dim + 1) + k0 + k;
@@ -191,7 +191,7 @@ using ContextProduct = Product<C, SmallTile, planes, ProductsOfPairs<C>, Bilinea
 
 // partial [ranges, limit, K], added to; a range is `rows` rows of the block's D.
 template <class C, int planes>
-__global__ void __launch_bounds__(SmallTile::kThreads)
+__global__ void __launch_bounds__(SmallTile::kThreads, 2)
     dcontext_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* __restrict__ partial,
                     int rows) {
   const int u0 = blockIdx.x * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN, first = blockIdx.z * rows;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads)
   const BilinearByPairs<C, C, planes> b{p.bilinear, begin, st[0], st[1], st[2], context_dim - k0, d_size, pairs};
   Sums<SmallTile> sums;
   sums.clear();
-  ContextProduct<C, planes>::add(sums, a, b, pairs.depth(d_size));
+  ContextProduct<C, planes>::add(sums, a, b, pairs.depth(d_size), q.tf32);
   sums.each([&](int u, int k, float sum) {
     if (u0 + u >= count || k0 + k >= context_dim) return;
     partial[(static_cast<int64_t>(blockIdx.z) * q.groups.limit + block.u_begin + u0 + u) * context_dim + k0 + k] += sum;

@@ -35,7 +35,7 @@ struct Problem {
   const int64_t* index;  // [B]
   const int* bounds;     // [B + 1]
   int64_t tokens, d_in, context_dim, table, sequences, length;
-  int64_t per_token, outer, dtype, projections, workspace_bytes;
+  int64_t per_token, outer, dtype, tf32, projections, workspace_bytes;
   Projection projection[kMostProjections];
   Groups groups;
   int* slots;  // [N], of the outer form

@@ -5,7 +5,8 @@
 //   kAlongSum                             whether neighbours in memory are neighbours along the sum (else along m or n)
 //   chunk(to, plane, at, k)               kChunk<C> neighbours from m or n = at and k on, zeros beyond its bounds; what
 //                                         rounding leaves goes `plane` elements further, kPlanes - 1 times
-// C: float (multiplied and added in float32) or a half (the matrix unit, sums in float32).
+// C: float (multiplied and added in float32, or rounded to TF32 for the matrix unit) or a half (the matrix unit); sums
+// are float32.
 #pragma once
 
 #include "device.h"
@@ -79,7 +80,7 @@ struct Product {
   static constexpr size_t kShared = kStages * kElements * sizeof(C);
 
   // Adds the product over k from 0 to depth; all threads of the block together.
-  static __device__ __forceinline__ void add(Sums<T>& sums, const A& a, const B& b, int depth) {
+  static __device__ __forceinline__ void add(Sums<T>& sums, const A& a, const B& b, int depth, bool tf32 = false) {
     C* shared = reinterpret_cast<C*>(shared_memory());
     const int steps = (depth + kDepth<C> - 1) / kDepth<C>;
     auto fill = [&](int step) {
@@ -97,17 +98,19 @@ struct Product {
       fill(step + kStages - 1);
       const C* stage = shared + step % kStages * kElements;
       CTXKERN_UNROLL for (int plane = 0; plane < planes; ++plane)
-        multiply_stage(sums, stage, stage + StageA::kElements + plane * StageB::kElements);
+        multiply_stage(sums, stage, stage + StageA::kElements + plane * StageB::kElements, tf32);
     }
     wait_copies<0>();
     __syncthreads();
   }
 
  private:
-  static __device__ __forceinline__ void multiply_stage(Sums<T>& sums, const C* a, const C* b) {
+  static __device__ __forceinline__ void multiply_stage(Sums<T>& sums, const C* a, const C* b,
+                                                        [[maybe_unused]] bool tf32) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int m = warp / T::kWarpsN * (T::kM / T::kWarpsM), n = warp % T::kWarpsN * (T::kN / T::kWarpsN);
     if constexpr (sizeof(C) == 4) {
+      if (tf32) return multiply_stage_tf32(sums, a, b, m, n);
       // a stage by itself first: rounding grows with the number of terms of a sum
       Sums<T> stage;
       stage.clear();
@@ -143,6 +146,20 @@ struct Product {
           CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
             multiply<C>(sums.at[i][j], left[i], right[j / 2] + j % 2 * 2);
       }
+    }
+  }
+
+  static __device__ __forceinline__ void multiply_stage_tf32(Sums<T>& sums, const C* a, const C* b, int m, int n) {
+    const int group = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    CTXKERN_UNROLL for (int k = 0; k < kDepth<C>; k += 8) {
+      float left[T::kRows][4], right[T::kColumns][2];
+      CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+        CTXKERN_UNROLL for (int h = 0; h < 4; ++h)
+          left[i][h] = a[StageA::at(m + 16 * i + h % 2 * 8 + group, k + t + h / 2 * 4)];
+      CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+        CTXKERN_UNROLL for (int h = 0; h < 2; ++h) right[j][h] = b[StageB::at(n + 8 * j + group, k + t + h * 4)];
+      CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+        CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j) multiply_tf32(sums.at[i][j], left[i], right[j]);
     }
   }
 };

@@ -15,9 +15,9 @@ from ctxkern import _cuda, planner
 from .shared import check_values, contiguous, fill_with_biases, gradients, outputs
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Problem: 19 integers before its projections, 22 in each, and Groups and slots, which the library fills in
+# Problem: 20 integers before its projections, 22 in each, and Groups and slots, which the library fills in
 _MOST = 3
-_HEAD, _EACH = 19, 22
+_HEAD, _EACH = 20, 22
 _PROBLEM = struct.Struct(f"={_HEAD + _MOST * _EACH}q q6i q")
 
 
@@ -40,6 +40,7 @@ class _Call:
             self.table = context.shape[0]
             self.sequences, self.length = x.shape[:2] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 0)
         self.budget = budget
+        self.tf32 = int(x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest")
 
     @property
     def most_contexts(self):
@@ -74,7 +75,10 @@ class _Call:
         )
 
     def run(self, projections, backward, dx=None, dcontext=None):
-        """Launches on the stream in use, in a workspace of torch's."""
+        """Launches on the stream in use, in a workspace of torch's.
+
+        Raises RuntimeError with the operator, its shapes and the cause; torch.OutOfMemoryError.
+        """
         head = (
             self.x.data_ptr(),
             *self.parameter(self.context),
@@ -83,27 +87,35 @@ class _Call:
             _pointer(self.index),
             _pointer(self.bounds),
             *(self.tokens, self.d_in, self.context_dim, self.table, self.sequences, self.length),
-            *(int(self.per_token), int(self.outer), _CODES[self.x.dtype], len(projections), self.budget),
+            *(int(self.per_token), int(self.outer), _CODES[self.x.dtype], self.tf32),
+            *(len(projections), self.budget),
         )
         flat = [value for projection in projections for value in projection]
         problem = _PROBLEM.pack(*head, *flat, *(0,) * (_MOST * _EACH - len(flat)), *(0,) * 8)
         x, library, size = self.x, _cuda.load(), ctypes.c_int64(0)
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-            device = x.device.index or 0
-            for workspace in (None, True):
-                if workspace:
-                    workspace = torch.empty(size.value + 256, dtype=torch.uint8, device=x.device)
-                address = _aligned(workspace)
-                error = library.ctxkern_cuda_modulated(problem, backward, device, address, ctypes.byref(size), stream)
+            workspace = None
+            for launches in (False, True):
+                if launches:
+                    workspace = self.workspace(size.value, backward)
+                address = None if workspace is None else -(-workspace.data_ptr() // 256) * 256
+                given = problem, backward, x.device.index or 0, address, ctypes.byref(size), stream
+                error = library.ctxkern_cuda_modulated(*given)
                 if error:
-                    what = f"x {list(x.shape)}, context {list(self.context.shape)}, {len(projections)} projections"
-                    name = "modulated_backward" if backward else "modulated_forward"
-                    raise RuntimeError(f"{name} on backend 'cuda' ({what}, {x.dtype}) failed: {error.decode()}")
+                    raise RuntimeError(f"{self.described(backward)} failed: {error.decode()}")
 
+    def workspace(self, size, backward):
+        try:
+            return torch.empty(size + 256, dtype=torch.uint8, device=self.x.device)
+        except torch.OutOfMemoryError as error:
+            what = f"{self.described(backward)} has no memory for its workspace of {size} bytes"
+            raise torch.OutOfMemoryError(f"{what}: {error}") from error
 
-def _aligned(workspace):
-    return None if workspace is None else -(-workspace.data_ptr() // 256) * 256
+    def described(self, backward):
+        name = "modulated_backward" if backward else "modulated_forward"
+        shapes = f"x {list(self.x.shape)} {self.x.dtype}, context {list(self.context.shape)}"
+        return f"{name} on backend 'cuda' ({shapes})"
 
 
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
