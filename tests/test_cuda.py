@@ -85,6 +85,8 @@ SMALL = [
     (Case("blocks-of-e", 3, 5, 9, 150, 4), 4096),
     (Case("least", 3, 4, 5, 6, 3, bias=True), 1),
     (Case("shared-groups", 9, 4, 12, 20, 6, rows=4, index=(3, 1, 3, 0, 0, 2, 3, 1, 1)), 2048),
+    (Case("many-sequences", 300, 1, 6, 7, 3, rows=11, index=tuple(i * i % 11 for i in range(300))), 1 << 14),
+    (Case("many-lengths", 150, 0, 6, 7, 3, lengths=tuple(i % 3 for i in range(150))), 1 << 14),
     (Case("large-tiles", 2, 130, 64, 136, 9, bias=True), 1 << 20),
 ]
 
@@ -174,6 +176,21 @@ def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*failed: an unknown dtype"
     ):
+        cuda_linear(x, context, None, bilinear)
+
+
+def test_a_workspace_that_cannot_be_had_names_operator_shape_and_cause(monkeypatch):
+    x, context, bilinear = torch.randn(2, 3, 4), torch.randn(2, 2), torch.randn(4, 6, 2)
+    empty = torch.empty
+
+    def full(*args, **how):
+        if how.get("dtype") is torch.uint8:
+            raise torch.OutOfMemoryError("no memory left")
+        return empty(*args, **how)
+
+    monkeypatch.setattr(torch, "empty", full)
+    message = r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*workspace of \d+ bytes: no memory left"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
         cuda_linear(x, context, None, bilinear)
 
 

@@ -96,30 +96,53 @@ __global__ void seen_kernel(Problem q, int* seen) {
   seen[2 * sequences + b] = total;
 }
 
-// One thread: B is a batch of sequences, and this is O(B).
+constexpr size_t kNumberShared = 3 * kGroupThreads * sizeof(int);
+
+// One block: contexts, rows and tiles summed over sequences, kGroupThreads of them at a time.
 __global__ void number_kernel(Problem q, int* seen) {
   const Groups& g = q.groups;
-  if (threadIdx.x) return;
-  const int sequences = static_cast<int>(q.sequences);
-  if (q.bounds) require(q.bounds[0] == 0 && q.bounds[sequences] == q.tokens);
-  int contexts = 0, row = 0, tile = 0;
-  for (int b = 0; b < sequences; ++b) {
-    if (q.bounds) require(q.bounds[b] <= q.bounds[b + 1]);
-    const Range range = sequence_of(q, b);
-    const int total = q.index ? seen[2 * sequences + b] : range.end - range.begin;
-    if (total == 0 || (q.index && seen[b] != b)) continue;
-    g.buffer[2 + contexts] = q.index ? static_cast<int>(q.index[b]) : b;
-    g.buffer[2 + g.limit + contexts] = row;
-    g.buffer[3 + 2 * g.limit + contexts] = tile;
-    seen[3 * sequences + b] = row;
-    ++contexts;
-    row += total;
-    tile += (total + g.block - 1) / g.block;
+  const int sequences = static_cast<int>(q.sequences), t = threadIdx.x;
+  int* sums = reinterpret_cast<int*>(shared_memory());
+  if (q.bounds && t == 0) require(q.bounds[0] == 0 && q.bounds[sequences] == q.tokens);
+  int before[3] = {0, 0, 0};
+  for (int start = 0; start < sequences; start += kGroupThreads) {
+    const int b = start + t;
+    int mine[3] = {0, 0, 0};
+    if (b < sequences) {
+      if (q.bounds) require(q.bounds[b] <= q.bounds[b + 1]);
+      const Range range = sequence_of(q, b);
+      const int total = q.index ? seen[2 * sequences + b] : range.end - range.begin;
+      if (total && (!q.index || seen[b] == b)) {
+        mine[0] = 1;
+        mine[1] = total;
+        mine[2] = (total + g.block - 1) / g.block;
+      }
+    }
+    CTXKERN_UNROLL for (int i = 0; i < 3; ++i) sums[i * kGroupThreads + t] = mine[i];
+    __syncthreads();
+    for (int step = 1; step < kGroupThreads; step *= 2) {
+      int more[3];
+      CTXKERN_UNROLL for (int i = 0; i < 3; ++i) more[i] = t >= step ? sums[i * kGroupThreads + t - step] : 0;
+      __syncthreads();
+      CTXKERN_UNROLL for (int i = 0; i < 3; ++i) sums[i * kGroupThreads + t] += more[i];
+      __syncthreads();
+    }
+    if (mine[0]) {
+      int at[3];
+      CTXKERN_UNROLL for (int i = 0; i < 3; ++i) at[i] = before[i] + sums[i * kGroupThreads + t] - mine[i];
+      g.buffer[2 + at[0]] = q.index ? static_cast<int>(q.index[b]) : b;
+      g.buffer[2 + g.limit + at[0]] = at[1];
+      g.buffer[3 + 2 * g.limit + at[0]] = at[2];
+      seen[3 * sequences + b] = at[1];
+    }
+    CTXKERN_UNROLL for (int i = 0; i < 3; ++i) before[i] += sums[(i + 1) * kGroupThreads - 1];
+    __syncthreads();
   }
-  g.buffer[0] = contexts;
-  g.buffer[1] = tile;
-  g.buffer[2 + g.limit + contexts] = row;
-  g.buffer[3 + 2 * g.limit + contexts] = tile;
+  if (t) return;
+  g.buffer[0] = before[0];
+  g.buffer[1] = before[2];
+  g.buffer[2 + g.limit + before[0]] = before[1];
+  g.buffer[3 + 2 * g.limit + before[0]] = before[2];
 }
 
 // A block a sequence: the tiles of a context, the order of a sequence's rows.

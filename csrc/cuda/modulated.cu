@@ -34,7 +34,7 @@ void group_rows(Launcher& launch, Problem& q, int block) {
   int* seen = launch.take<int>(4 * q.sequences);
   if (indexed)
     launch("seen", seen_kernel, ceil_div(q.sequences, kGroupThreads), 1, 1, kGroupThreads, 0, q, seen);
-  launch("number", number_kernel, 1, 1, 1, 32, 0, q, seen);
+  launch("number", number_kernel, 1, 1, 1, kGroupThreads, kNumberShared, q, seen);
   launch("place", place_kernel, q.sequences, 1, 1, kGroupThreads, 0, q, seen);
 }
 
