@@ -70,7 +70,8 @@ def _table():
             for case in CASES:
                 if name == "panel" and case.per_token or case.id in LARGE and dtypes not in ("f32", "bf16"):
                     continue
-                yield pytest.param(name, dtypes, case, id=f"{case.id}-{dtypes}-{name}")
+                marks = [pytest.mark.slow] if case.id in LARGE and dtypes == "bf16" else []
+                yield pytest.param(name, dtypes, case, id=f"{case.id}-{dtypes}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("form", "dtypes", "case"), list(_table()), indirect=["form"])

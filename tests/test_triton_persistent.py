@@ -30,7 +30,8 @@ def _table():
     for dtypes in HERE:
         for case in CASES:
             if not case.per_token and (case.id not in SLOW or dtypes == "f32"):
-                yield pytest.param(case, dtypes, id=f"{case.id}-{dtypes}")
+                marks = [pytest.mark.slow] if case.id in SLOW else []
+                yield pytest.param(case, dtypes, id=f"{case.id}-{dtypes}", marks=marks)
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +133,10 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+QUICK = ("project does not wait", "make does not wait", "made is never told", "tiles out of order")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MUTATIONS])
 def test_a_broken_copy_of_the_kernel_is_found(name, tmp_path, monkeypatch):
     inputs = make_inputs(STRIPS)
     want = forward(inputs)
