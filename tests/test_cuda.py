@@ -227,8 +227,8 @@ PLANTED = {
         "const int valid = row < rows + 9999 ? columns - column : 0;\n    const int64_t line = row < rows + 9999 ?",
     ),
 }
-# what leaves its bounds changes no result: only the sanitizer sees it
-OUT_OF_BOUNDS = ("a column too many is written", "a row too many is read")
+# what the sanitizer must see; the others may be noticed by their results
+OUT_OF_BOUNDS = ("a column too many is written",)
 
 _CHECK = """
 import functools, torch, ctxkern
