@@ -11,20 +11,30 @@ from ._compiled import build_info
 _ABI = 2
 
 
+def _path():
+    return Path(os.environ.get("CTXKERN_CUDA_LIBRARY") or Path(__file__).with_name("_cuda_kernels.so"))
+
+
+def missing():
+    """Why there is no library, or ''; nothing is loaded to find out."""
+    if _path().exists():
+        return ""
+    cuda = build_info().get("cuda", {})
+    return f"built without CUDA kernels because {cuda.get('reason') or 'nothing was built: run pip install .'}"
+
+
 @functools.cache
 def _attempt():
-    path = os.environ.get("CTXKERN_CUDA_LIBRARY") or Path(__file__).with_name("_cuda_kernels.so")
-    if not Path(path).exists():
-        cuda = build_info().get("cuda", {})
-        why = cuda.get("reason") or "nothing was built: run pip install ."
-        return None, f"built without CUDA kernels because {why}"
+    path = _path()
+    if missing():
+        return None, missing()
     try:
         library = ctypes.CDLL(str(path))
         found = library.ctxkern_cuda_abi()
     except (OSError, AttributeError) as error:
-        return None, f"{Path(path).name} does not load: {error}"
+        return None, f"{path.name} does not load: {error}"
     if found != _ABI:
-        return None, f"{Path(path).name} is of another version ({found}, not {_ABI}): run pip install . again"
+        return None, f"{path.name} is of another version ({found}, not {_ABI}): run pip install . again"
     library.ctxkern_cuda_problem_bytes.restype = ctypes.c_int64
     library.ctxkern_cuda_modulated.restype = ctypes.c_char_p
     pointers = ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
@@ -41,7 +51,9 @@ def load():
 
 
 def emulated():
-    """Whether the library's kernels run on the CPU (CTXKERN_CUDA_LIBRARY, for tests)."""
+    """Whether the library's kernels run on the CPU: one that CTXKERN_CUDA_LIBRARY names, for tests."""
+    if "CTXKERN_CUDA_LIBRARY" not in os.environ:
+        return False
     library, _ = _attempt()
     return library is not None and bool(library.ctxkern_cuda_emulated())
 

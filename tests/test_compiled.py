@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ctxkern
 from ctxkern import _compiled
@@ -105,6 +106,17 @@ assert loaded == {"ctxkern", "ctxkern._compiled", "ctxkern._C"}, loaded
 def test_importing_ctxkern_loads_no_core():
     code = "import sys, ctxkern; print([name for name in sys.modules if name.endswith('._C') and 'ctxkern' in name])"
     assert output(code, PACKAGE.parent) == "[]"
+
+
+def test_a_call_on_the_cpu_loads_no_cuda_kernels():
+    code = """
+import ctxkern, torch
+ctxkern.modulated_linear(torch.randn(2, 3, 4), torch.randn(2, 2), None, torch.randn(4, 5, 2))
+print(bool(ctxkern.backends()["cuda"]), "_cuda_kernels" in open("/proc/self/maps").read())
+"""
+    if torch.cuda.is_available() or not Path("/proc/self/maps").exists():
+        pytest.skip("looks into /proc of a machine without a GPU")
+    assert output(code, PACKAGE.parent) == "False False"
 
 
 @needs_core

@@ -59,8 +59,10 @@ def _without_triton():
 
 
 def _without_cuda():
-    """Why CUDA C++ kernels cannot run here, or ""."""
-    if _cuda.reason() or _cuda.emulated() or torch.cuda.is_available():
+    """Why CUDA C++ kernels cannot run here, or ""; they are loaded only where there is something to run them on."""
+    if _cuda.missing():
+        return _cuda.missing()
+    if _cuda.emulated() or torch.cuda.is_available():
         return _cuda.reason()
     return "no GPU: torch.cuda.is_available() is False"
 
@@ -84,12 +86,15 @@ _FAMILIES = {"cpu": ("modulated",), "triton": ("modulated",), "cuda": ("modulate
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# backends for GPUs whose kernels are run on the CPU, in tests
+_ON_CPU = {"triton": interpreted, "cuda": _cuda.emulated}
+
+
 def _refusal(name, device_type, dtype, family):
     """Why a backend that is there does not take a call, or ""."""
     if name not in _FAMILIES:
         return ""
-    on_cpu = {"cpu": True, "triton": interpreted(), "cuda": _cuda.emulated()}[name]
-    device = "cpu" if on_cpu else "cuda"
+    device = "cpu" if name == "cpu" or _ON_CPU[name]() else "cuda"
     if device_type != device:
         return f"takes tensors on {'the CPU' if device == 'cpu' else 'a GPU'}, not on {device_type}"
     if dtype not in _DTYPES:
