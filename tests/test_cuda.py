@@ -211,6 +211,16 @@ PLANTED = {
         "wait_copies<kStages - 2>();",
     ),
     "copies are not waited for": ("product.h", "wait_copies<kStages - 2>();", "wait_copies<kStages>();"),
+    "zeros": (
+        "panel.h",
+        "y[row * p.d_out + e] = from_float<C>(sum);",
+        "y[row * p.d_out + e] = from_float<C>(0 * sum);",
+    ),
+    "the neighbour's context": (
+        "panel.h",
+        "{q.context, q.context_dim, slots, block.u_begin + u0, count - u0, 0}",
+        "{q.context, q.context_dim, slots, block.u_begin + u0 + 1, count - u0 - 1, 0}",
+    ),
     "half the lanes leave": (
         "product.h",
         "      const int low = lane % 8,",

@@ -1,6 +1,7 @@
 """The Triton kernels: both forms over the case table, on a GPU or in Triton's interpreter, and how rows are grouped."""
 
 import functools
+import importlib
 import random
 
 import pytest
@@ -99,6 +100,26 @@ def test_the_order_of_programs_changes_no_bit(form):
         got = run(fn, inputs)
     for name, value in got.items():
         assert torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("damage", ["zeros", "the neighbour's context"])
+def test_wrong_results_are_noticed(form, damage, monkeypatch):
+    from ctxkern.backends.triton import call
+
+    backend = importlib.import_module("ctxkern.backends.triton")
+    forward, made = backend.modulated_forward, call.Call.__init__
+
+    def of_a_neighbour(self, *args):
+        made(self, *args)
+        self.context = self.context.roll(1, 0)
+
+    if damage == "zeros":
+        monkeypatch.setattr(backend, "modulated_forward", lambda *args: [y.zero_() for y in forward(*args)])
+    else:
+        monkeypatch.setattr(call.Call, "__init__", of_a_neighbour)
+    with pytest.raises(AssertionError, match="y: rms error"):
+        check(triton_linear, make_inputs(next(c for c in CASES if c.id == "shared-uneven"), device=DEVICE))
 
 
 @pytest.mark.parametrize("needed", ["x", "context", "weight", "bilinear", "bias"])
