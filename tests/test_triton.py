@@ -105,19 +105,19 @@ def test_the_order_of_programs_changes_no_bit(form):
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("damage", ["zeros", "the neighbour's context"])
 def test_wrong_results_are_noticed(form, damage, monkeypatch):
-    from ctxkern.backends.triton import call
+    from ctxkern.backends.triton import launches
 
     backend = importlib.import_module("ctxkern.backends.triton")
-    forward, made = backend.modulated_forward, call.Call.__init__
+    forward, launched = backend.modulated_forward, launches.Launches.run
 
-    def of_a_neighbour(self, *args):
-        made(self, *args)
-        self.context = self.context.roll(1, 0)
+    def of_a_neighbour(self, tensors, device):
+        x, context, *others = tensors
+        launched(self, [x, context.roll(1, 0), *others], device)
 
     if damage == "zeros":
         monkeypatch.setattr(backend, "modulated_forward", lambda *args: [y.zero_() for y in forward(*args)])
     else:
-        monkeypatch.setattr(call.Call, "__init__", of_a_neighbour)
+        monkeypatch.setattr(launches.Launches, "run", of_a_neighbour)
     with pytest.raises(AssertionError, match="y: rms error"):
         check(triton_linear, make_inputs(next(c for c in CASES if c.id == "shared-uneven"), device=DEVICE))
 
@@ -165,15 +165,25 @@ def test_predicted_seconds_are_no_less_than_the_floor_of_an_h100(backward):
         assert "on an H100" in str(plan)
 
 
-def _grouped(index, lengths, table, block):
+def _grouped(index, lengths, table, block, monkeypatch):
+    from ctxkern.backends.triton import launches
     from ctxkern.backends.triton.grouping import group_rows
+    from ctxkern.backends.triton.launches import Layout, operands_of
 
     bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
     rows, sequences = sum(lengths), len(lengths)
     table = table if index is not None else sequences
     index = None if index is None else torch.tensor(index, device=DEVICE)
-    groups = group_rows(rows, sequences, 0, table, index, bounds, block, DEVICE)
-    values, limit = groups.buffer.tolist(), groups.limit
+    layout, buffers = Layout(2), []
+    groups = group_rows(layout, (rows, sequences, 0, table), *operands_of((index, bounds)), block)
+
+    def empty(*args, **options):
+        buffers.append(torch.empty(*args, **options))
+        return buffers[-1]
+
+    monkeypatch.setattr(launches, "empty", empty)
+    layout.done().run((index, bounds), bounds.device)
+    values, limit = buffers[groups.buffer.at - 2].tolist(), groups.limit
     contexts, tiles = values[:2]
     slot = values[2 : 2 + contexts]
     first = values[2 + limit : 3 + limit + contexts]
@@ -184,7 +194,7 @@ def _grouped(index, lengths, table, block):
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_grouping_brings_the_rows_of_a_context_together(indexed):
+def test_grouping_brings_the_rows_of_a_context_together(indexed, monkeypatch):
     random.seed(0)
     for sequences in (1, 3, 7, 70, 300):
         table, block = random.choice([1, 4, 50]), random.choice([16, 32])
@@ -195,6 +205,6 @@ def test_grouping_brings_the_rows_of_a_context_together(indexed):
             want.setdefault(index[b] if indexed else b, []).extend(range(row, row + length))
             row += length
         want = {context: rows for context, rows in want.items() if rows}
-        got, tile_context = _grouped(index, lengths, table, block)
+        got, tile_context = _grouped(index, lengths, table, block, monkeypatch)
         assert list(got.items()) == list(want.items())
         assert tile_context == [u for u, rows in enumerate(want.values()) for _ in range(-(-len(rows) // block))]

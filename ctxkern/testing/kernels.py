@@ -93,7 +93,7 @@ class Launches(dict):
 
 class _Recorder:
     def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
 
     def __getitem__(self, grid):
         return self
@@ -138,10 +138,12 @@ def recorded(arch):
         tiles.architecture = lambda device: arch
         for module, name, kernel in kept[1:]:
             setattr(module, name, _Recorder(kernel, launches))
+        tiles.forget()
         yield launches
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
+        tiles.forget()
 
 
 # matrix instructions and copies by the names that the machine code gives them

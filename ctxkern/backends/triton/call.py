@@ -1,13 +1,11 @@
 """What all launches of one call share: rows as a matrix, contexts, groups, precision."""
 
-from contextlib import nullcontext
 from functools import cached_property
 
 import torch
 import triton.language as tl
 
 from ctxkern import planner
-from ctxkern.backends.shared import contiguous
 
 from . import tiles
 from .grouping import group_rows, slot_of_rows
@@ -15,36 +13,30 @@ from .grouping import group_rows, slot_of_rows
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def as_matrix(t):
-    """[N, last dimension], dense."""
-    return contiguous(t).view(t.shape[:-1].numel(), t.shape[-1])
-
-
-def strides(t, dims):
-    return (0,) * dims if t is None else t.stride()
-
-
 class Call:
-    """x [N, D], context [F, K]; sequences: B, length: rows of each, 0 where `cu_seqlens` has their bounds."""
+    """x [N, D], context [F, K]; sequences: B, length: rows of each, 0 where `cu_seqlens` has their bounds.
 
-    def __init__(self, x, context, bilinears, context_index, cu_seqlens, workspace_bytes):
-        self.x, self.context = as_matrix(x), as_matrix(context)
+    Of `Operand`s; the first four: x, context, context_index, cu_seqlens. layout: what the call launches.
+    """
+
+    def __init__(self, spans, bilinears, workspace_bytes, device, layout):
+        x, context, self.index, self.bounds = spans
+        self.x, self.context, self.layout, self.device = x.matrix(), context.matrix(), layout, device
         self.tokens, self.d_in = self.x.shape
         self.table, self.context_dim = self.context.shape
-        self.index, self.bounds = contiguous(context_index), contiguous(cu_seqlens)
-        self.per_token = context.dim() == 3
+        self.per_token = len(context.shape) == 3
         if self.per_token:
             self.sequences, self.length = self.tokens, 1
-        elif cu_seqlens is None:
+        elif self.bounds is None:
             self.sequences, self.length = x.shape[:2]
         else:
-            self.sequences, self.length = cu_seqlens.shape[0] - 1, 0
+            self.sequences, self.length = self.bounds.shape[0] - 1, 0
         self.budget, self.dtype = workspace_bytes, x.dtype
         wide = any(t.dtype is not x.dtype for t in (context, *bilinears))
         kind = tiles.kind_of(x.dtype, torch.float32 if wide else x.dtype)
         sizes = (self.d_in, *(t.shape[1] for t in bilinears))
-        aligned = all(size * x.element_size() % 16 == 0 for size in sizes)
-        self.target = kind, tiles.architecture(x.device), aligned
+        aligned = all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
+        self.target = kind, tiles.architecture(device), aligned
         persistent = planner.GPU_PERSISTENT
         self.persistent = tiles.persistent(*self.target) if persistent is None else persistent
         tf32 = x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
@@ -66,20 +58,21 @@ class Call:
     @cached_property
     def groups(self):
         block = tiles.tile("project", *self.target, self.rows_each, 1, 1).rows
-        sizes = self.tokens, self.sequences, self.length, self.table
-        return group_rows(*sizes, self.index, self.bounds, block, self.x.device)
+        return group_rows(self.layout, self._sequences, self.index, self.bounds, block)
 
     @cached_property
     def slot(self):
         """[N] int32, row of the context table of each row of x; None where they are the same."""
         if self.per_token or self.index is None and self.bounds is None and self.length == 1:
             return None
-        sizes = self.tokens, self.sequences, self.length, self.table
-        return slot_of_rows(*sizes, self.index, self.bounds, self.x.device)
+        return slot_of_rows(self.layout, self._sequences, self.index, self.bounds)
 
-    def buffer(self, size, dtype=None):
-        return torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)
+    @property
+    def _sequences(self):
+        return self.tokens, self.sequences, self.length, self.table
 
-    def device(self):
-        """Launches go to the device of the tensors."""
-        return torch.cuda.device(self.x.device) if self.x.is_cuda else nullcontext()
+    def buffer(self, size, dtype=None, zeroed=False):
+        return self.layout.buffer(size, dtype or self.dtype, zeroed)
+
+    def launch(self, kernel, grid, *args, **constants):
+        self.layout.launch(kernel, grid, *args, **constants)

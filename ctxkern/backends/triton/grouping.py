@@ -13,7 +13,10 @@ The buffer, int32, one part after another:
   tile_context [tiles]     context of a tile
   order [N]                row of x of a grouped row; only with an index
 
-  seen:   for each sequence the first of its index, the rows of it before, and in all    O(B²) comparisons
+Scratch, int32: for each sequence the first grouped row of its context, if it is the first of it; with an index also the
+first sequence of the same index, the rows of it before, and in all.
+
+  seen:   the last three of the scratch                                                  O(B²) comparisons
   number: running sums over those firsts: contexts, rows, tiles                          one program
   spread: tile_context and order                                                         a program a sequence
 
@@ -26,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launches import Operand
 from .sizes import OPTIONS, cdiv, next_power_of_2
 
 _SEEN_BLOCK = 64
@@ -36,7 +40,7 @@ _SPREAD_BLOCK = 1024
 class Groups(NamedTuple):
     """What kernels take to find the rows of a context."""
 
-    buffer: torch.Tensor
+    buffer: Operand | None  # None where uniform
     limit: int
     tiles: int
     length: int
@@ -127,7 +131,7 @@ def _sequence(cu_seqlens_ptr, b, mask, rows, length, PACKED: tl.constexpr):
 def _seen_kernel(
     index_ptr,  # [B]
     cu_seqlens_ptr,  # [B + 1]
-    seen_ptr,  # [3, B]: first of the same index, rows of it before, rows of it in all
+    scratch_ptr,  # [4, B], out but for the first
     sequences,
     rows,
     length,
@@ -150,17 +154,16 @@ def _seen_kernel(
         first = tl.minimum(first, tl.min(tl.where(same, j[None, :], sequences), 1))
         before += tl.sum(tl.where(same & (j[None, :] < b[:, None]), size[None, :], 0), 1)
         total += tl.sum(tl.where(same, size[None, :], 0), 1)
-    tl.store(seen_ptr + b, first, mask=mask)
-    tl.store(seen_ptr + sequences + b, before, mask=mask)
-    tl.store(seen_ptr + 2 * sequences + b, total, mask=mask)
+    tl.store(scratch_ptr + sequences + b, first, mask=mask)
+    tl.store(scratch_ptr + 2 * sequences + b, before, mask=mask)
+    tl.store(scratch_ptr + 3 * sequences + b, total, mask=mask)
 
 
 @triton.jit(debug=True)
 def _number_kernel(
     index_ptr,
     cu_seqlens_ptr,
-    seen_ptr,
-    starts_ptr,  # [B], out: first grouped row of the contexts of firsts
+    scratch_ptr,  # out: its first
     groups_ptr,  # out
     sequences,
     rows,
@@ -187,8 +190,8 @@ def _number_kernel(
             tl.device_assert(low <= high, "cu_seqlens falls", mask=mask)
         slot = b
         if INDEXED:
-            first = tl.load(seen_ptr + b, mask=mask, other=-1)
-            total = tl.load(seen_ptr + 2 * sequences + b, mask=mask, other=0)
+            first = tl.load(scratch_ptr + sequences + b, mask=mask, other=-1)
+            total = tl.load(scratch_ptr + 3 * sequences + b, mask=mask, other=0)
             used = mask & (first == b) & (total > 0)
             slot = tl.load(index_ptr + b, mask=mask, other=0).to(tl.int32)
             slot = tl.minimum(tl.maximum(slot, 0), table - 1)
@@ -204,7 +207,7 @@ def _number_kernel(
         tl.store(groups_ptr + 2 + u, slot, mask=used)
         tl.store(groups_ptr + 2 + limit + u, row, mask=used)
         tl.store(groups_ptr + 3 + 2 * limit + u, tile, mask=used)
-        tl.store(starts_ptr + b, row, mask=mask)
+        tl.store(scratch_ptr + b, row, mask=mask)
         contexts += tl.sum(one, 0)
         at += tl.sum(size, 0)
         tiles += tl.sum(count, 0)
@@ -217,8 +220,7 @@ def _number_kernel(
 @triton.jit
 def _spread_kernel(
     cu_seqlens_ptr,
-    seen_ptr,
-    starts_ptr,
+    scratch_ptr,
     groups_ptr,
     sequences,
     rows,
@@ -238,7 +240,8 @@ def _spread_kernel(
             tl.store(groups_ptr + 4 + 3 * limit + t, b, mask=t < end)
     if INDEXED:
         begin, size = _sequence(cu_seqlens_ptr, b, True, rows, length, PACKED)
-        at = tl.load(starts_ptr + tl.load(seen_ptr + b)) + tl.load(seen_ptr + sequences + b)
+        first = tl.load(scratch_ptr + sequences + b)
+        at = tl.load(scratch_ptr + first) + tl.load(scratch_ptr + 2 * sequences + b)
         for start in range(0, size, BLOCK):
             i = start + tl.arange(0, BLOCK)
             tl.store(groups_ptr + 4 + 3 * limit + tiles + at + i, begin + i, mask=i < size)
@@ -268,50 +271,55 @@ def _slot_kernel(
         tl.store(slot_ptr + begin + i, tl.zeros([BLOCK], tl.int32) + slot, mask=i < size)
 
 
-def slot_of_rows(rows, sequences, length, table, context_index, cu_seqlens, device):
-    """[N] int32: row of the context table of each row of x; the first for rows that belong to no sequence."""
+def slot_of_rows(layout, sizes, context_index, cu_seqlens):
+    """[N] int32: row of the context table of each row of x; the first for rows that belong to no sequence.
+
+    sizes: rows N, sequences B, the length of each, 0 where cu_seqlens [B + 1] has their bounds, rows of the table.
+    """
+    rows, sequences, length, table = sizes
     indexed, packed = context_index is not None, cu_seqlens is not None
-    slot = (torch.zeros if packed else torch.empty)(rows, dtype=torch.int32, device=device)
-    flags = {"PACKED": packed, "INDEXED": indexed, **OPTIONS}
-    block = min(_SPREAD_BLOCK, next_power_of_2(length)) if length else _SPREAD_BLOCK
-    _slot_kernel[(sequences,)](context_index, cu_seqlens, slot, rows, length, table, **flags, BLOCK=block)
+    slot = layout.buffer(rows, torch.int32, zeroed=packed)
+    layout.launch(
+        *(_slot_kernel, (sequences,), context_index, cu_seqlens, slot, rows, length, table),
+        PACKED=packed,
+        INDEXED=indexed,
+        BLOCK=min(_SPREAD_BLOCK, next_power_of_2(length)) if length else _SPREAD_BLOCK,
+        **OPTIONS,
+    )
     return slot
 
 
-def group_rows(rows, sequences, length, table, context_index, cu_seqlens, block, device):
-    """The `Groups` of a call; length: of every sequence, 0 where cu_seqlens [B + 1] has their bounds."""
+def group_rows(layout, sizes, context_index, cu_seqlens, block):
+    """The `Groups` of a call; sizes as in `slot_of_rows`."""
+    rows, sequences, length, table = sizes
     indexed, packed = context_index is not None, cu_seqlens is not None
     if not indexed and not packed:
         tiles = sequences * cdiv(length, block)
-        return Groups(torch.empty(0, dtype=torch.int32, device=device), sequences, tiles, length, block, True, False)
+        return Groups(None, sequences, tiles, length, block, True, False)
     limit = min(sequences, table)
     tiles = rows // block + limit
-    scratch = 4 * sequences if indexed else sequences
-    size = 4 + 3 * limit + tiles + (rows if indexed else 0)
-    whole = torch.empty(size + scratch, dtype=torch.int32, device=device)
-    buffer, seen, starts = whole[:size], whole[size:], whole[size + scratch - sequences :]
+    buffer = layout.buffer(4 + 3 * limit + tiles + (rows if indexed else 0), torch.int32)
+    scratch = layout.buffer((4 if indexed else 1) * sequences, torch.int32)
     flags = {"PACKED": packed, **OPTIONS}
     if indexed:
-        _seen_kernel[(cdiv(sequences, _SEEN_BLOCK),)](
-            context_index, cu_seqlens, seen, sequences, rows, length, table, **flags, BLOCK=_SEEN_BLOCK
+        layout.launch(
+            *(_seen_kernel, (cdiv(sequences, _SEEN_BLOCK),)),
+            *(context_index, cu_seqlens, scratch, sequences, rows, length, table),
+            BLOCK=_SEEN_BLOCK,
+            **flags,
         )
     flags["INDEXED"] = indexed
-    _number_kernel[(1,)](
-        context_index,
-        cu_seqlens,
-        seen,
-        starts,
-        buffer,
-        sequences,
-        rows,
-        length,
-        table,
-        limit,
-        **flags,
+    layout.launch(
+        *(_number_kernel, (1,)),
+        *(context_index, cu_seqlens, scratch, buffer, sequences, rows, length, table, limit),
         BLOCK_M=block,
         BLOCK=_NUMBER_BLOCK,
+        **flags,
     )
-    _spread_kernel[(sequences,)](
-        cu_seqlens, seen, starts, buffer, sequences, rows, length, limit, tiles, **flags, BLOCK=_SPREAD_BLOCK
+    layout.launch(
+        *(_spread_kernel, (sequences,)),
+        *(cu_seqlens, scratch, buffer, sequences, rows, length, limit, tiles),
+        BLOCK=_SPREAD_BLOCK,
+        **flags,
     )
     return Groups(buffer, limit, tiles, length, block, False, indexed)

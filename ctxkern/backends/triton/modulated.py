@@ -7,9 +7,10 @@ import torch
 from ctxkern import planner
 from ctxkern.backends.shared import check_values, contiguous, fill_with_biases, gradients, outputs
 
-from . import outer, panel, persistent
+from . import outer, panel, persistent, tiles
 from .call import Call
 from .cost import predicted_seconds
+from .launches import Layout, operands_of
 from .projections import Projection
 from .tiles import backward_blocks, forward_blocks
 
@@ -23,38 +24,77 @@ def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_
     """[y], one a projection, in the dtype of x and the leading shape of x."""
     check_values(x, context, context_index, cu_seqlens)
     outs = outputs(x, bilinears)
-    call = Call(x, context, bilinears, context_index, cu_seqlens, workspace_bytes)
-    if call.tokens and call.d_in:
-        with call.device():
-            members = zip(weights, bilinears, biases, outs, strict=True)
-            _form(call).forward(call, [Projection(*parts) for parts in members])
+    if x.numel():
+        spans = x, context, context_index, cu_seqlens
+        _run(_forward, workspace_bytes, spans, weights, bilinears, [*map(contiguous, biases)], outs)
     else:
         fill_with_biases(outs, biases)
     return outs
 
 
+def _forward(call, weights, bilinears, biases, outs):
+    _form(call).forward(call, [*map(Projection, weights, bilinears, biases, outs)])
+
+
 def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
     """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
     check_values(x, context, context_index, cu_seqlens)
-    douts = [contiguous(dout) for dout in douts]
+    douts = [*map(contiguous, douts)]
     grads = gradients(douts, x, context, weights, bilinears, needs)
-    if grads.left():
-        call = Call(x, context, bilinears, context_index, cu_seqlens, workspace_bytes)
-        if call.tokens and call.d_in and any(t.shape[1] for t in bilinears):
-            with call.device():
-                members = zip(
-                    weights, bilinears, [None] * len(douts), douts, grads.dweights, grads.dbilinears, strict=True
-                )
-                _form(call).backward(call, [Projection(*parts) for parts in members], grads.dx, grads.dcontext)
-        else:
-            for grad in grads.left():
-                grad.zero_()
+    if x.numel() and any(dout.numel() for dout in douts):
+        if grads.left():
+            spans = x, context, context_index, cu_seqlens
+            wanted = grads.dweights, grads.dbilinears, (grads.dx, grads.dcontext)
+            _run(_backward, workspace_bytes, spans, weights, bilinears, douts, *wanted)
+    else:
+        for grad in grads.left():
+            grad.zero_()
     return grads
+
+
+def _backward(call, weights, bilinears, douts, dweights, dbilinears, shared):
+    absent = [None] * len(douts)
+    _form(call).backward(call, [*map(Projection, weights, bilinears, absent, douts, dweights, dbilinears)], *shared)
+
+
+# launches by all that they depend on; so many calls of different sizes, and they are laid out anew
+_KEPT, _MOST_KEPT = {}, 1024
+tiles.AFTER.append(_KEPT.clear)
+
+
+def _run(lay_out, workspace_bytes, spans, *lists):
+    """Runs what `lay_out` lays out for a `Call` and lists of operands in place of those of tensors."""
+    x = spans[0]
+    tensors = [*map(contiguous, spans)]
+    for each in lists:
+        tensors += each
+    precision = torch.get_float32_matmul_precision() if x.dtype is torch.float32 else None
+    switches = planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT, precision
+    key = (lay_out, len(lists[0]), workspace_bytes, x.device, switches, *map(_layout, tensors))
+    launches = _KEPT.get(key)
+    if launches is None:
+        if len(_KEPT) >= _MOST_KEPT:
+            _KEPT.clear()
+        launches = _KEPT[key] = _laid_out(lay_out, workspace_bytes, tensors, list(map(len, lists)))
+    launches.run(tensors, x.device)
+
+
+def _laid_out(lay_out, workspace_bytes, tensors, sizes):
+    layout, operands = Layout(len(tensors)), operands_of(tensors)
+    spans, lists = [next(operands) for _ in range(4)], [[next(operands) for _ in range(size)] for size in sizes]
+    lay_out(Call(spans, lists[1], workspace_bytes, tensors[0].device, layout), *lists)
+    return layout.done()
+
+
+def _layout(t):
+    """What of a tensor a launch depends on."""
+    return t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
 
 
 def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):
     """The plan of one projection; contexts: the most there can be, as how many differ is known on the device alone."""
-    call = Call(x, context, [bilinear], context_index, cu_seqlens, workspace_bytes)
+    *spans, operand = operands_of((x, context, context_index, cu_seqlens, bilinear))
+    call = Call(spans, [operand], workspace_bytes, x.device, Layout(5))
     d_in, d_out, k = bilinear.shape
     contexts = call.most_contexts
     param_dtype = torch.promote_types(bilinear.dtype, context.dtype)

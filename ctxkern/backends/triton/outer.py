@@ -3,7 +3,7 @@
 import torch
 
 from . import outer_kernels as kernels
-from .call import TL_DTYPES, as_matrix
+from .call import TL_DTYPES
 from .projections import together
 from .sizes import OPTIONS, cdiv
 from .tiles import clip, splits, tile
@@ -25,7 +25,8 @@ def _forward(call, alike):
     step = 16 * cdiv(call.d_in, 16 * parts)  # so that rows are read from multiples of 16 bytes on
     parts = cdiv(call.d_in, step)
     sums = call.buffer(parts * size, torch.float32) if parts > 1 else None
-    kernels._outer_forward_kernel[(tiles, parts, n)](
+    call.launch(
+        *(kernels._outer_forward_kernel, (tiles, parts, n)),
         *(call.x, call.context, call.slot, alike.weight, alike.bilinear, alike.bias, alike.rows, sums),
         *(alike.strides("bilinear"), alike.strides("weight")),
         *(alike.d_outs, call.tokens, call.d_in, k, step, columns),
@@ -43,7 +44,8 @@ def _forward(call, alike):
     )
     if parts > 1:
         block = 1024
-        kernels._outer_sum_kernel[(cdiv(call.tokens * alike.widest, block), n)](
+        call.launch(
+            *(kernels._outer_sum_kernel, (cdiv(call.tokens * alike.widest, block), n)),
             *(sums, alike.bias, alike.rows, alike.d_outs, call.tokens, parts),
             BLOCK=block,
             **OPTIONS,
@@ -53,7 +55,7 @@ def _forward(call, alike):
 
 def backward(call, projections, dx, dcontext):
     """The gradients into tensors of theirs; None: not asked for."""
-    projections = [p._replace(rows=as_matrix(p.rows)) for p in projections]
+    projections = [p._replace(rows=p.rows.matrix()) for p in projections]
     batches = together(projections)
     for alike in batches:
         if alike.dweight is not None:
@@ -62,15 +64,16 @@ def backward(call, projections, dx, dcontext):
         if alike.dbilinear is not None and call.context_dim:
             _spread(call, alike)
     if dx is not None or dcontext is not None:
-        _turn(call, batches, None if dx is None else as_matrix(dx), dcontext)
+        _turn(call, batches, dx, dcontext)
 
 
 def _product(call, a, b, out, add):
     (m, k), n = a.shape, b.shape[1]
     t = tile("product", *call.target, m, n, k)
-    kernels._product_kernel[(cdiv(m, t.rows), cdiv(n, t.columns))](
+    call.launch(
+        *(kernels._product_kernel, (cdiv(m, t.rows), cdiv(n, t.columns))),
         *(a, b, out),
-        *(*a.stride(), *b.stride(), *out.stride()),
+        *(*a.strides, *b.strides, *out.strides),
         *(m, n, k),
         BLOCK_M=t.rows,
         BLOCK_N=t.columns,
@@ -86,7 +89,8 @@ def _spread(call, alike):
     k = call.context_dim
     t = tile("outer-spread", *call.target, alike.widest, k, call.tokens)
     columns = cdiv(alike.widest, t.rows)
-    kernels._outer_spread_kernel[(call.d_in * columns, cdiv(k, t.columns), len(alike.members))](
+    call.launch(
+        *(kernels._outer_spread_kernel, (call.d_in * columns, cdiv(k, t.columns), len(alike.members))),
         *(call.x, alike.rows, call.context, call.slot, alike.dbilinear),
         *(alike.strides("dbilinear"), alike.d_outs),
         *(call.tokens, call.d_in, k, columns),
@@ -117,7 +121,8 @@ def _turn(call, batches, dx, dcontext):
     if dcontext is not None:
         partial = call.buffer(parts * call.tokens * k, torch.float32)
     for piece, (alike, k_begin) in enumerate(pieces):
-        kernels._outer_turn_kernel[(tiles, parts)](
+        call.launch(
+            *(kernels._outer_turn_kernel, (tiles, parts)),
             *(call.x, alike.rows, call.context, call.slot, alike.bilinear, sums, dx, partial),
             *(alike.strides("bilinear"), alike.d_outs),
             *(call.tokens, call.d_in, k, k_begin, step),
@@ -135,7 +140,8 @@ def _turn(call, batches, dx, dcontext):
         )
     if dcontext is not None and k:
         groups, block_k = call.groups, clip(k, 128)
-        kernels._outer_dcontext_kernel[(groups.limit, cdiv(k, block_k))](
+        call.launch(
+            *(kernels._outer_dcontext_kernel, (groups.limit, cdiv(k, block_k))),
             *(partial, groups.buffer, dcontext),
             *(*groups.arguments()[1:], call.tokens, k, parts),
             BLOCK_M=16,

@@ -37,7 +37,8 @@ def _forward(call, alike):
 def _project(call, alike, weights, block):
     _, _, width, *rest, strips = block
     t = tile("project", *call.target, call.groups.block, width, call.d_in)
-    kernels._panel_project_kernel[(call.groups.tiles * strips * cdiv(width, t.columns),)](
+    call.launch(
+        *(kernels._panel_project_kernel, (call.groups.tiles * strips * cdiv(width, t.columns),)),
         *(call.x, weights, alike.bias, call.groups.buffer, alike.rows),
         *(alike.d_outs, *call.groups.arguments()[1:], call.d_in, width, *rest, strips),
         BLOCK_N=t.columns,
@@ -67,7 +68,7 @@ def backward(call, projections, dx, dcontext):
         while rows < blocks.rows and 4 * limit * k * columns * cdiv(blocks.rows, rows) > share:
             rows *= 2
         programs = columns * cdiv(blocks.rows, rows)
-        partial = torch.zeros(programs * limit * k, dtype=torch.float32, device=call.x.device)
+        partial = call.buffer(programs * limit * k, torch.float32, zeroed=True)
     pieces = [(alike, *b) for alike in batches for b in _blocks_of(alike.strips(blocks.width), blocks.strips)]
     dx_sums = None
     if dx is not None and len(pieces) > 1:
@@ -87,13 +88,9 @@ def backward(call, projections, dx, dcontext):
                     _turn(call, alike, held, dx_sums, dx, block, piece > 0, piece + 1 == len(pieces))
     if dcontext is not None and k:
         block_k = clip(k, 128)
-        backward_kernels._sum_partials_kernel[(limit, cdiv(k, block_k))](
-            partial,
-            call.groups.buffer,
-            dcontext,
-            limit,
-            k,
-            programs,
+        call.launch(
+            *(backward_kernels._sum_partials_kernel, (limit, cdiv(k, block_k))),
+            *(partial, call.groups.buffer, dcontext, limit, k, programs),
             BLOCK_K=block_k,
             UNIFORM=call.groups.uniform,
             **OPTIONS,
@@ -116,7 +113,8 @@ def _make(call, alike, weights, products, partial, block, make, rows=MAKE_ROWS):
     flags |= {"UNIFORM": call.groups.uniform, "PRECISION": call.precision, **t.launch()}
     fused = partial is not None and whole
     if make or fused:
-        kernels._panel_make_kernel[(programs, contexts)](
+        call.launch(
+            *(kernels._panel_make_kernel, (programs, contexts)),
             *(alike.bilinear, alike.weight, call.context, call.groups.buffer, weights, products, partial),
             *(alike.strides("bilinear"), alike.strides("weight"), *sizes),
             WHOLE_K=whole,
@@ -127,8 +125,10 @@ def _make(call, alike, weights, products, partial, block, make, rows=MAKE_ROWS):
             **flags,
         )
     if partial is not None and not whole:
-        backward_kernels._panel_dcontext_kernel[(programs, contexts, cdiv(k, t.depth))](
-            alike.bilinear, call.groups.buffer, products, partial, alike.strides("bilinear"), *sizes, **flags
+        call.launch(
+            *(backward_kernels._panel_dcontext_kernel, (programs, contexts, cdiv(k, t.depth))),
+            *(alike.bilinear, call.groups.buffer, products, partial, alike.strides("bilinear"), *sizes),
+            **flags,
         )
 
 
@@ -141,7 +141,8 @@ def _gather(call, alike, products, block):
     _, d_size, width, _, u_size, _ = ranges
     t = tile("gather", *call.target, d_size, width, call.groups.block)
     grid = (strips * cdiv(d_size, t.rows) * cdiv(width, t.columns), u_size)
-    backward_kernels._panel_gather_kernel[grid](
+    call.launch(
+        *(backward_kernels._panel_gather_kernel, grid),
         *(call.x, alike.rows, call.groups.buffer, products),
         *(alike.d_outs, *call.groups.arguments()[1:], call.d_in, *ranges),
         BLOCK_D=t.rows,
@@ -159,7 +160,8 @@ def _spread(call, alike, products, sums, block, started, last):
     _, d_size, width, _, u_size, _ = ranges
     t = tile("spread", *call.target, width, call.context_dim, u_size)
     blocks_k = cdiv(call.context_dim, t.columns) if alike.dbilinear is not None else 1
-    backward_kernels._panel_spread_kernel[(strips * d_size * cdiv(width, t.rows), max(blocks_k, 1))](
+    call.launch(
+        *(backward_kernels._panel_spread_kernel, (strips * d_size * cdiv(width, t.rows), max(blocks_k, 1))),
         *(products, call.context, call.groups.buffer, alike.dbilinear, alike.dweight, sums),
         *(alike.strides("dbilinear"), alike.strides("dweight")),
         *(alike.d_outs, call.groups.limit, call.context_dim, *ranges),
@@ -178,7 +180,8 @@ def _spread(call, alike, products, sums, block, started, last):
 
 def _turn(call, alike, weights, sums, dx, block, started, last):
     t = tile("turn", *call.target, call.groups.block, block[1], block[2])
-    backward_kernels._panel_turn_kernel[(call.groups.tiles * cdiv(block[1], t.columns),)](
+    call.launch(
+        *(backward_kernels._panel_turn_kernel, (call.groups.tiles * cdiv(block[1], t.columns),)),
         *(alike.rows, weights, call.groups.buffer, sums, dx),
         *(alike.d_outs, *call.groups.arguments()[1:], call.d_in, *block),
         BLOCK_N=t.columns,

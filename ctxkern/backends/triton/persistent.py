@@ -35,10 +35,11 @@ def forward(call, alike):
     make = make._replace(rows=min(make.rows, project.columns))
     strips = alike.strips(width)
     ring = call.buffer(kernels.RING * group * call.d_in * width)
-    counters = torch.zeros(1 + 2 * strips * cdiv(width, project.columns), dtype=torch.int32, device=ring.device)
+    counters = call.buffer(1 + 2 * strips * cdiv(width, project.columns), torch.int32, zeroed=True)
     made = cdiv(call.d_in, MAKE_ROWS) * cdiv(width, make.rows) * cdiv(group, make.columns)
     each = made + call.groups.tiles * cdiv(width, project.columns)
-    kernels._panel_persistent_kernel[(min(programs(call.x.device), strips * each),)](
+    call.launch(
+        *(kernels._panel_persistent_kernel, (min(programs(call.device), strips * each),)),
         *(call.x, call.context, alike.bilinear, alike.weight, alike.bias, alike.rows),
         *(call.groups.buffer, ring, counters, alike.strides("bilinear"), alike.strides("weight")),
         *(alike.d_outs, *call.groups.arguments()[1:], call.context_dim, call.d_in, width, strips),

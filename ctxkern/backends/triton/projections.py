@@ -1,4 +1,4 @@
-"""Several projections of the same rows in one launch: tensors in tuples, columns of all of them in strips.
+"""Several projections of the same rows in one launch: operands in tuples, columns of all of them in strips.
 
 A strip is `width` columns of one projection, or what is left there; strips are numbered through, projection after
 projection. So Q, K and V are made, projected and summed by the launches of one, and dx is one sum over all three.
@@ -7,22 +7,21 @@ projection. So Q, K and V are made, projected and summed by the launches of one,
 from itertools import groupby
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from ctxkern.backends.shared import contiguous
+from .launches import Operand
 
 
 class Projection(NamedTuple):
     """weight [D, E], bilinear [D, E, K], bias [E]; rows: y or dy [N, E]; gradients of the first two, if asked for."""
 
-    weight: torch.Tensor | None
-    bilinear: torch.Tensor
-    bias: torch.Tensor | None
-    rows: torch.Tensor
-    dweight: torch.Tensor | None = None
-    dbilinear: torch.Tensor | None = None
+    weight: Operand | None
+    bilinear: Operand
+    bias: Operand | None
+    rows: Operand
+    dweight: Operand | None = None
+    dbilinear: Operand | None = None
 
 
 class Projections:
@@ -34,14 +33,14 @@ class Projections:
         self.widest = max(self.d_outs)
 
     def __getattr__(self, name):
-        """The tensors of that name in a tuple; None where there are none."""
+        """The operands of that name in a tuple; None where there are none."""
         found = tuple(getattr(p, name) for p in self.members)
         return None if found[0] is None else found
 
     def strides(self, name):
         """((of the first dimension of each), (of the second), …)."""
         found = getattr(self, name)
-        return None if found is None else tuple(zip(*(t.stride() for t in found), strict=True))
+        return None if found is None else tuple(zip(*(t.strides for t in found), strict=True))
 
     def strips(self, width):
         return sum(-(-d_out // width) for d_out in self.d_outs)
@@ -49,7 +48,7 @@ class Projections:
 
 def together(members):
     """The `Projections` to launch; what has no columns is left out."""
-    members = [p._replace(bias=contiguous(p.bias)) for p in members if p.bilinear.shape[1]]
+    members = [p for p in members if p.bilinear.shape[1]]
     return [Projections(list(alike)) for _, alike in groupby(members, _kinds)]
 
 

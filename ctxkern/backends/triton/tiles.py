@@ -51,26 +51,20 @@ def read_table(path=TABLE):
 
 
 _TILES = read_table()
-_REMEMBERED = []
-
-
-def _remembered(function):
-    """A cache of what a problem's sizes lead to: looked up in every call, half of a launch's time otherwise."""
-    _REMEMBERED.append(cache(function))
-    return _REMEMBERED[-1]
+# what follows from it: functions that clear that
+AFTER = []
 
 
 def forget():
     """To be called where the table was changed."""
-    for function in _REMEMBERED:
-        function.cache_clear()
+    for clear in AFTER:
+        clear()
 
 
 # rows of D that a program of `make` goes through
 MAKE_ROWS = 8
 
 
-@_remembered
 def make_tile(kind, arch, aligned, columns, contexts, context_dim):
     """The `Tile` of `make`, and whether it holds all of K."""
     t = tile("make", kind, arch, aligned, columns, contexts, context_dim)
@@ -113,7 +107,6 @@ def family(name):
     return next((known for beginning, known in _FAMILIES.items() if name.startswith(beginning)), fallback)
 
 
-@_remembered
 def tile(kernel, kind, arch, aligned, rows, columns, depth):
     """The `Tile` of a kernel, cut to the sizes of a problem. aligned: whether rows begin at multiples of 16 bytes."""
     t = found(kernel, kind, arch, aligned)
@@ -177,7 +170,6 @@ _GRID = 65_535
 _NARROW = 64
 
 
-@_remembered
 def forward_blocks(d_in, d_outs, limit, dtype, budget):
     """All of D by as many columns as hold all contexts, or fewer contexts where those would be too few."""
     column, widest = d_in * dtype.itemsize, max(d_outs)
@@ -194,7 +186,6 @@ def forward_blocks(d_in, d_outs, limit, dtype, budget):
 _LAUNCH_BYTES = 6 << 20
 
 
-@_remembered
 def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype, budget):
     """Rows of D by columns of E that hold W and G of all contexts and move fewest bytes; else fewer contexts.
 

@@ -1,0 +1,156 @@
+"""Launches of a call, laid out once for its sizes and kept: Python then pays for allocations and the driver alone.
+
+A form lays them out on `Operand`s that stand for tensors (panel.py, outer.py, persistent.py, grouping.py). Triton finds
+a kernel anew at every launch, 13 to 18 µs; what it found at the first is called from then on, which is right because
+all that Triton looks at, layouts, dtypes and pointers modulo 16, is in the key that launches are kept by.
+"""
+
+import math
+from contextlib import nullcontext
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+
+empty, zeros = torch.empty, torch.zeros
+
+
+class Operand(NamedTuple):
+    """A tensor of a call, by its place among them; shape and strides as those of torch."""
+
+    at: int
+    shape: tuple
+    strides: tuple
+    dtype: torch.dtype
+
+    def matrix(self):
+        """[N, last dimension] of a dense tensor."""
+        size = self.shape[-1]
+        return self._replace(shape=(math.prod(self.shape[:-1]), size), strides=(size, 1))
+
+    def t(self):
+        return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
+
+
+def operands_of(tensors):
+    """The `Operand` of each, None of None."""
+    return (None if t is None else Operand(at, t.shape, t.stride(), t.dtype) for at, t in enumerate(tensors))
+
+
+class _Step:
+    """A kernel with its grid, what it takes of a call's values, and after the first launch the compiled one."""
+
+    __slots__ = ("compiled", "grid", "kernel", "options", "take")
+
+    def __init__(self, kernel, grid, take, options):
+        self.kernel, self.grid, self.take, self.options = kernel, (*grid, 1, 1)[:3], take, options
+        self.compiled = None
+
+    def first(self, values):
+        compiled = self.kernel[self.grid](*self.take(values), **self.options)
+        if isinstance(compiled, CompiledKernel):
+            self.compiled = compiled
+
+    def again(self, values, stream, hooked):
+        """As Triton launches it; hooked: profilers listen, and are told which kernel it is."""
+        if hooked:
+            self.compiled[self.grid](*self.take(values), stream=stream)
+        else:
+            c = self.compiled
+            c.run(*self.grid, stream, c.function, c.packed_metadata, None, None, None, *self.take(values))
+
+
+class Layout:
+    """What a call launches, as it is laid out; tensors: how many the call has."""
+
+    def __init__(self, tensors):
+        self._tensors, self._buffers, self._launches = tensors, [], []
+
+    def buffer(self, size, dtype, zeroed=False):
+        """The `Operand` of memory that every run allocates, of one size or a shape."""
+        shape = size if isinstance(size, tuple) else (size,)
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        self._buffers.append((size, dtype, zeroed))
+        return Operand(self._tensors + len(self._buffers) - 1, shape, strides, dtype)
+
+    def launch(self, kernel, grid, *args, **constants):
+        """Adds a launch; args: `Operand`s, tuples of them and constants; more by name, options of Triton too."""
+        rest = [constants.pop(name) for name in kernel.arg_names[len(args) :]]
+        self._launches.append((kernel, grid, (*args, *rest), constants))
+
+    def done(self):
+        """The `Launches`, for which all that kernels take is numbered: tensors, buffers, tuples of these, constants."""
+        tuples, constants, steps = {}, [], []
+        first = self._tensors + len(self._buffers)
+        for _, _, args, _ in self._launches:
+            for arg in filter(_of_operands, args):
+                tuples.setdefault(arg, first + len(tuples))
+        for kernel, grid, args, options in self._launches:
+            places = []
+            for arg in args:
+                if isinstance(arg, Operand):
+                    places.append(arg.at)
+                elif _of_operands(arg):
+                    places.append(tuples[arg])
+                else:
+                    places.append(first + len(tuples) + len(constants))
+                    constants.append(arg)
+            steps.append(_Step(kernel, grid, _getter(places), options))
+        members = [_getter([operand.at for operand in each]) for each in tuples]
+        return Launches(self._buffers, members, constants, steps)
+
+
+class Launches:
+    """Run any number of times, each with tensors alike; holds none."""
+
+    def __init__(self, buffers, tuples, constants, steps):
+        self._buffers, self._tuples, self._constants, self._steps = buffers, tuples, constants, steps
+
+    def run(self, tensors, device):
+        """Launches all on the device's stream in use."""
+        values = [*tensors]
+        for size, dtype, zeroed in self._buffers:
+            values.append((zeros if zeroed else empty)(size, dtype=dtype, device=device))
+        for members in self._tuples:
+            values.append(members(values))
+        values += self._constants
+        with _chosen(device):
+            stream, hooked = _stream(device), _hooked()
+            for step in self._steps:
+                if step.compiled is None:
+                    step.first(values)
+                else:
+                    step.again(values, stream, hooked)
+
+
+def _of_operands(arg):
+    return type(arg) is tuple and any(isinstance(each, Operand) for each in arg)
+
+
+def _getter(places):
+    """A function from values to the tuple of those at places."""
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    return itemgetter(*places)
+
+
+def _chosen(device):
+    """Launches go to the device of the tensors."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _stream(device):
+    return driver.active.get_current_stream(device.index) if device.type == "cuda" else None
+
+
+def _hooked():
+    """Whether Triton has hooks that are called at launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
