@@ -15,7 +15,6 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-
 empty, zeros = torch.empty, torch.zeros
 
 
@@ -34,6 +33,12 @@ class Operand(NamedTuple):
 
     def t(self):
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
+
+
+class Operands(tuple):
+    """Those that a kernel takes as one tuple."""
+
+    __slots__ = ()
 
 
 def operands_of(tensors):
@@ -78,30 +83,28 @@ class Layout:
         return Operand(self._tensors + len(self._buffers) - 1, shape, strides, dtype)
 
     def launch(self, kernel, grid, *args, **constants):
-        """Adds a launch; args: `Operand`s, tuples of them and constants; more by name, options of Triton too."""
+        """Adds a launch; args: `Operand`s, `Operands` and constants; more by name, options of Triton too."""
         rest = [constants.pop(name) for name in kernel.arg_names[len(args) :]]
         self._launches.append((kernel, grid, (*args, *rest), constants))
 
     def done(self):
-        """The `Launches`, for which all that kernels take is numbered: tensors, buffers, tuples of these, constants."""
+        """The `Launches`, for which all that kernels take is numbered: tensors, buffers, tuples of these in their
+        order, constants from the end."""
         tuples, constants, steps = {}, [], []
         first = self._tensors + len(self._buffers)
-        for _, _, args, _ in self._launches:
-            for arg in filter(_of_operands, args):
-                tuples.setdefault(arg, first + len(tuples))
         for kernel, grid, args, options in self._launches:
             places = []
             for arg in args:
-                if isinstance(arg, Operand):
+                if type(arg) is Operand:
                     places.append(arg.at)
-                elif _of_operands(arg):
-                    places.append(tuples[arg])
+                elif type(arg) is Operands:
+                    places.append(tuples.setdefault(arg, first + len(tuples)))
                 else:
-                    places.append(first + len(tuples) + len(constants))
                     constants.append(arg)
+                    places.append(-len(constants))
             steps.append(_Step(kernel, grid, _getter(places), options))
         members = [_getter([operand.at for operand in each]) for each in tuples]
-        return Launches(self._buffers, members, constants, steps)
+        return Launches(self._buffers, members, constants[::-1], steps)
 
 
 class Launches:
@@ -125,10 +128,6 @@ class Launches:
                     step.first(values)
                 else:
                     step.again(values, stream, hooked)
-
-
-def _of_operands(arg):
-    return type(arg) is tuple and any(isinstance(each, Operand) for each in arg)
 
 
 def _getter(places):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .launches import Operand
+from .launches import Operand, Operands
 
 
 class Projection(NamedTuple):
@@ -34,7 +34,7 @@ class Projections:
 
     def __getattr__(self, name):
         """The operands of that name in a tuple; None where there are none."""
-        found = tuple(getattr(p, name) for p in self.members)
+        found = Operands(getattr(p, name) for p in self.members)
         return None if found[0] is None else found
 
     def strides(self, name):

@@ -113,6 +113,7 @@ def tile(kernel, kind, arch, aligned, rows, columns, depth):
     return t._replace(rows=clip(rows, t.rows), columns=clip(columns, t.columns), depth=clip(depth, t.depth))
 
 
+@cache
 def found(kernel, kind, arch, aligned):
     """The row of the table: of the architecture first, of the layout then, of the dtypes last."""
     kinds = (kind, HALF) if kind == MIXED else (kind,)
@@ -121,6 +122,9 @@ def found(kernel, kind, arch, aligned):
     if kernel == "persistent" and not any(key in _TILES for key in keys):
         return found("project", kind, arch, aligned)
     return next(_TILES[key] for key in keys if key in _TILES)
+
+
+AFTER.append(found.cache_clear)
 
 
 def persistent(kind, arch, aligned):
