@@ -1,4 +1,5 @@
-"""What the CUDA C++ kernels compile to, without a GPU: registers, spills, stack, blocks that a multiprocessor holds.
+"""What the CUDA C++ kernels compile to, without a GPU: registers, spills, stack, shared memory, and how many blocks and
+warps of 64 a multiprocessor holds of it (cuda_shared.cpp tells the shared memory, which launches ask for).
 
     python bench/audit_cuda.py                   sm_80, sm_90 and sm_100, into bench/results/cuda-audit.csv
     python bench/audit_cuda.py --arch 90         one of them, printed only
@@ -18,9 +19,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "csrc" / "cuda" / "modulated.cu"
-COLUMNS = ("arch", "kernel", "registers", "spill_bytes", "stack_bytes", "threads", "blocks_by_registers", "nvcc")
-# registers of a multiprocessor, which a block takes in units of 256 a warp
+COLUMNS = ("arch", "kernel", "registers", "spill_bytes", "stack_bytes", "threads", "shared", "blocks", "warps", "nvcc")
+# of a multiprocessor: registers, which a block takes in units of 256 a warp, and bytes of shared memory, of which every
+# block takes 1024 more; blocks and warps at most
 REGISTERS, UNIT = 65_536, 256
+SHARED = {"80": 167_936, "90": 233_472, "100": 233_472}
+BLOCKS, WARPS = 32, 64
+# kernels without shared memory
+NONE = ("outer_dcontext", "outer_sum", "place", "seen", "slots", "sum_partials")
 
 
 def compiled(nvcc, arch):
@@ -39,10 +45,40 @@ def compiled(nvcc, arch):
     names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True)
     rows = []
     for full, (_, stack, stores, loads, registers) in zip(names.stdout.splitlines(), found, strict=True):
-        name = full.partition("(")[0].removeprefix("void ").replace("ctxkern::", "")
-        name = name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace(" ", "")
+        name = plain(full)
         rows.append((name, int(registers), int(stores) + int(loads), int(stack), 256 if "Tile<128" in name else 128))
     return sorted(rows)
+
+
+def plain(name):
+    """A kernel's demangled name without its arguments."""
+    name = name.partition("(ctxkern::Problem")[0].removeprefix("void ").replace("ctxkern::", "").replace(" ", "")
+    for dtype, short in {"__nv_bfloat16": "bf16", "Bfloat": "bf16", "__half": "f16", "Half": "f16"}.items():
+        name = name.replace(dtype, short)
+    return name
+
+
+def shared():
+    """{kernel: bytes of shared memory}."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "shared"
+        source = Path(__file__).with_name("cuda_shared.cpp")
+        subprocess.run(["g++", "-std=c++17", "-w", source, "-o", program], check=True)
+        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {}
+    for line in lines:
+        count, _, name = line.partition(" ")
+        name = name.partition("&")[2].removeprefix("(")
+        found[plain(name if "(" in name else name.removesuffix(">"))] = int(count)
+    return found
+
+
+def occupancy(arch, registers, threads, bytes_):
+    """Blocks and warps that a multiprocessor holds."""
+    warps = threads // 32
+    by_registers = REGISTERS // (-(-registers * 32 // UNIT) * UNIT * warps)
+    blocks = min(by_registers, SHARED[str(arch)] // (bytes_ + 1024), BLOCKS, WARPS // warps)
+    return blocks, blocks * warps
 
 
 def main():
@@ -53,14 +89,16 @@ def main():
     if nvcc is None:
         sys.exit("nvcc was not found")
     version = re.findall(r"V([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)[0]
-    rows, wrong = [], []
+    rows, wrong, memory = [], [], shared()
     archs = args.arch or (80, 90, 100)
     with ThreadPoolExecutor() as pool:
         audited = list(pool.map(lambda arch: compiled(nvcc, arch), archs))
     for arch, kernels in zip(archs, audited, strict=True):
         for name, registers, spilled, stack, threads in kernels:
-            blocks = REGISTERS // (-(-registers * 32 // UNIT) * UNIT * threads // 32)
-            rows.append((f"sm_{arch}", name, registers, spilled, stack, threads, blocks, version))
+            plainest = name.partition("<")[0].removesuffix("_kernel")
+            taken = 0 if plainest in NONE else memory[name]
+            held = occupancy(arch, registers, threads, taken)
+            rows.append((f"sm_{arch}", name, registers, spilled, stack, threads, taken, *held, version))
             print(*rows[-1], flush=True)
             if spilled or stack:
                 wrong.append(f"sm_{arch} {name}: {spilled} bytes spilled, {stack} bytes of stack")

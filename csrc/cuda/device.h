@@ -37,6 +37,30 @@ __device__ __forceinline__ Bfloat from_float<Bfloat>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// 16 bytes from or to an address that is a multiple of that.
+template <class T>
+__device__ __forceinline__ void load_vector(T* to, const T* from) {
+  const uint4 words = *reinterpret_cast<const uint4*>(from);
+  memcpy(to, &words, 16);
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* to, const T* from) {
+  uint4 words;
+  memcpy(&words, from, 16);
+  *reinterpret_cast<uint4*>(to) = words;
+}
+
+// Two neighbours, at a multiple of their size.
+__device__ __forceinline__ void store_two(float* to, float a, float b) {
+  *reinterpret_cast<float2*>(to) = make_float2(a, b);
+}
+__device__ __forceinline__ void store_two(Half* to, float a, float b) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
+}
+__device__ __forceinline__ void store_two(Bfloat* to, float a, float b) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
+}
+
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(16) char ctxkern_shared[];
   return ctxkern_shared;

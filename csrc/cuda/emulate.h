@@ -208,6 +208,11 @@ inline uint16_t float_to_half(float value) {
   return sign | static_cast<uint16_t>(size == 0 ? 0 : bits);
 }
 
+// Throws where an address is not a multiple of `size`, as the machine would.
+inline void aligned(const void* at, size_t size) {
+  if (reinterpret_cast<uintptr_t>(at) % size) throw std::runtime_error("a misaligned address");
+}
+
 }  // namespace ctxkern::emulated
 
 inline void __syncthreads() { ctxkern::emulated::yield(ctxkern::emulated::State::kBarrier); }
@@ -250,7 +255,28 @@ inline Bfloat from_float<Bfloat>(float x) {
 
 inline char* shared_memory() { return emulated::machine.shared.get(); }
 
-inline void copy_async(void* to, const void* from) { emulated::machine.current->open.push_back({to, from}); }
+template <class T>
+void load_vector(T* to, const T* from) {
+  emulated::aligned(from, 16);
+  std::memcpy(to, from, 16);
+}
+template <class T>
+void store_vector(T* to, const T* from) {
+  emulated::aligned(to, 16);
+  std::memcpy(to, from, 16);
+}
+template <class T>
+void store_two(T* to, float a, float b) {
+  emulated::aligned(to, 2 * sizeof(T));
+  to[0] = from_float<T>(a);
+  to[1] = from_float<T>(b);
+}
+
+inline void copy_async(void* to, const void* from) {
+  emulated::aligned(to, 16);
+  emulated::aligned(from, 16);
+  emulated::machine.current->open.push_back({to, from});
+}
 inline void commit_copies() {
   auto* thread = emulated::machine.current;
   thread->groups.push_back(std::move(thread->open));

@@ -137,8 +137,8 @@ class Modulated {
   }
 
   void make(const Projection& p, const Block& block, C* panel) {
-    const int64_t columns = block.d_size * ceil_div(block.e_size, MakeTile::kN);
-    launch("make", make_kernel<C>, columns, ceil_div(block.u_size, MakeTile::kM), 1, MakeTile::kThreads,
+    const int64_t pieces = block.d_size * ceil_div(block.e_size, MakeTile::kN);
+    launch("make", make_kernel<C>, pieces * ceil_div(block.u_size, MakeTile::kM), 1, 1, MakeTile::kThreads,
            MakeProduct<C>::kShared, q, p, block, panel);
   }
 

@@ -1,6 +1,8 @@
 // Operands of products (product.h): rows of matrices, brought together or in place, and parameters with strides.
 #pragma once
 
+#include <type_traits>
+
 #include "groups.h"
 #include "product.h"
 
@@ -17,14 +19,32 @@ __device__ __forceinline__ void load_parameter(C* to, int plane, const Parameter
   }
 }
 
+template <class C, class H>
+__device__ __forceinline__ void read_parameter(float (&values)[kChunk<C>], const Parameter& p, int64_t at, int valid) {
+  if (p.wide) {
+    read_chunk<C>(values, static_cast<const float*>(p.data) + at, 1, valid);
+  } else {
+    read_chunk<C>(values, static_cast<const H*>(p.data) + at, 1, valid);
+  }
+}
+
 // A row-major matrix: m or n are its rows (along the sum), or its columns.
 template <class C, class S, bool along_sum>
 struct Rows {
   static constexpr bool kAlongSum = along_sum;
+  static constexpr bool kPlain = std::is_same_v<C, S>;
   const S* data;
   int64_t stride;
   const int* order;  // row `first + r` of the matrix is order[first + r] of memory; null: in place
   int first, rows, columns;
+
+  __device__ __forceinline__ bool plain(int size) const {
+    return (along_sum ? rows >= size : columns >= size && !order) && in_chunks(data, stride);
+  }
+  __device__ __forceinline__ const C* line(int i) const {
+    return data + static_cast<int64_t>(along_sum && order ? order[first + i] : first + i) * stride;
+  }
+  __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * stride; }
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
     const int row = along_sum ? at : k, column = along_sum ? k : at;
@@ -38,10 +58,21 @@ struct Rows {
 template <class C, class H, bool along_sum, int planes = 1>
 struct Contexts {
   static constexpr bool kAlongSum = along_sum;
+  static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1;
   Parameter table;
   int64_t context_dim;
   const int* slots;  // null: in place
   int first, rows, k_begin;
+
+  __device__ __forceinline__ bool plain(int size) const {
+    if (table.wide || !in_chunks(static_cast<const C*>(table.data) + k_begin, context_dim)) return false;
+    return along_sum ? rows >= size : context_dim - k_begin >= size && !slots;
+  }
+  __device__ __forceinline__ const C* line(int i) const {
+    const int64_t row = along_sum && slots ? slots[first + i] : first + i;
+    return static_cast<const C*>(table.data) + row * context_dim + k_begin;
+  }
+  __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * context_dim; }
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
     const int row = along_sum ? at : k, column = (along_sum ? k : at) + k_begin;
@@ -55,9 +86,19 @@ struct Contexts {
 template <class C, class H, bool along_sum, int planes = 1>
 struct Strided {
   static constexpr bool kAlongSum = along_sum;
+  static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1;
   Parameter parameter;
   int64_t begin, stride_n, stride_k;
   int n, depth;
+
+  __device__ __forceinline__ bool plain(int size) const {
+    const bool neighbours = (along_sum ? stride_k : stride_n) == 1;
+    return neighbours && n >= size && !parameter.wide && in_chunks(line(0), along_sum ? stride_n : stride_k);
+  }
+  __device__ __forceinline__ const C* line(int i) const {
+    return static_cast<const C*>(parameter.data) + begin + i * (along_sum ? stride_n : stride_k);
+  }
+  __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * stride_k; }
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
     const int other = along_sum ? at : k, there = along_sum ? n : depth;
@@ -79,6 +120,7 @@ struct Pairs {
 template <class C, class H>
 struct BilinearOfPairs {
   static constexpr bool kAlongSum = true;
+  static constexpr bool kPlain = false;
   Parameter bilinear;
   int64_t begin, stride_d, stride_e, stride_k;
   int e_size, d_size;
@@ -96,22 +138,23 @@ struct BilinearOfPairs {
 template <class C, class H>
 struct RowsTimesContexts {
   static constexpr bool kAlongSum = true;
+  static constexpr bool kPlain = false;
   const H* x;
   int64_t d_in;
   Contexts<C, H, true> contexts;
   int d_begin, d_size;
   Pairs<C> pairs;
 
-  __device__ __forceinline__ void chunk(C* to, int, int at, int k) const {
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
     const int d = k / pairs.padded(), inner = k % pairs.padded();
     const bool there = at < contexts.rows && d < d_size;
     const int64_t row = contexts.first + at;
     const float scale = there ? to_float(x[row * d_in + d_begin + d]) : 0.0f;
     const int64_t line = there ? (contexts.slots ? contexts.slots[row] : row) * contexts.context_dim : 0;
-    CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) {
-      const bool inside = there && inner + i < pairs.inner;
-      to[i] = from_float<C>(inside ? scale * read<H>(contexts.table, line + inner + i) : 0.0f);
-    }
+    float values[kChunk<C>];
+    read_parameter<C, H>(values, contexts.table, line + inner, there ? pairs.inner - inner : 0);
+    CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) values[i] *= scale;
+    write_chunk<1>(to, plane, values);
   }
 };
 
@@ -119,16 +162,17 @@ struct RowsTimesContexts {
 template <class C, class H>
 struct RowsTimesRows {
   static constexpr bool kAlongSum = false;
+  static constexpr bool kPlain = false;
   const H *x, *dy;
   int64_t d_in, d_out;
   int d, e_begin, e_size, rows;
 
-  __device__ __forceinline__ void chunk(C* to, int, int at, int k) const {
+  __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
     const float scale = k < rows ? to_float(x[k * d_in + d]) : 0.0f;
-    CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) {
-      const bool inside = k < rows && at + i < e_size;
-      to[i] = from_float<C>(inside ? scale * to_float(dy[k * d_out + e_begin + at + i]) : 0.0f);
-    }
+    float values[kChunk<C>];
+    read_chunk<C>(values, dy + k * d_out + e_begin + at, 1, k < rows ? e_size - at : 0);
+    CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) values[i] *= scale;
+    write_chunk<1>(to, plane, values);
   }
 };
 
@@ -136,6 +180,7 @@ struct RowsTimesRows {
 template <class C>
 struct ProductsOfPairs {
   static constexpr bool kAlongSum = true;
+  static constexpr bool kPlain = false;
   const C* data;
   int64_t stride_u, stride_d;
   int contexts, d_size;
@@ -151,6 +196,7 @@ struct ProductsOfPairs {
 template <class C, class H, int planes>
 struct BilinearByPairs {
   static constexpr bool kAlongSum = false;
+  static constexpr bool kPlain = false;
   Parameter bilinear;
   int64_t begin, stride_d, stride_e, stride_k;
   int k_size, d_size;

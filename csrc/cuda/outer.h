@@ -47,15 +47,16 @@ __global__ void __launch_bounds__(SmallTile::kThreads, 2)
     const Strided<C, C, false> b{p.weight, d0 * sw[0] + e0 * sw[1], sw[1], sw[0], columns, d_size};
     WeightProduct<C>::add(sums, a, b, d_size, q.tf32);
   }
-  sums.each([&](int r, int column, float sum) {
+  sums.pairs([&](int r, int column, float a, float b) {
     if (r >= rows || column >= columns) return;
     const int64_t at = (n0 + r) * p.d_out + e0 + column;
-    if (split_sums) {
-      split_sums[blockIdx.y * q.tokens * p.d_out + at] = sum;
-    } else {
-      if (p.bias.data) sum += read<C>(p.bias, e0 + column);
-      static_cast<C*>(p.rows)[at] = from_float<C>(sum);
+    const bool both = column + 1 < columns;
+    if (split_sums) return write_two(split_sums + blockIdx.y * q.tokens * p.d_out + at, a, b, both);
+    if (p.bias.data) {
+      a += read<C>(p.bias, e0 + column);
+      if (both) b += read<C>(p.bias, e0 + column + 1);
     }
+    write_two(static_cast<C*>(p.rows) + at, a, b, both);
   });
 }
 
@@ -163,9 +164,10 @@ __global__ void __launch_bounds__(SmallTile::kThreads, 2) outer_spread_kernel(Pr
   sums.clear();
   OuterSpreadProduct<C, H>::add(sums, a, b, rows, q.tf32);
   const int64_t* st = p.dbilinear_strides;
-  sums.each([&](int column, int k, float sum) {
-    if (column < columns && k0 + k < q.context_dim)
-      write<H>(p.dbilinear, d * st[0] + (e0 + column) * st[1] + (k0 + k) * st[2], sum);
+  sums.pairs([&](int column, int k, float a, float b) {
+    if (column >= columns || k0 + k >= q.context_dim) return;
+    const int64_t to = d * st[0] + (e0 + column) * st[1] + (k0 + k) * st[2];
+    write_two<H>(p.dbilinear, to, st[2], a, b, k0 + k + 1 < q.context_dim);
   });
 }
 
@@ -184,9 +186,10 @@ __global__ void __launch_bounds__(SmallTile::kThreads, 2) dweight_kernel(Problem
   Sums<SmallTile> sums;
   sums.clear();
   GradientProduct<C>::add(sums, a, b, rows, q.tf32);
-  sums.each([&](int r, int column, float sum) {
+  const int64_t* sw = p.dweight_strides;
+  sums.pairs([&](int r, int column, float a, float b) {
     if (r < d_size && column < columns)
-      write<C>(p.dweight, (d0 + r) * p.dweight_strides[0] + (e0 + column) * p.dweight_strides[1], sum);
+      write_two<C>(p.dweight, (d0 + r) * sw[0] + (e0 + column) * sw[1], sw[1], a, b, column + 1 < columns);
   });
 }
 

@@ -26,24 +26,30 @@ using MakeProduct = Product<C, MakeTile, 1, Contexts<C, C, true>, Strided<C, C, 
 template <class C>
 __global__ void __launch_bounds__(MakeTile::kThreads, 2)
     make_kernel(Problem q, Projection p, Block block, C* __restrict__ panel) {
+  // contexts side by side: what they read of bilinear is the same
+  const int u_blocks = (block.u_size + MakeTile::kM - 1) / MakeTile::kM, piece = blockIdx.x / u_blocks;
   const int e_blocks = (block.e_size + MakeTile::kN - 1) / MakeTile::kN;
-  const int row = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * MakeTile::kN;
-  const int u0 = blockIdx.y * MakeTile::kM;
+  const int row = piece / e_blocks, e0 = piece % e_blocks * MakeTile::kN, u0 = blockIdx.x % u_blocks * MakeTile::kM;
   const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
   if (u0 >= count) return;
   const int64_t d = block.d_begin + row, e = block.e_begin + e0;
   const int* slots = q.groups.uniform ? nullptr : q.groups.buffer + 2;
   const Contexts<C, C, true> a{q.context, q.context_dim, slots, block.u_begin + u0, count - u0, 0};
   const int64_t *st = p.bilinear_strides, *sw = p.weight_strides;
-  const Strided<C, C, true> b{p.bilinear,          d * st[0] + e * st[1],           st[1], st[2], block.e_size - e0,
+  const Strided<C, C, true> b{p.bilinear, d * st[0] + e * st[1],           st[1], st[2], block.e_size - e0,
                               static_cast<int>(q.context_dim)};
   Sums<MakeTile> sums;
   sums.clear();
   MakeProduct<C>::add(sums, a, b, static_cast<int>(q.context_dim), q.tf32);
-  sums.each([&](int u, int column, float sum) {
+  sums.pairs([&](int u, int column, float a, float b) {
     if (u0 + u >= count || e0 + column >= block.e_size) return;
-    if (p.weight.data) sum += read<C>(p.weight, d * sw[0] + (e + column) * sw[1]);
-    panel[((static_cast<int64_t>(u0) + u) * block.d_size + row) * block.e_size + e0 + column] = from_float<C>(sum);
+    const bool both = e0 + column + 1 < block.e_size;
+    if (p.weight.data) {
+      const int64_t from = d * sw[0] + (e + column) * sw[1];
+      a += read<C>(p.weight, from);
+      if (both) b += read<C>(p.weight, from + sw[1]);
+    }
+    write_two(panel + ((static_cast<int64_t>(u0) + u) * block.d_size + row) * block.e_size + e0 + column, a, b, both);
   });
 }
 
@@ -68,11 +74,15 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   sums.clear();
   ProjectProduct<C, T>::add(sums, a, b, d_in, q.tf32);
   C* y = static_cast<C*>(p.rows);
-  sums.each([&](int r, int column, float sum) {
+  sums.pairs([&](int r, int column, float a, float b) {
     if (r >= here || e0 + column >= block.e_size) return;
     const int64_t row = order ? order[rows.begin + r] : rows.begin + r, e = block.e_begin + e0 + column;
-    if (p.bias.data) sum += read<C>(p.bias, e);
-    y[row * p.d_out + e] = from_float<C>(sum);
+    const bool both = e0 + column + 1 < block.e_size;
+    if (p.bias.data) {
+      a += read<C>(p.bias, e);
+      if (both) b += read<C>(p.bias, e + 1);
+    }
+    write_two(y + row * p.d_out + e, a, b, both);
   });
 }
 
@@ -97,9 +107,9 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   sums.clear();
   GatherProduct<C, T>::add(sums, a, b, rows, q.tf32);
   C* to = products + static_cast<int64_t>(u) * block.d_size * block.e_size;
-  sums.each([&](int row, int column, float sum) {
+  sums.pairs([&](int row, int column, float a, float b) {
     if (d0 + row < block.d_size && e0 + column < block.e_size)
-      to[static_cast<int64_t>(d0 + row) * block.e_size + e0 + column] = from_float<C>(sum);
+      write_two(to + static_cast<int64_t>(d0 + row) * block.e_size + e0 + column, a, b, e0 + column + 1 < block.e_size);
   });
 }
 
@@ -125,15 +135,19 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   sums.clear();
   TurnProduct<C, T>::add(sums, a, b, block.e_size, q.tf32);
   C* dx = static_cast<C*>(q.dx);
-  sums.each([&](int r, int column, float sum) {
+  sums.pairs([&](int r, int column, float a, float b) {
     if (r >= here || d0 + column >= block.d_size) return;
     const int64_t row = order ? order[rows.begin + r] : rows.begin + r;
+    const bool both = d0 + column + 1 < block.d_size;
     float* total = sums_at + row * block.d_size + d0 + column;
-    if (started) sum += *total;
+    if (started) {
+      a += total[0];
+      if (both) b += total[1];
+    }
     if (last) {
-      dx[row * q.d_in + block.d_begin + d0 + column] = from_float<C>(sum);
+      write_two(dx + row * q.d_in + block.d_begin + d0 + column, a, b, both);
     } else {
-      *total = sum;
+      write_two(total, a, b, both);
     }
   });
 }
@@ -160,14 +174,19 @@ __global__ void __launch_bounds__(SmallTile::kThreads, 2)
     Sums<SmallTile> sums;
     sums.clear();
     SpreadProduct<C, planes>::add(sums, a, b, count > 0 ? count : 0, q.tf32);
-    sums.each([&](int column, int k, float sum) {
+    sums.pairs([&](int column, int k, float a, float b) {
       if (e0 + column >= block.e_size || k0 + k >= context_dim) return;
+      const bool both = k0 + k + 1 < context_dim;
       float* total = sums_at + (static_cast<int64_t>(row) * block.e_size + e0 + column) * (context_dim + 1) + k0 + k;
-      if (started) sum += *total;
+      if (started) {
+        a += total[0];
+        if (both) b += total[1];
+      }
       if (last) {
-        write<C>(p.dbilinear, d * st[0] + (block.e_begin + e0 + column) * st[1] + (k0 + k) * st[2], sum);
+        const int64_t to = d * st[0] + (block.e_begin + e0 + column) * st[1] + (k0 + k) * st[2];
+        write_two<C>(p.dbilinear, to, st[2], a, b, both);
       } else {
-        *total = sum;
+        write_two(total, a, b, both);
       }
     });
   }

@@ -61,4 +61,26 @@ __device__ __forceinline__ void write(const Parameter& p, int64_t at, float valu
   }
 }
 
+// Two neighbours, of which the second may not be there.
+template <class C>
+__device__ __forceinline__ void write_two(C* to, float a, float b, bool both) {
+  if (both && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(C)) == 0) {
+    store_two(to, a, b);
+  } else {
+    to[0] = from_float<C>(a);
+    if (both) to[1] = from_float<C>(b);
+  }
+}
+
+// Two of a parameter, `stride` apart.
+template <class C>
+__device__ __forceinline__ void write_two(const Parameter& p, int64_t at, int64_t stride, float a, float b, bool both) {
+  if (stride == 1) {
+    if (p.wide) return write_two(static_cast<float*>(p.data) + at, a, b, both);
+    return write_two(static_cast<C*>(p.data) + at, a, b, both);
+  }
+  write<C>(p, at, a);
+  if (both) write<C>(p, at + stride, b);
+}
+
 }  // namespace ctxkern

@@ -2,9 +2,13 @@
 // memory by copies that run ahead.
 //
 // An operand is a class with
-//   kAlongSum                             whether neighbours in memory are neighbours along the sum (else along m or n)
-//   chunk(to, plane, at, k)               kChunk<C> neighbours from m or n = at and k on, zeros beyond its bounds; what
-//                                         rounding leaves goes `plane` elements further, kPlanes - 1 times
+//   kAlongSum                 whether neighbours in memory are neighbours along the sum (else along m or n)
+//   chunk(to, plane, at, k)   kChunk<C> neighbours from m or n = at and k on, zeros beyond its bounds; what rounding
+//                             leaves goes `plane` elements further, kPlanes - 1 times
+// and where kPlain is true
+//   plain(size)               whether `size` of m or n are all there and lines can be copied as they lie
+//   line(i)                   from where: m or n = i along the sum, else k = i
+//   step()                    how far on the next stage's line is
 // C: float (multiplied and added in float32, or rounded to TF32 for the matrix unit) or a half (the matrix unit); sums
 // are float32.
 #pragma once
@@ -39,15 +43,25 @@ struct Sums {
         CTXKERN_UNROLL for (int k = 0; k < 4; ++k) at[i][j][k] = 0;
   }
 
-  // f(row, column, sum) for each that this thread has; columns 2c and 2c + 1 of a row follow each other.
+  // f(row, column, sum) for each that this thread has.
   template <class F>
   __device__ __forceinline__ void each(F f) {
+    pairs([&](int row, int column, float& a, float& b) {
+      f(row, column, a);
+      f(row, column + 1, b);
+    });
+  }
+
+  // f(row, column, sum, sum of the next column), of an even column.
+  template <class F>
+  __device__ __forceinline__ void pairs(F f) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row = warp / T::kWarpsN * (T::kM / T::kWarpsM) + lane / 4;
     const int column = warp % T::kWarpsN * (T::kN / T::kWarpsN) + lane % 4 * 2;
     CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
       CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
-        CTXKERN_UNROLL for (int k = 0; k < 4; ++k) f(row + 16 * i + k / 2 * 8, column + 8 * j + k % 2, at[i][j][k]);
+        CTXKERN_UNROLL for (int k = 0; k < 4; k += 2)
+          f(row + 16 * i + k / 2 * 8, column + 8 * j, at[i][j][k], at[i][j][k + 1]);
   }
 };
 
@@ -72,6 +86,51 @@ struct Stage {
   }
 };
 
+// An operand on its way into stages: plain ones by addresses that move on, others chunk by chunk.
+template <class C, class StageOf, class Operand, int size, int threads>
+struct Feed {
+  static constexpr int kChunks = (Operand::kAlongSum ? kDepth<C> : size) / kChunk<C>;
+  static constexpr int kRounds = kChunks * StageOf::kLines / threads;
+  static constexpr bool kPossible = Operand::kPlain && kRounds * threads == kChunks * StageOf::kLines;
+
+  const Operand& operand;
+  bool plain = false;
+  const C* from[kRounds > 0 ? kRounds : 1] = {};
+  int64_t step = 0;
+
+  __device__ __forceinline__ explicit Feed(const Operand& of) : operand(of) {
+    if constexpr (kPossible) {
+      plain = operand.plain(size);
+      if (!plain) return;
+      step = operand.step();
+      CTXKERN_UNROLL for (int r = 0; r < kRounds; ++r) {
+        const int i = threadIdx.x + r * threads;
+        from[r] = operand.line(i / kChunks) + i % kChunks * kChunk<C>;
+      }
+    }
+  }
+
+  // whole: k and the rest of the stage are there.
+  __device__ __forceinline__ void fill(C* stage, int k, bool whole) {
+    if constexpr (kPossible) {
+      if (plain && whole) {
+        CTXKERN_UNROLL for (int r = 0; r < kRounds; ++r) {
+          const int i = threadIdx.x + r * threads;
+          copy_async(stage + i / kChunks * StageOf::kLine + i % kChunks * kChunk<C>, from[r]);
+          from[r] += step;
+        }
+        return;
+      }
+    }
+    StageOf::fill(stage, operand, k, threads);
+  }
+};
+
+template <class C>
+__device__ __forceinline__ bool in_chunks(const C* from, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % kChunk<C> == 0;
+}
+
 template <class C, class T, int planes, class A, class B>
 struct Product {
   using StageA = Stage<C, A::kAlongSum, T::kM>;
@@ -83,11 +142,14 @@ struct Product {
   static __device__ __forceinline__ void add(Sums<T>& sums, const A& a, const B& b, int depth, bool tf32 = false) {
     C* shared = reinterpret_cast<C*>(shared_memory());
     const int steps = (depth + kDepth<C> - 1) / kDepth<C>;
+    Feed<C, StageA, A, T::kM, T::kThreads> left(a);
+    Feed<C, StageB, B, T::kN, T::kThreads> right(b);
     auto fill = [&](int step) {
       if (step < steps) {
         C* stage = shared + step % kStages * kElements;
-        StageA::fill(stage, a, step * kDepth<C>, T::kThreads);
-        StageB::fill(stage + StageA::kElements, b, step * kDepth<C>, T::kThreads);
+        const int k = step * kDepth<C>;
+        left.fill(stage, k, k + kDepth<C> <= depth);
+        right.fill(stage + StageA::kElements, k, k + kDepth<C> <= depth);
       }
       commit_copies();
     };
@@ -164,24 +226,49 @@ struct Product {
   }
 };
 
-// kChunk<C> elements from `from` on, `stride` apart, of which `valid` are there; planes - 1 times what rounding leaves.
-template <int planes, class C, class S>
-__device__ __forceinline__ void load_chunk(C* to, int plane, const S* from, int64_t stride, int valid) {
-  if constexpr (sizeof(S) == sizeof(C)) {
+// kChunk<C> elements from `from` on, `stride` apart, of which `valid` are there.
+template <class C, class S>
+__device__ __forceinline__ void read_chunk(float (&values)[kChunk<C>], const S* from, int64_t stride, int valid) {
+  constexpr int each = kChunk<S>;
+  if constexpr (each <= kChunk<C>) {
     if (stride == 1 && valid >= kChunk<C> && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      copy_async(to, from);
-      CTXKERN_UNROLL for (int p = 1; p < planes; ++p)
-        CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) to[p * plane + i] = from_float<C>(0.0f);
+      CTXKERN_UNROLL for (int at = 0; at < kChunk<C>; at += each) {
+        S part[each];
+        load_vector(part, from + at);
+        CTXKERN_UNROLL for (int i = 0; i < each; ++i) values[at + i] = to_float(part[i]);
+      }
       return;
     }
   }
-  CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) {
-    float value = i < valid ? to_float(from[i * stride]) : 0.0f;
-    CTXKERN_UNROLL for (int p = 0; p < planes; ++p) {
-      to[p * plane + i] = from_float<C>(value);
-      value -= to_float(to[p * plane + i]);
+  CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) values[i] = i < valid ? to_float(from[i * stride]) : 0.0f;
+}
+
+// Into a stage, and planes - 1 times what rounding leaves.
+template <int planes, class C>
+__device__ __forceinline__ void write_chunk(C* to, int plane, float (&values)[kChunk<C>]) {
+  CTXKERN_UNROLL for (int p = 0; p < planes; ++p) {
+    C rounded[kChunk<C>];
+    CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) {
+      rounded[i] = from_float<C>(values[i]);
+      values[i] -= to_float(rounded[i]);
+    }
+    store_vector(to + p * plane, rounded);
+  }
+}
+
+// The same as a copy that runs ahead, where the elements are those of a stage and in place.
+template <int planes, class C, class S>
+__device__ __forceinline__ void load_chunk(C* to, int plane, const S* from, int64_t stride, int valid) {
+  float values[kChunk<C>] = {};
+  if constexpr (sizeof(S) == sizeof(C)) {
+    if (stride == 1 && valid >= kChunk<C> && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      copy_async(to, from);
+      if constexpr (planes > 1) write_chunk<planes - 1>(to + plane, plane, values);
+      return;
     }
   }
+  read_chunk<C>(values, from, stride, valid);
+  write_chunk<planes>(to, plane, values);
 }
 
 }  // namespace ctxkern
