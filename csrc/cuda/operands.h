@@ -111,9 +111,25 @@ struct Strided {
 // The sum over pairs (i, j), j < inner: i after i, each filled up to whole chunks.
 template <class C>
 struct Pairs {
-  int inner;
-  __device__ __forceinline__ int padded() const { return (inner + kChunk<C> - 1) / kChunk<C> * kChunk<C>; }
-  __device__ __forceinline__ int depth(int outer) const { return outer * padded(); }
+  int inner, padded;
+  uint32_t reciprocal;  // 2³² / padded, rounded up
+
+  __device__ __forceinline__ explicit Pairs(int inner)
+      : inner(inner),
+        padded((inner + kChunk<C> - 1) / kChunk<C> * kChunk<C>),
+        reciprocal(static_cast<uint32_t>(((uint64_t{1} << 32) + padded - 1) / padded)) {}
+
+  __device__ __forceinline__ int depth(int outer) const { return outer * padded; }
+
+  // (i, j) of place k, without a division in every chunk; below 2³¹ the estimate is at most one too high.
+  __device__ __forceinline__ void split(int k, int& i, int& j) const {
+    i = static_cast<int>(static_cast<uint64_t>(k) * reciprocal >> 32);
+    j = k - i * padded;
+    if (j < 0) {
+      --i;
+      j += padded;
+    }
+  }
 };
 
 // Bilinear [D, E, K] with the sum over (d, k) and e as n: neighbours along the sum.
@@ -127,7 +143,8 @@ struct BilinearOfPairs {
   Pairs<C> pairs;
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
-    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    int d, inner;
+    pairs.split(k, d, inner);
     const int valid = at < e_size && d < d_size ? pairs.inner - inner : 0;
     const int64_t from = valid > 0 ? begin + d * stride_d + at * stride_e + inner * stride_k : begin;
     load_parameter<1, C, H>(to, plane, bilinear, from, stride_k, valid);
@@ -146,7 +163,8 @@ struct RowsTimesContexts {
   Pairs<C> pairs;
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
-    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    int d, inner;
+    pairs.split(k, d, inner);
     const bool there = at < contexts.rows && d < d_size;
     const int64_t row = contexts.first + at;
     const float scale = there ? to_float(x[row * d_in + d_begin + d]) : 0.0f;
@@ -187,7 +205,8 @@ struct ProductsOfPairs {
   Pairs<C> pairs;
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
-    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    int d, inner;
+    pairs.split(k, d, inner);
     const int valid = at < contexts && d < d_size ? pairs.inner - inner : 0;
     load_chunk<1>(to, plane, data + (valid > 0 ? at * stride_u + d * stride_d + inner : 0), 1, valid);
   }
@@ -203,7 +222,8 @@ struct BilinearByPairs {
   Pairs<C> pairs;
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
-    const int d = k / pairs.padded(), inner = k % pairs.padded();
+    int d, inner;
+    pairs.split(k, d, inner);
     const int valid = d < d_size && inner < pairs.inner ? k_size - at : 0;
     const int64_t from = valid > 0 ? begin + d * stride_d + inner * stride_e + at * stride_k : begin;
     load_parameter<planes, C, H>(to, plane, bilinear, from, stride_k, valid);
