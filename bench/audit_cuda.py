@@ -46,7 +46,8 @@ def compiled(nvcc, arch):
     rows = []
     for full, (_, stack, stores, loads, registers) in zip(names.stdout.splitlines(), found, strict=True):
         name = plain(full)
-        rows.append((name, int(registers), int(stores) + int(loads), int(stack), 256 if "Tile<128" in name else 128))
+        threads = 256 if "Tile<128" in name or name.startswith("outer_sum") else 128
+        rows.append((name, int(registers), int(stores) + int(loads), int(stack), threads))
     return sorted(rows)
 
 

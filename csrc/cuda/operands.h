@@ -38,11 +38,15 @@ struct Rows {
   const int* order;  // row `first + r` of the matrix is order[first + r] of memory; null: in place
   int first, rows, columns;
 
-  __device__ __forceinline__ bool plain(int size) const {
-    return (along_sum ? rows >= size : columns >= size && !order) && in_chunks(data, stride);
+  __device__ __forceinline__ bool plain() const {
+    return (along_sum ? rows > 0 : !order && columns >= kChunk<C> && columns % kChunk<C> == 0) && in_chunks(data, stride);
   }
-  __device__ __forceinline__ const C* line(int i) const {
-    return data + static_cast<int64_t>(along_sum && order ? order[first + i] : first + i) * stride;
+  __device__ __forceinline__ const C* from(int line, int part) const {
+    if constexpr (along_sum) {
+      line = first + least(line, rows - 1);
+      return data + static_cast<int64_t>(order ? order[line] : line) * stride + part;
+    }
+    return data + static_cast<int64_t>(first + line) * stride + least(part, columns - kChunk<C>);
   }
   __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * stride; }
 
@@ -64,13 +68,17 @@ struct Contexts {
   const int* slots;  // null: in place
   int first, rows, k_begin;
 
-  __device__ __forceinline__ bool plain(int size) const {
+  __device__ __forceinline__ bool plain() const {
     if (table.wide || !in_chunks(static_cast<const C*>(table.data) + k_begin, context_dim)) return false;
-    return along_sum ? rows >= size : context_dim - k_begin >= size && !slots;
+    return along_sum ? rows > 0 : !slots && context_dim - k_begin >= kChunk<C>;
   }
-  __device__ __forceinline__ const C* line(int i) const {
-    const int64_t row = along_sum && slots ? slots[first + i] : first + i;
-    return static_cast<const C*>(table.data) + row * context_dim + k_begin;
+  __device__ __forceinline__ const C* from(int line, int part) const {
+    const C* data = static_cast<const C*>(table.data) + k_begin;
+    if constexpr (along_sum) {
+      line = first + least(line, rows - 1);
+      return data + static_cast<int64_t>(slots ? slots[line] : line) * context_dim + part;
+    }
+    return data + static_cast<int64_t>(first + line) * context_dim + least(part, context_dim - k_begin - kChunk<C>);
   }
   __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * context_dim; }
 
@@ -91,12 +99,15 @@ struct Strided {
   int64_t begin, stride_n, stride_k;
   int n, depth;
 
-  __device__ __forceinline__ bool plain(int size) const {
-    const bool neighbours = (along_sum ? stride_k : stride_n) == 1;
-    return neighbours && n >= size && !parameter.wide && in_chunks(line(0), along_sum ? stride_n : stride_k);
+  __device__ __forceinline__ bool plain() const {
+    if (parameter.wide || (along_sum ? stride_k : stride_n) != 1) return false;
+    if (along_sum ? n == 0 : n < kChunk<C> || n % kChunk<C>) return false;
+    return in_chunks(static_cast<const C*>(parameter.data) + begin, along_sum ? stride_n : stride_k);
   }
-  __device__ __forceinline__ const C* line(int i) const {
-    return static_cast<const C*>(parameter.data) + begin + i * (along_sum ? stride_n : stride_k);
+  __device__ __forceinline__ const C* from(int line, int part) const {
+    const C* data = static_cast<const C*>(parameter.data) + begin;
+    if constexpr (along_sum) return data + least(line, n - 1) * stride_n + part;
+    return data + line * stride_k + least(part, n - kChunk<C>);
   }
   __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * stride_k; }
 

@@ -23,7 +23,7 @@ using WeightProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, C, f
 
 // sums [splits, N, E] in float32 where there are several splits of D, of d_step rows each.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads, 2)
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
     outer_forward_kernel(Problem q, Projection p, float* __restrict__ split_sums, int d_step) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / e_blocks) * SmallTile::kM;
@@ -75,7 +75,7 @@ using OuterTurnProduct = Product<C, TurnTile, planes, Rows<C, C, true>, Strided<
 
 // For one block of K, k0 on, of one projection. sums [N, D] in float32: dx so far; partial [splits, N, K]: dcontext.
 template <class C, int planes>
-__global__ void __launch_bounds__(TurnTile::kThreads, 2)
+__global__ void __launch_bounds__(TurnTile::kThreads, sizeof(C) == 2 ? 3 : 2)
     outer_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, float* __restrict__ partial, int k0,
                       int d_step, bool started, bool last, bool added) {
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * TurnTile::kM;
@@ -153,7 +153,8 @@ template <class C, class H>
 using OuterSpreadProduct = Product<C, SmallTile, 1, RowsTimesRows<C, H>, Contexts<C, H, false>>;
 
 template <class C, class H>
-__global__ void __launch_bounds__(SmallTile::kThreads, 2) outer_spread_kernel(Problem q, Projection p) {
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+    outer_spread_kernel(Problem q, Projection p) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kM - 1) / SmallTile::kM);
   const int d = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN;
   const int columns = least(SmallTile::kM, p.d_out - e0), rows = static_cast<int>(q.tokens);
@@ -176,7 +177,8 @@ using GradientProduct = Product<C, SmallTile, 1, Rows<C, C, false>, Rows<C, C, f
 
 // dweight = x^T dy.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads, 2) dweight_kernel(Problem q, Projection p) {
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+    dweight_kernel(Problem q, Projection p) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
   const int d0 = blockIdx.x / e_blocks * SmallTile::kM, e0 = blockIdx.x % e_blocks * SmallTile::kN;
   const int rows = static_cast<int>(q.tokens), d_size = least(SmallTile::kM, q.d_in - d0);
@@ -198,7 +200,7 @@ using TransposedProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, 
 
 // sums [N, D] (+)= dy weight^T.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads, 2)
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
     weight_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, bool started) {
   const int d_blocks = static_cast<int>((q.d_in + SmallTile::kN - 1) / SmallTile::kN);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / d_blocks) * SmallTile::kM;

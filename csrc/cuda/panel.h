@@ -24,7 +24,7 @@ template <class C>
 using MakeProduct = Product<C, MakeTile, 1, Contexts<C, C, true>, Strided<C, C, true>>;
 
 template <class C>
-__global__ void __launch_bounds__(MakeTile::kThreads, 2)
+__global__ void __launch_bounds__(MakeTile::kThreads, resident<C>(MakeTile::kThreads))
     make_kernel(Problem q, Projection p, Block block, C* __restrict__ panel) {
   // contexts side by side: what they read of bilinear is the same
   const int u_blocks = (block.u_size + MakeTile::kM - 1) / MakeTile::kM, piece = blockIdx.x / u_blocks;
@@ -57,7 +57,7 @@ template <class C, class T>
 using ProjectProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, false>>;
 
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads, 2)
+__global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
     project_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel) {
   const int e_blocks = (block.e_size + T::kN - 1) / T::kN;
   const int tile = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kN;
@@ -90,7 +90,7 @@ template <class C, class T>
 using GatherProduct = Product<C, T, 1, Rows<C, C, false>, Rows<C, C, false>>;
 
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads, 2)
+__global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
     gather_kernel(Problem q, Projection p, Block block, C* __restrict__ products) {
   const int u = blockIdx.y;
   if (block.u_begin + u >= context_count(q.groups)) return;
@@ -118,7 +118,7 @@ using TurnProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, true>>;
 
 // sums: [N, D_BLOCK] in float32, of earlier launches where `started`, for later ones where not `last`.
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads, 2)
+__global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
     turn_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel, float* sums_at, bool started,
                 bool last) {
   const int d_blocks = (block.d_size + T::kN - 1) / T::kN;
@@ -157,7 +157,7 @@ using SpreadProduct = Product<C, SmallTile, planes, Rows<C, C, false>, Contexts<
 
 // sums: [D_BLOCK, E_BLOCK, K + 1] in float32, of earlier groups where `started`, for later ones where not `last`.
 template <class C, int planes>
-__global__ void __launch_bounds__(SmallTile::kThreads, 2)
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
     spread_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* sums_at, bool started,
                   bool last) {
   const int e_blocks = (block.e_size + SmallTile::kM - 1) / SmallTile::kM;
@@ -210,7 +210,7 @@ using ContextProduct = Product<C, SmallTile, planes, ProductsOfPairs<C>, Bilinea
 
 // partial [ranges, limit, K], added to; a range is `rows` rows of the block's D.
 template <class C, int planes>
-__global__ void __launch_bounds__(SmallTile::kThreads, 2)
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
     dcontext_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* __restrict__ partial,
                     int rows) {
   const int u0 = blockIdx.x * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN, first = blockIdx.z * rows;

@@ -6,9 +6,10 @@
 //   chunk(to, plane, at, k)   kChunk<C> neighbours from m or n = at and k on, zeros beyond its bounds; what rounding
 //                             leaves goes `plane` elements further, kPlanes - 1 times
 // and where kPlain is true
-//   plain(size)               whether `size` of m or n are all there and lines can be copied as they lie
-//   line(i)                   from where: m or n = i along the sum, else k = i
-//   step()                    how far on the next stage's line is
+//   plain()                   whether chunks can be copied as they lie, for whole stages
+//   from(line, part)          from where: line is m or n along the sum, else k. Beyond its bounds of m or n the last
+//                             that is there, as nothing reads those sums
+//   step()                    how far on the next stage's is
 // C: float (multiplied and added in float32, or rounded to TF32 for the matrix unit) or a half (the matrix unit); sums
 // are float32.
 #pragma once
@@ -23,6 +24,12 @@ constexpr int kChunk = 16 / static_cast<int>(sizeof(C));
 template <class C>
 constexpr int kDepth = sizeof(C) == 2 ? 32 : 16;
 constexpr int kStages = 3;
+
+// Blocks of `threads` that a multiprocessor holds at once, by registers: as many as spill nothing.
+template <class C>
+constexpr int resident(int threads) {
+  return threads > 128 ? 2 : sizeof(C) == 2 ? 5 : 3;
+}
 
 // Rows and columns of a tile, and of the warps that share it.
 template <int M, int N, int WarpsM, int WarpsN>
@@ -96,33 +103,31 @@ struct Feed {
   const Operand& operand;
   bool plain = false;
   const C* from[kRounds > 0 ? kRounds : 1] = {};
-  int64_t step = 0;
+  int step = 0;
 
   __device__ __forceinline__ explicit Feed(const Operand& of) : operand(of) {
     if constexpr (kPossible) {
-      plain = operand.plain(size);
+      plain = operand.plain() && operand.step() <= INT32_MAX;
       if (!plain) return;
-      step = operand.step();
+      step = static_cast<int>(operand.step());
       CTXKERN_UNROLL for (int r = 0; r < kRounds; ++r) {
         const int i = threadIdx.x + r * threads;
-        from[r] = operand.line(i / kChunks) + i % kChunks * kChunk<C>;
+        from[r] = operand.from(i / kChunks, i % kChunks * kChunk<C>);
       }
     }
   }
 
-  // whole: k and the rest of the stage are there.
-  __device__ __forceinline__ void fill(C* stage, int k, bool whole) {
-    if constexpr (kPossible) {
-      if (plain && whole) {
-        CTXKERN_UNROLL for (int r = 0; r < kRounds; ++r) {
-          const int i = threadIdx.x + r * threads;
-          copy_async(stage + i / kChunks * StageOf::kLine + i % kChunks * kChunk<C>, from[r]);
-          from[r] += step;
-        }
-        return;
+  template <bool plainly>
+  __device__ __forceinline__ void fill(C* stage, int k) {
+    if constexpr (plainly && kPossible) {
+      CTXKERN_UNROLL for (int r = 0; r < kRounds; ++r) {
+        const int i = threadIdx.x + r * threads;
+        copy_async(stage + i / kChunks * StageOf::kLine + i % kChunks * kChunk<C>, from[r]);
+        from[r] += step;
       }
+    } else {
+      StageOf::fill(stage, operand, k, threads);
     }
-    StageOf::fill(stage, operand, k, threads);
   }
 };
 
@@ -140,16 +145,24 @@ struct Product {
 
   // Adds the product over k from 0 to depth; all threads of the block together.
   static __device__ __forceinline__ void add(Sums<T>& sums, const A& a, const B& b, int depth, bool tf32 = false) {
-    C* shared = reinterpret_cast<C*>(shared_memory());
-    const int steps = (depth + kDepth<C> - 1) / kDepth<C>;
     Feed<C, StageA, A, T::kM, T::kThreads> left(a);
     Feed<C, StageB, B, T::kN, T::kThreads> right(b);
+    if constexpr (decltype(left)::kPossible && decltype(right)::kPossible) {
+      if (left.plain && right.plain && depth % kDepth<C> == 0) return run<true>(sums, left, right, depth, tf32);
+    }
+    run<false>(sums, left, right, depth, tf32);
+  }
+
+ private:
+  template <bool plain, class Left, class Right>
+  static __device__ __forceinline__ void run(Sums<T>& sums, Left& left, Right& right, int depth, bool tf32) {
+    C* shared = reinterpret_cast<C*>(shared_memory());
+    const int steps = (depth + kDepth<C> - 1) / kDepth<C>;
     auto fill = [&](int step) {
       if (step < steps) {
         C* stage = shared + step % kStages * kElements;
-        const int k = step * kDepth<C>;
-        left.fill(stage, k, k + kDepth<C> <= depth);
-        right.fill(stage + StageA::kElements, k, k + kDepth<C> <= depth);
+        left.template fill<plain>(stage, step * kDepth<C>);
+        right.template fill<plain>(stage + StageA::kElements, step * kDepth<C>);
       }
       commit_copies();
     };
@@ -166,7 +179,6 @@ struct Product {
     __syncthreads();
   }
 
- private:
   static __device__ __forceinline__ void multiply_stage(Sums<T>& sums, const C* a, const C* b,
                                                         [[maybe_unused]] bool tf32) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
