@@ -25,9 +25,10 @@ using WeightProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, C, f
 template <class C>
 __global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
     outer_forward_kernel(Problem q, Projection p, float* __restrict__ split_sums, int d_step) {
-  const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
-  const int64_t n0 = static_cast<int64_t>(blockIdx.x / e_blocks) * SmallTile::kM;
-  const int64_t e0 = static_cast<int64_t>(blockIdx.x % e_blocks) * SmallTile::kN;
+  // rows side by side: they read the same of bilinear
+  const unsigned n_blocks = static_cast<unsigned>((q.tokens + SmallTile::kM - 1) / SmallTile::kM);
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x % n_blocks) * SmallTile::kM;
+  const int64_t e0 = static_cast<int64_t>(blockIdx.x / n_blocks) * SmallTile::kN;
   const int d0 = blockIdx.y * d_step, d_size = least(d_step, q.d_in - d0);
   const int rows = least(SmallTile::kM, q.tokens - n0), columns = least(SmallTile::kN, p.d_out - e0);
   const int64_t *st = p.bilinear_strides, *sw = p.weight_strides;

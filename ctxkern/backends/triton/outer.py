@@ -18,8 +18,8 @@ def forward(call, projections):
 def _forward(call, alike):
     n, k = len(alike.members), call.context_dim
     t = tile("outer", *call.target, call.tokens, alike.widest, k)
-    columns = cdiv(alike.widest, t.columns)
-    tiles = columns * cdiv(call.tokens, t.rows)
+    row_blocks = cdiv(call.tokens, t.rows)
+    tiles = row_blocks * cdiv(alike.widest, t.columns)
     size = call.tokens * sum(alike.d_outs)
     parts = splits(call.d_in, tiles * n, 4 * size, call.budget)
     step = 16 * cdiv(call.d_in, 16 * parts)  # so that rows are read from multiples of 16 bytes on
@@ -29,7 +29,7 @@ def _forward(call, alike):
         *(kernels._outer_forward_kernel, (tiles, parts, n)),
         *(call.x, call.context, call.slot, alike.weight, alike.bilinear, alike.bias, alike.rows, sums),
         *(alike.strides("bilinear"), alike.strides("weight")),
-        *(alike.d_outs, call.tokens, call.d_in, k, step, columns),
+        *(alike.d_outs, call.tokens, call.d_in, k, step, row_blocks),
         BLOCK_M=t.rows,
         BLOCK_E=t.columns,
         BLOCK_K=t.depth,

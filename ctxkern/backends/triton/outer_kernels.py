@@ -46,7 +46,7 @@ def _outer_forward_kernel(
     d_in,
     context_dim,
     d_step,  # of D, a split
-    e_blocks,  # of the widest projection
+    row_blocks,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -61,10 +61,11 @@ def _outer_forward_kernel(
 ):
     part = tl.program_id(2)
     d_out = pick(part, d_outs)
-    e0 = (tl.program_id(0) % e_blocks) * BLOCK_E
+    # rows side by side: they read the same of `bilinear`
+    e0 = (tl.program_id(0) // row_blocks) * BLOCK_E
     if e0 >= d_out:
         return
-    offs_m = (tl.program_id(0) // e_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = (tl.program_id(0) % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
     slot = _slots(slot_ptr, offs_m, mask_m, SLOTS)
     n = offs_m.to(tl.int64)

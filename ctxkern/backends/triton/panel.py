@@ -114,7 +114,7 @@ def _make(call, alike, weights, products, partial, block, make, rows=MAKE_ROWS):
     fused = partial is not None and whole
     if make or fused:
         call.launch(
-            *(kernels._panel_make_kernel, (programs, contexts)),
+            *(kernels._panel_make_kernel, (programs * contexts,)),
             *(alike.bilinear, alike.weight, call.context, call.groups.buffer, weights, products, partial),
             *(alike.strides("bilinear"), alike.strides("weight"), *sizes),
             WHOLE_K=whole,
@@ -126,7 +126,7 @@ def _make(call, alike, weights, products, partial, block, make, rows=MAKE_ROWS):
         )
     if partial is not None and not whole:
         call.launch(
-            *(backward_kernels._panel_dcontext_kernel, (programs, contexts, cdiv(k, t.depth))),
+            *(backward_kernels._panel_dcontext_kernel, (programs * contexts, cdiv(k, t.depth))),
             *(alike.bilinear, call.groups.buffer, products, partial, alike.strides("bilinear"), *sizes),
             **flags,
         )

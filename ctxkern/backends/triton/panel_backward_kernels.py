@@ -92,13 +92,14 @@ def _panel_dcontext_kernel(
     PRECISION: tl.constexpr,
 ):
     """The part of `_panel_make_kernel` that sums dcontext, for more of K than a program holds: a block of K each."""
-    pid = tl.program_id(0)
+    contexts = tl.cdiv(u_size, BLOCK_U)
+    pid = tl.program_id(0) // contexts
     e_blocks = tl.cdiv(width, BLOCK_E)
     blocks = e_blocks * tl.cdiv(d_size, ROWS)
     slot = pid // blocks
     block = pid % blocks
     part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width)
-    u0 = tl.program_id(1) * BLOCK_U
+    u0 = (tl.program_id(0) % contexts) * BLOCK_U
     e0 = (block % e_blocks) * BLOCK_E
     count = tl.minimum(context_count(groups_ptr, limit, UNIFORM) - u_begin, u_size)
     if (u0 >= count) | (e0 >= e_size):
@@ -108,7 +109,7 @@ def _panel_dcontext_kernel(
     offs_e = e0 + tl.arange(0, BLOCK_E)
     mask_e = offs_e < e_size
     columns = (e_begin + offs_e).to(tl.int64)
-    offs_k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
     bilinear_at = pick(part, bilinears) + columns[:, None] * pick(part, strides_t[1])
     bilinear_at += offs_k[None, :] * wide(pick(part, strides_t[2]))

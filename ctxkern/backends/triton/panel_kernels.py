@@ -158,7 +158,9 @@ def _panel_make_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    pid = tl.program_id(0)
+    # contexts side by side: they read the same of `bilinear`
+    contexts = tl.cdiv(u_size, BLOCK_U)
+    pid = tl.program_id(0) // contexts
     blocks = tl.cdiv(width, BLOCK_E) * tl.cdiv(d_size, ROWS)
     slot = pid // blocks
     make_tile(
@@ -182,7 +184,7 @@ def _panel_make_kernel(
         first_strip + slot,
         slot,
         pid % blocks,
-        tl.program_id(1) * BLOCK_U,
+        (tl.program_id(0) % contexts) * BLOCK_U,
         pid,
         ROWS,
         BLOCK_E,

@@ -100,7 +100,8 @@ def _panel_persistent_kernel(
     RING: tl.constexpr,
 ):
     blocks = tl.cdiv(width, BLOCK_N)
-    chunks = tl.cdiv(d_in, ROWS) * tl.cdiv(limit, BLOCK_U)
+    contexts = tl.cdiv(limit, BLOCK_U)
+    chunks = tl.cdiv(d_in, ROWS) * contexts
     e_blocks = tl.cdiv(width, BLOCK_E)
     makes = e_blocks * chunks
     projects = tiles * blocks
@@ -111,7 +112,9 @@ def _panel_persistent_kernel(
         makes_now, strip, at = _turn_of(claimed, makes, projects, strips)
         slot = strip % RING
         if makes_now:
-            block = (at % e_blocks) * BLOCK_E // BLOCK_N
+            # contexts side by side: they read the same of `bilinear`
+            piece = at // contexts
+            block = (piece % e_blocks) * BLOCK_E // BLOCK_N
             if strip >= RING:
                 _wait(projected_ptr + (strip - RING) * blocks + block, tiles)
             make_tile(
@@ -134,8 +137,8 @@ def _panel_persistent_kernel(
                 limit,
                 strip,
                 slot,
-                at % (e_blocks * tl.cdiv(d_in, ROWS)),
-                at // (e_blocks * tl.cdiv(d_in, ROWS)) * BLOCK_U,
+                piece,
+                (at % contexts) * BLOCK_U,
                 0,
                 ROWS,
                 BLOCK_E,
