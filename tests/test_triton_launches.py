@@ -1,23 +1,22 @@
 """Launches that are kept from call to call: the same as Triton's own, for other tensors, alignments, hooks, threads."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-_BEGIN = """
+_STEP = """
 import gc, threading, weakref
 import torch
 import ctxkern
 from ctxkern import planner
 from ctxkern.testing.cases import Case, make_inputs
-from ctxkern.testing.driver import note_launches
-
-launches = note_launches()
 
 def step(made, count=3):
     made = [made] * count if not isinstance(made, list) else made
@@ -27,7 +26,15 @@ def step(made, count=3):
     lists = [[getattr(one, name) for one in made] for name in ("weight", "bilinear", "bias")]
     spans = dict(context_index=first.context_index, cu_seqlens=first.cu_seqlens)
     outs = ctxkern.modulated_qkv(first.x, first.context, *lists, **spans, backend="triton")
-    torch.autograd.grad(outs, leaves, [one.dy for one in made])
+    return outs, torch.autograd.grad(outs, leaves, [one.dy for one in made])
+"""
+
+_BEGIN = (
+    _STEP
+    + """
+from ctxkern.testing.driver import note_launches
+
+launches = note_launches()
 
 def plain(value, known):
     if isinstance(value, torch.Tensor):
@@ -47,11 +54,13 @@ def known_of(made):
              "bilinear", "bias", "context_index", "cu_seqlens", "dy")}
     return {t.data_ptr(): name for name, t in parts.items() if t is not None and t.numel()}
 """
+)
 
 
-def fresh(code):
+def fresh(code, **variables):
     root = Path(__import__("ctxkern").__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/", timeout=300
@@ -185,6 +194,121 @@ assert not failed, failed
 assert len(launches) == 2 * 60 * 4
 """
     )
+
+
+_DRIVER = (
+    _STEP
+    + """
+import ctypes, os
+from pathlib import Path
+from triton import knobs
+from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from ctxkern.backends import registry
+from ctxkern.backends.triton import launches, tiles
+
+STREAM = 119
+CudaDriver.get_current_device = lambda self: 0
+CudaDriver.get_device_capability = lambda self, device: (9, 0)
+active = CudaDriver()
+# where torch has no CUDA these are its errors, set on the object
+active.get_current_device, active.get_device_capability = (lambda: 0), (lambda device: (9, 0))
+active.get_current_stream, active.set_current_device = (lambda device: STREAM), (lambda device: None)
+driver.set_active(active)
+registry.backends()["triton"] = registry.Status("available")
+registry._ON_CPU["triton"] = lambda: True
+launches._stream = lambda device: STREAM
+
+SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+libcuda = ctypes.CDLL("libcuda.so.1")
+loaded = CompiledKernel._init_handles
+
+def flat(signature):
+    for each in signature:
+        if isinstance(each, (tuple, list)):
+            yield from flat(each)
+        elif each != "constexpr":
+            yield 8 if each[0] == "*" else SIZES[each]
+
+def described(self):
+    if self.module is None:
+        loaded(self)
+        sizes = list(flat(self.src.signature.values()))
+        libcuda.describe(ctypes.c_void_p(self.function), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+
+CompiledKernel._init_handles = described
+
+# no memory is used twice within a call, so that addresses stand for tensors
+alive = []
+
+def held(allocate):
+    def new(*args, **options):
+        alive.append(allocate(*args, **options))
+        return alive[-1]
+    return new
+
+launches.empty, launches.zeros = held(torch.empty), held(torch.zeros)
+log = Path(os.environ["LAUNCHES"])
+
+def launched(made):
+    alive.clear()
+    log.write_text("")
+    alive.append(step(made))
+    return [line.split() for line in log.read_text().splitlines()]
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def libcuda(tmp_path_factory):
+    """The environment of a process whose CUDA driver is libcuda.c."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    if torch.version.cuda is not None:
+        pytest.skip("torch has a CUDA of its own, which needs a driver with a device: bench/gpu.py")
+    folder = tmp_path_factory.mktemp("libcuda")
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source = Path(__file__).with_name("libcuda.c")
+    command = ["gcc", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", source]
+    done = subprocess.run([*command, "-o", folder / "libcuda.so.1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {"LD_LIBRARY_PATH": str(folder), "LAUNCHES": str(folder / "launches")}
+
+
+def test_tritons_own_launcher_gives_the_driver_the_same_at_the_second_call(libcuda):
+    done = fresh(
+        _DRIVER
+        + """
+CASES = [
+    Case("panel", 4, 64, 48, 80, 16),
+    Case("indexed", 4, 0, 32, 32, 8, bias=True, rows=3, index=(2, 1, 2, 0), lengths=(10, 0, 30, 40)),
+    Case("token", 2, 16, 32, 32, 8, per_token=True),
+]
+count = 0
+for planner.GPU_PERSISTENT in (None, True):
+    for case in CASES[: 1 if planner.GPU_PERSISTENT else None]:
+        made = [make_inputs(case, torch.bfloat16, torch.float32, seed=i) for i in range(3)]
+        tiles.forget()
+        first, again = launched(made), launched(made)
+        hook = lambda metadata: metadata.get()
+        knobs.runtime.launch_enter_hook.add(hook)
+        hooked = launched(made)
+        knobs.runtime.launch_enter_hook.remove(hook)
+        for other in (again, hooked):
+            assert len(first) == len(other) > 3, case.id
+            moved = {}
+            for one, two in zip(first, other):
+                assert one[:5] == two[:5] and one[4] == str(STREAM) and len(one) == len(two), (one, two)
+                for a, b in zip(one[5:], two[5:]):
+                    assert a == b or int(a) > 1 << 32 and moved.setdefault(a, b) == b, (one, two)
+            assert len(set(moved.values())) == len(moved), case.id
+        count += len(first)
+print(count)
+""",
+        **libcuda,
+    )
+    assert int(done.split()[-1]) > 20, done
 
 
 def test_overhead_is_measured_and_launches_that_are_kept_cost_less():
