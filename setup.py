@@ -194,6 +194,18 @@ def find_nvcc():
     return (shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None) or shutil.which("nvcc")
 
 
+def cuda_archs(nvcc):
+    """Those of CTXKERN_CUDA_ARCHS, or of CUDA_ARCHS as many as nvcc knows."""
+    if "CTXKERN_CUDA_ARCHS" in os.environ:
+        return re.findall(r"\w+", os.environ["CTXKERN_CUDA_ARCHS"])
+    archs = CUDA_ARCHS.split(",")
+    if nvcc is None:
+        return archs
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, errors="replace").stdout
+    known = re.findall(r"compute_(\w+)", listed)
+    return [arch for arch in archs if arch in known] if known else archs
+
+
 def build_cuda(target):
     """Compiles the CUDA kernels into `target`, a library that links neither torch nor Python; returns the report.
 
@@ -203,12 +215,12 @@ def build_cuda(target):
     wanted = os.environ.get("CTXKERN_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise ValueError(f"CTXKERN_BUILD_CUDA is {wanted!r}; it takes 0 (leave CUDA out) or 1")
-    archs = re.findall(r"\w+", os.environ.get("CTXKERN_CUDA_ARCHS", CUDA_ARCHS))
+    nvcc = find_nvcc()
+    archs = cuda_archs(nvcc)
     report = {"built": False, "reason": "", "nvcc": None, "archs": archs}
     target.unlink(missing_ok=True)
     if wanted == "0":
         return report | {"reason": "CTXKERN_BUILD_CUDA=0"}
-    nvcc = find_nvcc()
     if nvcc is None:
         report["reason"] = "nvcc was not found (CUDA_HOME, PATH)"
     else:

@@ -1,16 +1,20 @@
 """Everything that only a GPU can tell, in one command: python bench/gpu.py
 
   about     versions, the GPU and its clocks
-  check     the case table in every dtype and form against float64, small workspaces, bits of a second run
+  check     the case table in every dtype and form against float64, small workspaces, Q, K and V in one call, bits of a
+            second run
+  one       the panel form's forward as one persistent launch: case table, bits of 20 runs
   graphs    calls captured in a CUDA graph, replayed with other contexts per sequence
-  one       the panel form's forward as one persistent launch: case table, bits of 20 runs, times beside two
-  sanitize  compute-sanitizer (memcheck, racecheck, synccheck, initcheck) over a few small calls, where it is installed
+  compile   what the next stages launch, so that they need not
   time      graph replays over rotated inputs beside the peers: a row each in bench/results/<GPU>.csv
+  sanitize  compute-sanitizer (memcheck, racecheck, synccheck, initcheck) over a few small calls, where it is installed
   overhead  eager calls at d = 256, where Python and launches are what there is to pay
 
 Each stage is a process of its own with a limit of its own, as an assertion on the device ends the one it happens in,
-and a kernel that waits for ever would end all. --stages picks some, --compiled adds torch.compile of the peers,
---rehearse runs all of it on the CPU in Triton's interpreter, at sizes of no interest. bench/tune.py finds the tiles.
+and a kernel that waits for ever would end all. Odd sizes are compiled for one by one, some 3,000 kernels in `check`:
+it, `one` and `compile` are shared by as many processes as there are cores (--processes). Rows are written case by case.
+--stages picks some, --dtypes and --cases of `time`; --compiled adds torch.compile of the peers, --rehearse runs all of
+it on the CPU in Triton's interpreter, at sizes of no interest. bench/tune.py finds the tiles.
 """
 
 import argparse
@@ -30,19 +34,36 @@ import torch
 
 import ctxkern
 from ctxkern import planner
+from ctxkern.reference import modulated_qkv_ref
 from ctxkern.testing import report
 from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
+from ctxkern.testing.families import by_projection, qkv_arguments
 from ctxkern.testing.measure import captured, ceilings, interleaved, peak_extra_bytes, provenance
-from ctxkern.testing.oracle import check, run
+from ctxkern.testing.oracle import check, check_family, differentiate, run
 from ctxkern.testing.peers import calls, three_projections
 
 # seconds that each may take
-STAGES = {"about": 60, "check": 600, "graphs": 120, "one": 240, "sanitize": 600, "time": 600, "overhead": 120}
+STAGES = {"about": 60, "check": 590, "one": 300, "graphs": 180, "compile": 300, "time": 590, "sanitize": 590}
+STAGES |= {"overhead": 120}
+# what is dealt out to several processes
+SHARED = ("check", "one", "compile")
+
+
+# dtypes of x and of the parameters that times are taken in
+MEASURED = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-f32-params": (torch.bfloat16, torch.float32),
+    "f32": (torch.float32, torch.float32),
+}
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="*", choices=(*STAGES, "small"), default=list(STAGES))
+    parser.add_argument("--dtypes", nargs="*", choices=MEASURED, default=list(MEASURED), help="of `time`")
+    parser.add_argument("--cases", nargs="*", default=None, help="of `time`, by name (default: all)")
+    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="of a stage, at most")
+    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--compiled", action="store_true", help="torch.compile of the peers too")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small: does the script itself run?")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for all peers of a case (default: 1)")
@@ -66,6 +87,8 @@ FULL = [
     Case("full-ragged", 6, 0, 320, 256, 32, lengths=(1, 300, 0, 77, 128, 513)),
     Case("full-token", 4, 64, 192, 256, 64, per_token=True),
 ]
+# of which Q, K and V are checked in one call too
+IN_THREES = ("odd", "shared-uneven", "ragged-shared", "decode", "context-per-token", "full", "full-shared", "full-odd")
 # the cases that the bars are set for, then the table of all benchmarks
 TIMED = [
     Case("price", 16, 2048, 2048, 2048, 32),
@@ -100,31 +123,53 @@ def stage_about():
         subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], check=False)
 
 
+def dealt(items):
+    """Those of this process; neighbours, which compile alike, go to different ones."""
+    return list(items)[ARGS.part :: ARGS.processes]
+
+
 def stage_check():
     """Prints what is wrong; raises at the end."""
+    calls_ = [
+        (checked, backend, form, case, pair, workspace)
+        for form, backend, case, pair in itertools.product(("panel", "outer"), BACKENDS, [*CASES, *FULL], PAIRS)
+        for checked, workspace in ((check_one, None), (check_one, 1 << 14), (check_three, None))
+        if not (case.per_token and form == "panel") and (checked is check_one or case.id in IN_THREES)
+    ]
     wrong, count = [], 0
-    for form, backend in itertools.product(("panel", "outer"), BACKENDS):
+    for checked, backend, form, case, pair, workspace in dealt(calls_):
         use(form)
-        for case in [*CASES, *FULL]:
-            if case.per_token and form == "panel":
-                continue
-            for dtype, param_dtype in PAIRS:
-                for workspace in (None, 1 << 14):
-                    label = f"{backend} {form} {case.id} {dtype} {param_dtype} workspace {workspace}"
-                    fn = functools.partial(ctxkern.modulated_linear, backend=backend, workspace_bytes=workspace)
-                    inputs = make_inputs(case, dtype, param_dtype, DEVICE)
-                    count += 1
-                    try:
-                        check(fn, inputs, label)
-                        first, second = run(fn, inputs), run(fn, inputs)
-                        for name, value in first.items():
-                            assert torch.equal(value, second[name]), f"{label}: {name} has other bits the second time"
-                    except Exception as error:
-                        wrong.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[0]}")
-                        print(wrong[-1], flush=True)
-                        wait()
-    print(f"{count} calls, {len(wrong)} wrong")
+        label = f"{checked.__name__} {backend} {form} {case.id} {pair} workspace {workspace}"
+        count += 1
+        try:
+            checked(case, *pair, label, backend=backend, workspace_bytes=workspace)
+        except Exception as error:
+            wrong.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(wrong[-1], flush=True)
+            wait()
+    print(f"{count} calls, {len(wrong)} wrong", flush=True)
     assert not wrong
+
+
+def check_one(case, dtype, param_dtype, label, **options):
+    fn = functools.partial(ctxkern.modulated_linear, **options)
+    inputs = make_inputs(case, dtype, param_dtype, DEVICE)
+    check(fn, inputs, label)
+    same_bits(label, run(fn, inputs), run(fn, inputs))
+
+
+def check_three(case, dtype, param_dtype, label, **options):
+    """Q, K and V in one call, of different widths."""
+    fn = by_projection(functools.partial(ctxkern.modulated_qkv, **options))
+    widths = [case.E, case.E // 2 + 1, 1]
+    arguments, douts = qkv_arguments(case, dtype, param_dtype, widths, device=DEVICE)
+    check_family(fn, by_projection(modulated_qkv_ref), arguments, douts, label)
+    same_bits(label, *(differentiate(fn, arguments, douts) for _ in range(2)))
+
+
+def same_bits(label, first, second):
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{label}: {name} has other bits the second time"
 
 
 def stage_graphs():
@@ -153,30 +198,29 @@ def stage_graphs():
 
 
 def stage_one():
-    """A process of its own, as what waits for ever would take the other stages along."""
+    """A stage of its own, as what waits for ever would take others along."""
     use("one launch")
-    for case in [*CASES, *FULL]:
-        for dtype, param_dtype in [] if case.per_token else PAIRS:
-            inputs = make_inputs(case, dtype, param_dtype, DEVICE)
-            for workspace in (None, 1 << 18):
-                fn = functools.partial(ctxkern.modulated_linear, backend="triton", workspace_bytes=workspace)
-                check(fn, inputs, f"one launch {case.id} {dtype} {param_dtype} workspace {workspace}")
-                positional, keyword = inputs.arguments()
-                y = fn(*positional, **keyword)
-                for _ in range(2 if ARGS.rehearse else 20):
-                    assert torch.equal(fn(*positional, **keyword), y), f"{case.id}: other bits"
+    cases = [case for case in [*CASES, *FULL] if not case.per_token]
+    for case, (dtype, param_dtype), workspace in dealt(itertools.product(cases, PAIRS, (None, 1 << 18))):
+        inputs = make_inputs(case, dtype, param_dtype, DEVICE)
+        fn = functools.partial(ctxkern.modulated_linear, backend="triton", workspace_bytes=workspace)
+        check(fn, inputs, f"one launch {case.id} {dtype} {param_dtype} workspace {workspace}")
+        positional, keyword = inputs.arguments()
+        y = fn(*positional, **keyword)
+        for _ in range(2 if ARGS.rehearse else 20):
+            assert torch.equal(fn(*positional, **keyword), y), f"{case.id}: other bits"
     print("the case table is right, bits are those of the first run")
-    for case in [case for case in TIMED if case.S > 1]:
-        inputs = make_inputs(case, PAIRS[0][0] if ARGS.rehearse else torch.bfloat16, device=DEVICE)
-        fns = {}
-        for form in ("panel", "one launch"):
-            use(form)
-            call = three_projections(inputs) if case.id.endswith("qkv") else calls(inputs)["ctxkern"]
-            fns[form] = call if DEVICE == "cpu" else captured(call)[0]
-        for form, timing in interleaved(fns, ARGS.seconds, device=DEVICE).items():
-            print(
-                f"{case.id:16} {form:12} {timing.p50 * 1e6:8.1f} µs ({timing.p20 * 1e6:.1f} to {timing.p80 * 1e6:.1f})"
-            )
+
+
+def stage_compile():
+    """Every call that is timed, once, without its peers."""
+    every = itertools.product(timed_cases(), ARGS.dtypes, (False, True))
+    for case, dtype, backward in dealt(every):
+        inputs = make_inputs(case, *MEASURED[dtype], DEVICE)
+        for name, fn in ours(case, inputs, backward).items():
+            print(f"{case.id} {dtype} {name}", flush=True)
+            fn()
+            wait()
 
 
 def stage_small():
@@ -197,13 +241,15 @@ def stage_sanitize():
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return print("compute-sanitizer is not installed")
-    command = [sys.executable, __file__, "--here", "--stages", "small"]
+    command, failed = [sys.executable, __file__, "--here", "--stages", "small"], []
     for check_name in ("memcheck", "racecheck", "synccheck", "initcheck"):
         done = subprocess.run(
             [tool, "--tool", check_name, "--error-exitcode", "9", *command], capture_output=True, text=True, check=False
         )
-        print(check_name, "status", done.returncode, *done.stdout.strip().splitlines()[-3:], sep="\n  ")
-        assert done.returncode == 0, check_name
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        print(check_name, "status", done.returncode, *lines[-40 if done.returncode else -3 :], sep="\n  ", flush=True)
+        failed += [check_name] * bool(done.returncode)
+    assert not failed, failed
     return None
 
 
@@ -211,58 +257,78 @@ def stage_sanitize():
 ROTATED = 256 << 20
 
 
+def timed_cases():
+    return [case for case in TIMED if ARGS.cases is None or case.id in ARGS.cases]
+
+
 def stage_time():
     rows = []
-    for dtype, param_dtype in (
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-    ):
+    path = ARGS.csv or report.results_file(DEVICE, Path(__file__).parent / "results")
+    for dtype, param_dtype in (MEASURED[name] for name in ARGS.dtypes):
         peaks = ceilings(dtype, DEVICE, 256 if ARGS.rehearse else None)
         print(f"{dtype}: {peaks.flops / 1e12:.1f} TFLOP/s, {peaks.bandwidth / 1e9:.0f} GB/s", flush=True)
-        for case in TIMED:
-            for backward in (False, True):
-                try:
-                    made = timed_rows(case, dtype, param_dtype, backward, peaks)
-                except Exception as error:
-                    print(f"{case.id}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-                    continue
-                rows += made
-                print(report.table(made), flush=True)
+        for case in timed_cases():
+            try:
+                for made in timed_rows(case, dtype, param_dtype, peaks):
+                    rows += made
+                    print(report.table(made), flush=True)
+                    if path and not ARGS.rehearse:
+                        report.append(made, path)
+            except Exception as error:
+                print(f"{case.id}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
     print("\n".join(report.means(rows)))
-    path = ARGS.csv or report.results_file(DEVICE, Path(__file__).parent / "results")
     if path and not ARGS.rehearse:
-        report.append(rows, path)
         print(f"{len(rows)} rows appended to {path}")
 
 
-def timed_rows(case, dtype, param_dtype, backward, peaks):
+def ours(case, inputs, backward):
+    """{name: callable} of ctxkern's own: as planned, the other backend, one launch, Q, K and V in one call."""
+    beside = ["cuda"] if "cuda" in BACKENDS and DEVICE == "cuda" else []
+    made = {name: fn for name, fn in calls(inputs, backward, backends=beside).items() if name.startswith("ctxkern")}
+    if case.S > 1 and not backward and "triton" in BACKENDS:
+        made["ctxkern one launch"] = in_form("one launch", made["ctxkern"])
+    if case.id.endswith("qkv"):
+        made["ctxkern QKV"] = three_projections(inputs, backward)
+        for name in beside:
+            made[f"ctxkern QKV {name}"] = three_projections(inputs, backward, name)
+    return made
+
+
+def in_form(form, fn):
+    def call():
+        use(form)
+        try:
+            return fn()
+        finally:
+            use(None)
+
+    return call
+
+
+def timed_rows(case, dtype, param_dtype, peaks):
+    """The rows of forward, then those of forward and backward."""
     first = make_inputs(case, dtype, param_dtype, DEVICE)
     bytes_each = sum(t.numel() * t.element_size() for t in first.arguments()[0] if t is not None)
     copies = 1 if ARGS.rehearse else max(1, min(8, -(-ROTATED // max(bytes_each, 1))))
     inputs = [first, *(make_inputs(case, dtype, param_dtype, DEVICE, seed) for seed in range(1, copies))]
     if case.tokens * case.D * case.E < 1e11:
         check(ctxkern.modulated_linear, first, case.id)
-    beside = ["cuda"] if "cuda" in BACKENDS and DEVICE == "cuda" else []
-    each = [calls(one, backward, ARGS.compiled, beside) for one in inputs]
-    if case.id.endswith("qkv"):
-        each = [
-            made | {"ctxkern QKV": three_projections(one, backward)} for one, made in zip(inputs, each, strict=True)
-        ]
-    fns = {}
-    for name in each[0]:
+    for backward in (False, True):
+        each = [calls(one, backward, ARGS.compiled) | ours(case, one, backward) for one in inputs]
+        fns = {}
+        for name in each[0]:
 
-        def all_of(name=name):
-            for one in each:
-                one[name]()
+            def all_of(name=name, each=each):
+                for one in each:
+                    one[name]()
 
-        try:
-            fns[name] = all_of if DEVICE == "cpu" else captured(all_of)[0]
-        except torch.cuda.OutOfMemoryError:
-            print(f"{case.id}: no memory for {name}", flush=True)
-    timings = interleaved(fns, ARGS.seconds, device=DEVICE)
-    memory = {name: peak_extra_bytes(each[0][name], DEVICE) for name in fns}
-    return report.rows_of(case, first, backward, scaled(timings, copies), memory, peaks)
+            try:
+                fns[name] = all_of if DEVICE == "cpu" else captured(all_of)[0]
+            except torch.cuda.OutOfMemoryError:
+                print(f"{case.id}: no memory for {name}", flush=True)
+        timings = interleaved(fns, ARGS.seconds, device=DEVICE)
+        memory = {name: peak_extra_bytes(each[0][name], DEVICE) for name in fns}
+        yield report.rows_of(case, first, backward, scaled(timings, copies), memory, peaks)
 
 
 def scaled(timings, copies):
@@ -292,25 +358,37 @@ def stage_overhead():
             print(f"{'fwd+bwd' if backward else 'fwd':8} {name:20} {each}")
 
 
+def finished(stage, given):
+    """Runs a stage in processes of its own; returns what was wrong, or ""."""
+    count = ARGS.processes if stage in SHARED else 1
+    command = [sys.executable, __file__, "--here", "--stages", stage, "--processes", str(count), *given]
+    running = [subprocess.Popen([*command, "--part", str(part)]) for part in range(count)]
+    until = time.monotonic() + STAGES[stage]
+    try:
+        statuses = [process.wait(max(0.1, until - time.monotonic())) for process in running]
+    except subprocess.TimeoutExpired:
+        return f"stopped after {STAGES[stage]} s"
+    finally:
+        for process in running:
+            process.kill()
+    return "failed" if any(statuses) else ""
+
+
 def main():
     if ARGS.here:
         for stage in ARGS.stages:
             globals()[f"stage_{stage}"]()
         return
     failed = []
-    given = ["--seconds", str(ARGS.seconds), *(["--csv", ARGS.csv] if ARGS.csv else [])]
+    given = ["--seconds", str(ARGS.seconds), "--dtypes", *ARGS.dtypes, *(["--csv", ARGS.csv] if ARGS.csv else [])]
+    given += ["--cases", *ARGS.cases] if ARGS.cases is not None else []
     given += [flag for flag in ("--compiled", "--rehearse") if getattr(ARGS, flag[2:])]
     for stage in ARGS.stages:
         print(f"== {stage}", flush=True)
         started = time.perf_counter()
-        command = [sys.executable, __file__, "--here", "--stages", stage, *given]
-        try:
-            status = subprocess.run(command, check=False, timeout=STAGES[stage]).returncode
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {STAGES[stage]} s"
-        if status:
-            failed.append(stage)
-        print(f"== {stage}: {'failed' if status else 'done'} in {time.perf_counter() - started:.0f} s", flush=True)
+        wrong = finished(stage, given)
+        failed += [stage] * bool(wrong)
+        print(f"== {stage}: {wrong or 'done'} in {time.perf_counter() - started:.0f} s", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

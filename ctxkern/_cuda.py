@@ -8,7 +8,7 @@ from pathlib import Path
 from ._compiled import build_info
 
 # csrc/cuda/modulated.cu
-_ABI = 2
+_ABI = 3
 
 
 def _path():
@@ -36,7 +36,7 @@ def _attempt():
     if found != _ABI:
         return None, f"{path.name} is of another version ({found}, not {_ABI}): run pip install . again"
     library.ctxkern_cuda_problem_bytes.restype = ctypes.c_int64
-    library.ctxkern_cuda_modulated.restype = ctypes.c_char_p
+    library.ctxkern_cuda_modulated.restype = library.ctxkern_cuda_unusable.restype = ctypes.c_char_p
     pointers = ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
     library.ctxkern_cuda_modulated.argtypes = (*pointers, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
     return library, ""
@@ -61,3 +61,9 @@ def emulated():
 def reason():
     """Why the library is not available, or ''."""
     return _attempt()[1]
+
+
+def unusable(device):
+    """Why the library, which is there, cannot run on the GPU of this number, or ''."""
+    error = load().ctxkern_cuda_unusable(device)
+    return "" if error is None else f"its kernels do not run on this GPU: {error.decode()}"

@@ -143,16 +143,26 @@ def test_what_cannot_run_says_so():
         cuda_linear(x.double(), context.double(), None, bilinear.double(), context_index=torch.tensor([0, 1]))
 
 
+# each of the ways that torch has; the getter of the first raises after the others
+TF32 = {
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "fp32_precision of a backend": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "fp32_precision of all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("tell", TF32)
 @pytest.mark.parametrize("form", FORMS, indirect=True)
-def test_float32_is_rounded_to_tf32_where_torch_is_told_so(form):
+def test_float32_is_rounded_to_tf32_where_torch_is_told_so(form, tell):
     inputs = make_inputs(Case("tf32", 2, 30, 24, 40, 12))
     exact, ieee = oracle(inputs), run(cuda_linear, inputs)
-    before = torch.get_float32_matmul_precision()
+    every, matmul = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision("high")
+        TF32[tell]()
         rounded = run(cuda_linear, inputs)
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = every, matmul
     for name, value in rounded.items():
         error = (value.double() - exact[name]).norm() / exact[name].norm()
         assert (ieee[name].double() - exact[name]).norm() / exact[name].norm() < 1e-6, name

@@ -254,6 +254,10 @@ def test_cuda_kernels_are_built_where_nvcc_is(tools, source, tmp_path):
     broken.chmod(0o755)
     build_in_place(tools, source, **NO_COMPILER, CTXKERN_BUILD_CUDA="", CUDA_HOME=str(tmp_path))
     assert "no licence today" in build_info(source)["cuda"]["reason"]
+    assert build_info(source)["cuda"]["archs"] == ["80", "90", "100"]
+    broken.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_80 compute_90\nexit 1\n')
+    build_in_place(tools, source, **NO_COMPILER, CTXKERN_BUILD_CUDA="", CUDA_HOME=str(tmp_path))
+    assert build_info(source)["cuda"]["archs"] == ["80", "90"]
     assert not library.exists()
     done = attempt(
         tools,

@@ -64,12 +64,15 @@ class Launcher {
 #endif
   }
 
- private:
 #ifndef CTXKERN_EMULATE
   static void check(cudaError_t status, const char* name) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // or the next launch would find it
+    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
   }
 #endif
+
+ private:
   char* workspace_;
   Stream stream_;
   int64_t used_ = 0;

@@ -295,8 +295,8 @@ thread_local std::string failure;
 
 #define CTXKERN_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What changes the layout of Problem changes this.
-CTXKERN_EXPORT int ctxkern_cuda_abi() { return 2; }
+// What changes the layout of Problem or what is exported changes this.
+CTXKERN_EXPORT int ctxkern_cuda_abi() { return 3; }
 CTXKERN_EXPORT int ctxkern_cuda_emulated() {
 #ifdef CTXKERN_EMULATE
   return 1;
@@ -305,6 +305,26 @@ CTXKERN_EXPORT int ctxkern_cuda_emulated() {
 #endif
 }
 CTXKERN_EXPORT int64_t ctxkern_cuda_problem_bytes() { return sizeof(ctxkern::Problem); }
+
+// Null where kernels can run on the device, or why not: its driver, or no code for it.
+CTXKERN_EXPORT const char* ctxkern_cuda_unusable([[maybe_unused]] int device) {
+  using namespace ctxkern;
+#ifndef CTXKERN_EMULATE
+  try {
+    int before = 0;
+    Launcher::check(cudaGetDevice(&before), "device");
+    Launcher::check(cudaSetDevice(device), "device");
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, outer_sum_kernel<float>);
+    Launcher::check(cudaSetDevice(before), "device");
+    Launcher::check(status, "kernels");
+  } catch (const std::exception& error) {
+    failure = error.what();
+    return failure.c_str();
+  }
+#endif
+  return nullptr;
+}
 
 // {rows, columns, group} of {d_in, d_out, context_dim, contexts, bytes of an element, workspace}.
 CTXKERN_EXPORT void ctxkern_cuda_blocks(const int64_t* sizes, int backward, int64_t* cut) {
@@ -325,7 +345,7 @@ CTXKERN_EXPORT const char* ctxkern_cuda_modulated(const ctxkern::Problem* proble
     Problem q = *problem;
     Launcher launch(static_cast<char*>(workspace), static_cast<Stream>(stream));
 #ifndef CTXKERN_EMULATE
-    if (workspace && cudaSetDevice(device) != cudaSuccess) throw std::runtime_error("no such device");
+    if (workspace) Launcher::check(cudaSetDevice(device), "device");
 #endif
     bool wide = q.context.wide != 0;
     for (int i = 0; i < q.projections; ++i) wide = wide || q.projection[i].bilinear.wide;

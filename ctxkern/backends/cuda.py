@@ -12,7 +12,7 @@ import torch
 
 from ctxkern import _cuda, planner
 
-from .shared import check_values, contiguous, fill_with_biases, gradients, outputs
+from .shared import check_values, contiguous, fill_with_biases, gradients, outputs, rounds_to_tf32
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Problem: 20 integers before its projections, 22 in each, and Groups and slots, which the library fills in
@@ -40,7 +40,7 @@ class _Call:
             self.table = context.shape[0]
             self.sequences, self.length = x.shape[:2] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 0)
         self.budget = budget
-        self.tf32 = int(x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest")
+        self.tf32 = int(rounds_to_tf32(x.dtype))
 
     @property
     def most_contexts(self):

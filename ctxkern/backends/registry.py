@@ -62,8 +62,10 @@ def _without_cuda():
     """Why CUDA C++ kernels cannot run here, or ""; they are loaded only where there is something to run them on."""
     if _cuda.missing():
         return _cuda.missing()
-    if _cuda.emulated() or torch.cuda.is_available():
+    if _cuda.emulated():
         return _cuda.reason()
+    if torch.cuda.is_available():
+        return _cuda.reason() or _cuda.unusable(torch.cuda.current_device())
     return "no GPU: torch.cuda.is_available() is False"
 
 

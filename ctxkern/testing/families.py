@@ -12,9 +12,9 @@ def modulated_arguments(case, dtype=torch.float32, param_dtype=None, **how):
     return dict(zip(inputs.PARAMETERS, positional, strict=True)) | keyword, inputs.dy
 
 
-def qkv_arguments(case, dtype=torch.float32, param_dtype=None, widths=None, seed=0):
+def qkv_arguments(case, dtype=torch.float32, param_dtype=None, widths=None, seed=0, device="cpu"):
     """(arguments of a function under `by_projection`, gradients of its three outputs); widths: E of q, k and v."""
-    arguments, dout = modulated_arguments(case, dtype, param_dtype, seed=seed)
+    arguments, dout = modulated_arguments(case, dtype, param_dtype, seed=seed, device=device)
     generator = torch.Generator().manual_seed(seed + 1)
     douts = []
     bilinear, weight, bias = (arguments.pop(name) for name in ("bilinear", "weight", "bias"))

@@ -77,7 +77,7 @@ def forms(inputs, compiled=False, backends=()):
     return made
 
 
-def three_projections(inputs, backward=False):
+def three_projections(inputs, backward=False, backend=None):
     """A callable that runs thirds of the columns of `inputs` as Q, K and V of one call: the work of one layer of E."""
     leaves = inputs.leaves() if backward else inputs.map(lambda t: t.detach())
     (x, context, *parameters), keyword = leaves.arguments()
@@ -92,7 +92,7 @@ def three_projections(inputs, backward=False):
 
     def call():
         with torch.set_grad_enabled(backward):
-            ys = modulated_qkv(x, context, *lists, **keyword)
+            ys = modulated_qkv(x, context, *lists, **keyword, backend=backend)
         return (ys, torch.autograd.grad(ys, given, douts)) if backward else ys
 
     return call

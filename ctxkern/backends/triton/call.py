@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ctxkern import planner
 
+from ..shared import rounds_to_tf32
 from . import tiles
 from .grouping import group_rows, slot_of_rows
 
@@ -39,8 +40,7 @@ class Call:
         self.target = kind, tiles.architecture(device), aligned
         persistent = planner.GPU_PERSISTENT
         self.persistent = tiles.persistent(*self.target) if persistent is None else persistent
-        tf32 = x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        self.precision = "tf32" if tf32 else "ieee"
+        self.precision = "tf32" if rounds_to_tf32(x.dtype) else "ieee"
         # of float32 products beside halves: three products of the matrix unit, where it has any
         nvidia = self.target[1].startswith("sm_")
         self.wide_precision = "tf32x3" if kind == tiles.MIXED and nvidia else self.precision

@@ -5,7 +5,14 @@ import math
 import torch
 
 from ctxkern import planner
-from ctxkern.backends.shared import check_values, contiguous, fill_with_biases, gradients, outputs
+from ctxkern.backends.shared import (
+    check_values,
+    contiguous,
+    fill_with_biases,
+    gradients,
+    outputs,
+    rounds_to_tf32,
+)
 
 from . import outer, panel, persistent, tiles
 from .call import Call
@@ -68,8 +75,7 @@ def _run(lay_out, workspace_bytes, spans, *lists):
     tensors = [*map(contiguous, spans)]
     for each in lists:
         tensors += each
-    precision = torch.get_float32_matmul_precision() if x.dtype is torch.float32 else None
-    switches = planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT, precision
+    switches = planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT, rounds_to_tf32(x.dtype)
     key = (lay_out, len(lists[0]), workspace_bytes, x.device, switches, *map(_layout, tensors))
     launches = _KEPT.get(key)
     if launches is None:
