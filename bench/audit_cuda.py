@@ -1,5 +1,5 @@
 """What the CUDA C++ kernels compile to, without a GPU: registers, spills, stack, shared memory, and how many blocks and
-warps of 64 a multiprocessor holds of it (cuda_shared.cpp tells the shared memory, which launches ask for).
+warps of 64 a multiprocessor holds of it (cuda_shared.cpp tells threads and shared memory, which launches ask for).
 
     python bench/audit_cuda.py                   sm_80, sm_90 and sm_100, into bench/results/cuda-audit.csv
     python bench/audit_cuda.py --arch 90         one of them, printed only
@@ -25,12 +25,12 @@ COLUMNS = ("arch", "kernel", "registers", "spill_bytes", "stack_bytes", "threads
 REGISTERS, UNIT = 65_536, 256
 SHARED = {"80": 167_936, "90": 233_472, "100": 233_472}
 BLOCKS, WARPS = 32, 64
-# kernels without shared memory
-NONE = ("outer_dcontext", "outer_sum", "place", "seen", "slots", "sum_partials")
+# threads of kernels without shared memory
+NONE = {"outer_sum": 256, "place": 128, "seen": 128, "slots": 128}
 
 
 def compiled(nvcc, arch):
-    """[(kernel, registers, spilled bytes, stack bytes, threads)] of an architecture."""
+    """[(kernel, registers, spilled bytes, stack bytes)] of an architecture."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", SOURCE]
         done = subprocess.run([*command, "-o", Path(folder) / "kernels.cubin"], capture_output=True, text=True)
@@ -45,9 +45,7 @@ def compiled(nvcc, arch):
     names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True)
     rows = []
     for full, (_, stack, stores, loads, registers) in zip(names.stdout.splitlines(), found, strict=True):
-        name = plain(full)
-        threads = 256 if "Tile<128" in name or name.startswith("outer_sum") else 128
-        rows.append((name, int(registers), int(stores) + int(loads), int(stack), threads))
+        rows.append((plain(full), int(registers), int(stores) + int(loads), int(stack)))
     return sorted(rows)
 
 
@@ -60,7 +58,7 @@ def plain(name):
 
 
 def shared():
-    """{kernel: bytes of shared memory}."""
+    """{kernel: (bytes of shared memory, threads)}."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "shared"
         source = Path(__file__).with_name("cuda_shared.cpp")
@@ -68,9 +66,9 @@ def shared():
         lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     found = {}
     for line in lines:
-        count, _, name = line.partition(" ")
+        count, threads, name = line.split(" ", 2)
         name = name.partition("&")[2].removeprefix("(")
-        found[plain(name if "(" in name else name.removesuffix(">"))] = int(count)
+        found[plain(name if "(" in name else name.removesuffix(">"))] = int(count), int(threads)
     return found
 
 
@@ -95,9 +93,9 @@ def main():
     with ThreadPoolExecutor() as pool:
         audited = list(pool.map(lambda arch: compiled(nvcc, arch), archs))
     for arch, kernels in zip(archs, audited, strict=True):
-        for name, registers, spilled, stack, threads in kernels:
+        for name, registers, spilled, stack in kernels:
             plainest = name.partition("<")[0].removesuffix("_kernel")
-            taken = 0 if plainest in NONE else memory[name]
+            taken, threads = (0, NONE[plainest]) if plainest in NONE else memory[name]
             held = occupancy(arch, registers, threads, taken)
             rows.append((f"sm_{arch}", name, registers, spilled, stack, threads, taken, *held, version))
             print(*rows[-1], flush=True)

@@ -1,4 +1,4 @@
-// Bytes of shared memory of every CUDA kernel that has some, a line each: bench/audit_cuda.py reads them.
+// Bytes of shared memory and threads of every CUDA kernel that has some, a line each: bench/audit_cuda.py reads them.
 #define CTXKERN_EMULATE 1
 #include <cxxabi.h>
 
@@ -14,48 +14,80 @@ template <auto kernel>
 struct Kernel {};
 
 template <auto kernel>
-void print(size_t bytes) {
+void print(size_t bytes, int threads) {
   char* name = abi::__cxa_demangle(typeid(Kernel<kernel>).name(), nullptr, nullptr, nullptr);
-  std::printf("%zu %s\n", bytes, name);
+  std::printf("%zu %d %s\n", bytes, threads, name);
   std::free(name);
 }
 
+// Of a kernel by its tile, that of its product.
+template <auto kernel, class T, class P, class... More>
+void print_of() {
+  print<kernel>(std::max({P::kShared, More::kShared...}), T::kThreads);
+}
+
 template <class C, class T>
-void print_tiled() {
-  print<&project_kernel<C, T>>(ProjectProduct<C, T>::kShared);
-  print<&gather_kernel<C, T>>(GatherProduct<C, T>::kShared);
-  print<&turn_kernel<C, T>>(TurnProduct<C, T>::kShared);
+void print_rows() {
+  print_of<&project_kernel<C, T>, T, ProjectProduct<C, T>>();
+  print_of<&turn_kernel<C, T>, T, TurnProduct<C, T>>();
 }
 
 template <class C, int planes, int exact>
 void print_planes() {
-  print<&spread_kernel<C, planes>>(SpreadProduct<C, planes>::kShared);
-  print<&dcontext_kernel<C, planes>>(ContextProduct<C, planes>::kShared);
-  print<&outer_turn_kernel<C, exact>>(OuterTurnProduct<C, exact>::kShared);
+  print_of<&spread_kernel<C, SmallTile, planes>, SmallTile, SpreadProduct<C, SmallTile, planes>>();
+  print_of<&spread_kernel<C, NarrowTile, planes>, NarrowTile, SpreadProduct<C, NarrowTile, planes>>();
+  print_of<&dcontext_kernel<C, SmallTile, planes>, SmallTile, ContextProduct<C, SmallTile, planes>>();
+  print_of<&dcontext_kernel<C, LeastTile, planes>, LeastTile, ContextProduct<C, LeastTile, planes>>();
+  print_of<&outer_turn_kernel<C, TurnTile, exact>, TurnTile, OuterTurnProduct<C, TurnTile, exact>>();
+  print_of<&outer_turn_kernel<C, NarrowTurnTile, exact>, NarrowTurnTile, OuterTurnProduct<C, NarrowTurnTile, exact>>();
+}
+
+template <class C, class T>
+void print_gather() {
+  print_of<&gather_kernel<C, T>, T, GatherProduct<C, T>>();
+}
+
+template <class C, class T>
+void print_outer() {
+  print_of<&outer_forward_kernel<C, T>, T, OuterProduct<C, T>, WeightProduct<C, T>>();
+}
+
+template <class P, class C>
+void print_spread() {
+  print_of<&outer_spread_kernel<P, C, SmallTile>, SmallTile, OuterSpreadProduct<P, C, SmallTile>>();
+  print_of<&outer_spread_kernel<P, C, NarrowTile>, NarrowTile, OuterSpreadProduct<P, C, NarrowTile>>();
 }
 
 template <class C>
 void print_dtype() {
-  print<&make_kernel<C>>(MakeProduct<C>::kShared);
-  print_tiled<C, SmallTile>();
+  print_of<&make_kernel<C>, MakeTile, MakeProduct<C>>();
+  print_rows<C, SmallTile>();
+  print_gather<C, SmallTile>();
   print_planes<C, 1, 1>();
-  print<&outer_forward_kernel<C>>(std::max(OuterProduct<C>::kShared, WeightProduct<C>::kShared));
-  print<&outer_spread_kernel<C, C>>(OuterSpreadProduct<C, C>::kShared);
-  print<&dweight_kernel<C>>(GradientProduct<C>::kShared);
-  print<&weight_turn_kernel<C>>(TransposedProduct<C>::kShared);
+  print_outer<C, FewTile>();
+  print_outer<C, MakeTile>();
+  print_outer<C, SmallTile>();
+  print_spread<C, C>();
+  print_of<&dweight_kernel<C>, SmallTile, GradientProduct<C>>();
+  print_of<&weight_turn_kernel<C>, SmallTile, TransposedProduct<C>>();
+  print<&sum_partials_kernel<C>>(kSumShared, kSumThreads);
+  print<&outer_dcontext_kernel<C>>(kSumShared, kSumThreads);
 }
 
 template <class C, int exact>
 void print_half() {
   print_dtype<C>();
-  print_tiled<C, LargeTile>();
+  print_rows<C, HighTile>();
+  print_rows<C, LargeTile>();
+  print_gather<C, WideTile>();
+  print_gather<C, LargeTile>();
   print_planes<C, 2, exact>();
-  print<&outer_spread_kernel<float, C>>(OuterSpreadProduct<float, C>::kShared);
+  print_spread<float, C>();
 }
 
 int main() {
   print_dtype<float>();
   print_half<Bfloat, 3>();
   print_half<Half, 2>();
-  print<&number_kernel>(kNumberShared);
+  print<&number_kernel>(kNumberShared, kGroupThreads);
 }

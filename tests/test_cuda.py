@@ -89,8 +89,9 @@ SMALL = [
     (Case("many-sequences", 300, 1, 6, 7, 3, rows=11, index=tuple(i * i % 11 for i in range(300))), 1 << 14),
     (Case("many-lengths", 150, 0, 6, 7, 3, lengths=tuple(i % 3 for i in range(150))), 1 << 14),
     (Case("large-tiles", 2, 130, 64, 136, 9, bias=True), 1 << 20),
-    # whole stages of 32 and of 16, of rows and columns that end within a tile
-    (Case("large-plain", 2, 160, 64, 136, 32), 1 << 20),
+    (Case("parts-of-e", 2, 20, 4, 600, 5), 1 << 20),
+    # whole stages of 32 and of 16 and what is left, of rows and columns that end within a tile
+    (Case("large-plain", 2, 160, 120, 128, 32), 1 << 20),
     (Case("plain-shared", 4, 16, 32, 72, 32, rows=2, index=(1, 0, 1, 1), bias=True), 1 << 16),
 ]
 
@@ -106,11 +107,13 @@ def test_small_workspace(form, case, workspace, dtypes):
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("lengths", [None, (3, 0, 5, 2)], ids=["padded", "packed"])
-def test_three_projections_share_dx_and_dcontext(form, lengths):
-    case = Case("qkv", 4, 5, 12, 20, 6, rows=3, index=(2, 0, 2, 1), lengths=lengths, bias=True)
+def test_three_projections_share_dx_and_dcontext(form, lengths, dtypes):
+    case = Case("qkv", 4, 5, 12, 20, 48, rows=3, index=(2, 0, 2, 1), lengths=lengths, bias=True)
     fn = by_projection(functools.partial(ctxkern.modulated_qkv, backend="cuda"))
-    check_family(fn, by_projection(modulated_qkv_ref), *qkv_arguments(case, widths=(20, 9, 33)), "qkv")
+    arguments = qkv_arguments(case, *DTYPES[dtypes], widths=(20, 9, 33))
+    check_family(fn, by_projection(modulated_qkv_ref), *arguments, "qkv")
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
@@ -226,8 +229,8 @@ PLANTED = {
     "copies are not waited for": ("product.h", "wait_copies<kStages - 2>();", "wait_copies<kStages>();"),
     "zeros": (
         "panel.h",
-        "y[row * p.d_out + e] = from_float<C>(sum);",
-        "y[row * p.d_out + e] = from_float<C>(0 * sum);",
+        "a + bias[j][0], b + bias[j][1]",
+        "0 * a + bias[j][0], b + bias[j][1]",
     ),
     "the neighbour's context": (
         "panel.h",
@@ -241,8 +244,8 @@ PLANTED = {
     ),
     "a column too many is written": (
         "panel.h",
-        "if (r >= here || e0 + column >= block.e_size) return;",
-        "if (r >= here || e0 + column > block.e_size) return;",
+        "a + bias[j][0], b + bias[j][1], left - column);",
+        "a + bias[j][0], b + bias[j][1], left - column + 1);",
     ),
     "a row too many is read": (
         "operands.h",

@@ -27,13 +27,13 @@ inline Blocks forward_blocks(int64_t d_in, int64_t d_out, int64_t limit, int64_t
   return {d_in, std::min(whole(std::max<int64_t>(1, budget / (column * group))), d_out), group};
 }
 
-// As many rows of D as hold W and G of all contexts; where those are too few, less of E, then fewer contexts.
+// As many rows of D as hold W or G of all contexts; where those are too few, less of E, then fewer contexts.
 inline Blocks backward_blocks(int64_t d_in, int64_t d_out, int64_t context_dim, int64_t limit, int64_t element,
                               int64_t budget) {
   int64_t columns = std::max<int64_t>(d_out, 1), group = std::min(std::max<int64_t>(limit, 1), kMostGroup);
   auto rows = [&] {
     const int64_t sums = group < limit ? (context_dim + 1) * static_cast<int64_t>(sizeof(float)) : 0;
-    return budget / (columns * (2 * group * element + sums));
+    return budget / (columns * (group * element + sums));
   };
   while (rows() < std::min(kNarrow, d_in) && columns > kNarrow) columns = (columns + 1) / 2;
   while (rows() < std::min<int64_t>(16, d_in) && group > 1) group = (group + 1) / 2;

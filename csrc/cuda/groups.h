@@ -40,6 +40,8 @@ __device__ __forceinline__ const int* order_of(const Groups& g) {
   return g.ordered ? g.buffer + 4 + 3 * g.limit + g.tiles : nullptr;
 }
 
+__device__ __forceinline__ int64_t row_of(const int* order, int64_t i) { return order ? order[i] : i; }
+
 struct TileOfRows {
   int context, begin, end;
 };

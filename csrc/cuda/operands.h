@@ -32,21 +32,20 @@ __device__ __forceinline__ void read_parameter(float (&values)[kChunk<C>], const
 template <class C, class S, bool along_sum>
 struct Rows {
   static constexpr bool kAlongSum = along_sum;
-  static constexpr bool kPlain = std::is_same_v<C, S>;
+  static constexpr bool kPlain = std::is_same_v<C, S>, kOrders = !along_sum;
   const S* data;
   int64_t stride;
   const int* order;  // row `first + r` of the matrix is order[first + r] of memory; null: in place
   int first, rows, columns;
 
   __device__ __forceinline__ bool plain() const {
-    return (along_sum ? rows > 0 : !order && columns >= kChunk<C> && columns % kChunk<C> == 0) && in_chunks(data, stride);
+    return (along_sum ? rows > 0 : columns >= kChunk<C> && columns % kChunk<C> == 0) && in_chunks(data, stride);
   }
+  __device__ __forceinline__ bool ordered() const { return order != nullptr; }
   __device__ __forceinline__ const C* from(int line, int part) const {
-    if constexpr (along_sum) {
-      line = first + least(line, rows - 1);
-      return data + static_cast<int64_t>(order ? order[line] : line) * stride + part;
-    }
-    return data + static_cast<int64_t>(first + line) * stride + least(part, columns - kChunk<C>);
+    line = first + (along_sum ? least(line, rows - 1) : line);
+    const int64_t row = order ? order[line] : line;
+    return data + row * stride + (along_sum ? part : least(part, columns - kChunk<C>));
   }
   __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * stride; }
 
@@ -62,7 +61,7 @@ struct Rows {
 template <class C, class H, bool along_sum, int planes = 1>
 struct Contexts {
   static constexpr bool kAlongSum = along_sum;
-  static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1;
+  static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1, kOrders = !along_sum;
   Parameter table;
   int64_t context_dim;
   const int* slots;  // null: in place
@@ -70,15 +69,13 @@ struct Contexts {
 
   __device__ __forceinline__ bool plain() const {
     if (table.wide || !in_chunks(static_cast<const C*>(table.data) + k_begin, context_dim)) return false;
-    return along_sum ? rows > 0 : !slots && context_dim - k_begin >= kChunk<C>;
+    return along_sum ? rows > 0 : context_dim - k_begin >= kChunk<C>;
   }
+  __device__ __forceinline__ bool ordered() const { return slots != nullptr; }
   __device__ __forceinline__ const C* from(int line, int part) const {
-    const C* data = static_cast<const C*>(table.data) + k_begin;
-    if constexpr (along_sum) {
-      line = first + least(line, rows - 1);
-      return data + static_cast<int64_t>(slots ? slots[line] : line) * context_dim + part;
-    }
-    return data + static_cast<int64_t>(first + line) * context_dim + least(part, context_dim - k_begin - kChunk<C>);
+    line = first + (along_sum ? least(line, rows - 1) : line);
+    const int64_t row = slots ? slots[line] : line, most = context_dim - k_begin - kChunk<C>;
+    return static_cast<const C*>(table.data) + k_begin + row * context_dim + (along_sum ? part : least(part, most));
   }
   __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * context_dim; }
 
@@ -94,7 +91,7 @@ struct Contexts {
 template <class C, class H, bool along_sum, int planes = 1>
 struct Strided {
   static constexpr bool kAlongSum = along_sum;
-  static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1;
+  static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1, kOrders = false;
   Parameter parameter;
   int64_t begin, stride_n, stride_k;
   int n, depth;

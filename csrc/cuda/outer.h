@@ -13,27 +13,29 @@
 
 namespace ctxkern {
 
-// Rows × all of a block of K, so that a warp has whole rows.
+// Few rows × columns; rows × all of a block of K, so that a warp has whole rows, and of a small one.
+using FewTile = Tile<16, 128, 1, 4>;
 using TurnTile = Tile<64, 64, 4, 1>;
+using NarrowTurnTile = Tile<64, 32, 4, 1>;
 
-template <class C>
-using OuterProduct = Product<C, SmallTile, 1, RowsTimesContexts<C, C>, BilinearOfPairs<C, C>>;
-template <class C>
-using WeightProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, C, false>>;
+template <class C, class T>
+using OuterProduct = Product<C, T, 1, RowsTimesContexts<C, C>, BilinearOfPairs<C, C>>;
+template <class C, class T>
+using WeightProduct = Product<C, T, 1, Rows<C, C, true>, Strided<C, C, false>>;
 
 // sums [splits, N, E] in float32 where there are several splits of D, of d_step rows each.
-template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+template <class C, class T>
+__global__ void __launch_bounds__(T::kThreads, resident<C, T>())
     outer_forward_kernel(Problem q, Projection p, float* __restrict__ split_sums, int d_step) {
   // rows side by side: they read the same of bilinear
-  const unsigned n_blocks = static_cast<unsigned>((q.tokens + SmallTile::kM - 1) / SmallTile::kM);
-  const int64_t n0 = static_cast<int64_t>(blockIdx.x % n_blocks) * SmallTile::kM;
-  const int64_t e0 = static_cast<int64_t>(blockIdx.x / n_blocks) * SmallTile::kN;
+  const unsigned n_blocks = static_cast<unsigned>((q.tokens + T::kM - 1) / T::kM);
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x % n_blocks) * T::kM;
+  const int64_t e0 = static_cast<int64_t>(blockIdx.x / n_blocks) * T::kN;
   const int d0 = blockIdx.y * d_step, d_size = least(d_step, q.d_in - d0);
-  const int rows = least(SmallTile::kM, q.tokens - n0), columns = least(SmallTile::kN, p.d_out - e0);
+  const int rows = least(T::kM, q.tokens - n0), columns = least(T::kN, p.d_out - e0);
   const int64_t *st = p.bilinear_strides, *sw = p.weight_strides;
   const C* x = static_cast<const C*>(q.x);
-  Sums<SmallTile> sums;
+  Sums<T> sums;
   sums.clear();
   if (q.context_dim) {
     const Pairs<C> pairs{static_cast<int>(q.context_dim)};
@@ -41,24 +43,25 @@ __global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kT
     const Contexts<C, C, true> contexts{q.context, q.context_dim, slots, static_cast<int>(n0), rows, 0};
     const RowsTimesContexts<C, C> a{x, q.d_in, contexts, d0, d_size, pairs};
     const BilinearOfPairs<C, C> b{p.bilinear, d0 * st[0] + e0 * st[1], st[0], st[1], st[2], columns, d_size, pairs};
-    OuterProduct<C>::add(sums, a, b, pairs.depth(d_size), q.tf32);
+    OuterProduct<C, T>::add(sums, a, b, pairs.depth(d_size), q.tf32);
   }
   if (p.weight.data) {
     const Rows<C, C, true> a{x + d0, q.d_in, nullptr, static_cast<int>(n0), rows, d_size};
     const Strided<C, C, false> b{p.weight, d0 * sw[0] + e0 * sw[1], sw[1], sw[0], columns, d_size};
-    WeightProduct<C>::add(sums, a, b, d_size, q.tf32);
+    WeightProduct<C, T>::add(sums, a, b, d_size, q.tf32);
   }
-  sums.pairs([&](int r, int column, float a, float b) {
-    if (r >= rows || column >= columns) return;
-    const int64_t at = (n0 + r) * p.d_out + e0 + column;
-    const bool both = column + 1 < columns;
-    if (split_sums) return write_two(split_sums + blockIdx.y * q.tokens * p.d_out + at, a, b, both);
-    if (p.bias.data) {
-      a += read<C>(p.bias, e0 + column);
-      if (both) b += read<C>(p.bias, e0 + column + 1);
-    }
-    write_two(static_cast<C*>(p.rows) + at, a, b, both);
+  float bias[T::kColumns][2];
+  Sums<T>::columns([&](int j, int column) {
+    read_two<C>(bias[j], split_sums ? Parameter{} : p.bias, e0 + column, 1, columns - column);
   });
+  const int64_t first = n0 * p.d_out + e0;
+  sums.rows([&](int r) { return r < rows ? first + r * p.d_out : -1; },
+            [&](int64_t line, int j, int column, float a, float b) {
+              if (line < 0) return;
+              float* split = split_sums + blockIdx.y * q.tokens * p.d_out;
+              if (split_sums) return write_two(split + line + column, a, b, columns - column);
+              write_two(static_cast<C*>(p.rows) + line + column, a + bias[j][0], b + bias[j][1], columns - column);
+            });
 }
 
 template <class C>
@@ -71,22 +74,22 @@ __global__ void outer_sum_kernel(Problem q, Projection p, const float* __restric
   static_cast<C*>(p.rows)[at] = from_float<C>(sum);
 }
 
-template <class C, int planes>
-using OuterTurnProduct = Product<C, TurnTile, planes, Rows<C, C, true>, Strided<C, C, false, planes>>;
+template <class C, class T, int planes>
+using OuterTurnProduct = Product<C, T, planes, Rows<C, C, true>, Strided<C, C, false, planes>>;
 
 // For one block of K, k0 on, of one projection. sums [N, D] in float32: dx so far; partial [splits, N, K]: dcontext.
-template <class C, int planes>
-__global__ void __launch_bounds__(TurnTile::kThreads, sizeof(C) == 2 ? 3 : 2)
+template <class C, class T, int planes>
+__global__ void __launch_bounds__(T::kThreads, sizeof(C) == 2 ? 3 : 2)
     outer_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, float* __restrict__ partial, int k0,
                       int d_step, bool started, bool last, bool added) {
-  const int64_t n0 = static_cast<int64_t>(blockIdx.x) * TurnTile::kM;
-  const int rows = least(TurnTile::kM, q.tokens - n0), context_dim = static_cast<int>(q.context_dim);
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x) * T::kM;
+  const int rows = least(T::kM, q.tokens - n0), context_dim = static_cast<int>(q.context_dim);
   const int d0 = blockIdx.y * d_step, d1 = d0 + least(d_step, q.d_in - d0);
   const int64_t* st = p.bilinear_strides;
   const Rows<C, C, true> a{static_cast<const C*>(p.rows), p.d_out, nullptr, static_cast<int>(n0), rows,
                            static_cast<int>(p.d_out)};
   // c and the sums of dcontext, as a thread has its part of z
-  Sums<TurnTile> c, dcontext;
+  Sums<T> c, dcontext;
   const int* slots = q.per_token ? nullptr : q.slots;
   const int64_t split = static_cast<int64_t>(blockIdx.y) * q.tokens;
   dcontext.clear();
@@ -99,17 +102,17 @@ __global__ void __launch_bounds__(TurnTile::kThreads, sizeof(C) == 2 ? 3 : 2)
       if (r < rows && k0 + k < context_dim) sum = partial[(split + n0 + r) * context_dim + k0 + k];
     });
   for (int d = d0; d < d1; ++d) {
-    Sums<TurnTile> z;
+    Sums<T> z;
     z.clear();
     const Strided<C, C, false, planes> b{p.bilinear, d * st[0] + k0 * st[2], st[2], st[1], context_dim - k0,
                                          static_cast<int>(p.d_out)};
-    OuterTurnProduct<C, planes>::add(z, a, b, static_cast<int>(p.d_out), q.tf32);
-    CTXKERN_UNROLL for (int i = 0; i < TurnTile::kRows; ++i)
+    OuterTurnProduct<C, T, planes>::add(z, a, b, static_cast<int>(p.d_out), q.tf32);
+    CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
       CTXKERN_UNROLL for (int h = 0; h < 2; ++h) {
-        const int64_t r = threadIdx.x / 32 * (TurnTile::kM / TurnTile::kWarpsM) + 16 * i + 8 * h + threadIdx.x % 32 / 4;
+        const int64_t r = threadIdx.x / 32 * (T::kM / T::kWarpsM) + 16 * i + 8 * h + threadIdx.x % 32 / 4;
         const float x = r < rows ? to_float(static_cast<const C*>(q.x)[(n0 + r) * q.d_in + d]) : 0.0f;
         float total = 0;
-        CTXKERN_UNROLL for (int j = 0; j < TurnTile::kColumns; ++j)
+        CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
           CTXKERN_UNROLL for (int w = 0; w < 2; ++w) {
             total += z.at[i][j][2 * h + w] * c.at[i][j][2 * h + w];
             dcontext.at[i][j][2 * h + w] += x * z.at[i][j][2 * h + w];
@@ -133,44 +136,44 @@ __global__ void __launch_bounds__(TurnTile::kThreads, sizeof(C) == 2 ? 3 : 2)
     });
 }
 
-// dcontext of a context: the partial sums of its rows, in their order.
+// dcontext of a context: the partial sums of its rows, in a fixed order.
 template <class C>
-__global__ void outer_dcontext_kernel(Problem q, const float* __restrict__ partial, int splits) {
+__global__ void __launch_bounds__(kSumThreads)
+    outer_dcontext_kernel(Problem q, const float* __restrict__ partial, int splits) {
   const int u = blockIdx.x;
   if (u >= context_count(q.groups)) return;
   const Range range = range_of(q, u);
   const int* order = order_of(q.groups);
-  const int64_t slot = slot_of(q.groups, u);
-  for (int64_t k = threadIdx.x; k < q.context_dim; k += blockDim.x) {
-    float sum = 0;
-    for (int64_t s = 0; s < splits; ++s)
-      for (int i = range.begin; i < range.end; ++i)
-        sum += partial[(s * q.tokens + (order ? order[i] : i)) * q.context_dim + k];
-    write<C>(q.dcontext, slot * q.context_dim + k, sum);
-  }
+  const int64_t k = static_cast<int64_t>(blockIdx.y) * 32 + threadIdx.x % 32, rows = range.end - range.begin;
+  const bool there = k < q.context_dim;
+  const float sum = sum_of(splits * rows, [&](int64_t i) {
+    const int64_t row = i / splits, split = i - row * splits;
+    return there ? partial[(split * q.tokens + row_of(order, range.begin + row)) * q.context_dim + k] : 0.0f;
+  });
+  if (there && threadIdx.x < 32) write<C>(q.dcontext, slot_of(q.groups, u) * q.context_dim + k, sum);
 }
 
-template <class C, class H>
-using OuterSpreadProduct = Product<C, SmallTile, 1, RowsTimesRows<C, H>, Contexts<C, H, false>>;
+template <class C, class H, class T>
+using OuterSpreadProduct = Product<C, T, 1, RowsTimesRows<C, H>, Contexts<C, H, false>>;
 
-template <class C, class H>
-__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+template <class C, class H, class T>
+__global__ void __launch_bounds__(T::kThreads, resident<C, T>())
     outer_spread_kernel(Problem q, Projection p) {
-  const int e_blocks = static_cast<int>((p.d_out + SmallTile::kM - 1) / SmallTile::kM);
-  const int d = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN;
-  const int columns = least(SmallTile::kM, p.d_out - e0), rows = static_cast<int>(q.tokens);
+  const int e_blocks = static_cast<int>((p.d_out + T::kM - 1) / T::kM);
+  const int d = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kM, k0 = blockIdx.y * T::kN;
+  const int columns = least(T::kM, p.d_out - e0), rows = static_cast<int>(q.tokens);
   const RowsTimesRows<C, H> a{
       static_cast<const H*>(q.x), static_cast<const H*>(p.rows), q.d_in, p.d_out, d, e0, columns, rows};
   const Contexts<C, H, false> b{q.context, q.context_dim, q.per_token ? nullptr : q.slots, 0, rows, k0};
-  Sums<SmallTile> sums;
+  Sums<T> sums;
   sums.clear();
-  OuterSpreadProduct<C, H>::add(sums, a, b, rows, q.tf32);
-  const int64_t* st = p.dbilinear_strides;
-  sums.pairs([&](int column, int k, float a, float b) {
-    if (column >= columns || k0 + k >= q.context_dim) return;
-    const int64_t to = d * st[0] + (e0 + column) * st[1] + (k0 + k) * st[2];
-    write_two<H>(p.dbilinear, to, st[2], a, b, k0 + k + 1 < q.context_dim);
-  });
+  OuterSpreadProduct<C, H, T>::add(sums, a, b, rows, q.tf32);
+  const int64_t *st = p.dbilinear_strides, to = d * st[0] + e0 * st[1] + k0 * st[2];
+  const int left = least(T::kN, q.context_dim - k0);
+  sums.rows([&](int column) { return column < columns ? to + column * st[1] : -1; },
+            [&](int64_t line, int, int k, float a, float b) {
+              if (line >= 0) write_two<H>(p.dbilinear, line + k * st[2], st[2], a, b, left - k);
+            });
 }
 
 template <class C>
@@ -178,7 +181,7 @@ using GradientProduct = Product<C, SmallTile, 1, Rows<C, C, false>, Rows<C, C, f
 
 // dweight = x^T dy.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C, SmallTile>())
     dweight_kernel(Problem q, Projection p) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
   const int d0 = blockIdx.x / e_blocks * SmallTile::kM, e0 = blockIdx.x % e_blocks * SmallTile::kN;
@@ -189,11 +192,11 @@ __global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kT
   Sums<SmallTile> sums;
   sums.clear();
   GradientProduct<C>::add(sums, a, b, rows, q.tf32);
-  const int64_t* sw = p.dweight_strides;
-  sums.pairs([&](int r, int column, float a, float b) {
-    if (r < d_size && column < columns)
-      write_two<C>(p.dweight, (d0 + r) * sw[0] + (e0 + column) * sw[1], sw[1], a, b, column + 1 < columns);
-  });
+  const int64_t *sw = p.dweight_strides, to = d0 * sw[0] + e0 * sw[1];
+  sums.rows([&](int r) { return r < d_size ? to + r * sw[0] : -1; },
+            [&](int64_t line, int, int column, float a, float b) {
+              if (line >= 0) write_two<C>(p.dweight, line + column * sw[1], sw[1], a, b, columns - column);
+            });
 }
 
 template <class C>
@@ -201,7 +204,7 @@ using TransposedProduct = Product<C, SmallTile, 1, Rows<C, C, true>, Strided<C, 
 
 // sums [N, D] (+)= dy weight^T.
 template <class C>
-__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+__global__ void __launch_bounds__(SmallTile::kThreads, resident<C, SmallTile>())
     weight_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, bool started) {
   const int d_blocks = static_cast<int>((q.d_in + SmallTile::kN - 1) / SmallTile::kN);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / d_blocks) * SmallTile::kM;

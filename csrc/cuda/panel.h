@@ -15,16 +15,21 @@
 
 namespace ctxkern {
 
-// Contexts × columns; rows of a context × columns, and smaller ones.
+// Contexts × columns; rows of a context × columns: smaller ones, large ones, and those that waste less of what does not
+// fill large ones; columns × K and contexts × K, where K is small.
 using MakeTile = Tile<32, 128, 1, 4>;
 using SmallTile = Tile<64, 64, 2, 2>;
 using LargeTile = Tile<128, 128, 2, 4>;
+using HighTile = Tile<128, 64, 2, 2>;
+using WideTile = Tile<64, 128, 1, 4>;
+using NarrowTile = Tile<128, 32, 4, 1>;
+using LeastTile = Tile<32, 32, 2, 2>;
 
 template <class C>
 using MakeProduct = Product<C, MakeTile, 1, Contexts<C, C, true>, Strided<C, C, true>>;
 
 template <class C>
-__global__ void __launch_bounds__(MakeTile::kThreads, resident<C>(MakeTile::kThreads))
+__global__ void __launch_bounds__(MakeTile::kThreads, resident<C, MakeTile>())
     make_kernel(Problem q, Projection p, Block block, C* __restrict__ panel) {
   // contexts side by side: what they read of bilinear is the same
   const int u_blocks = (block.u_size + MakeTile::kM - 1) / MakeTile::kM, piece = blockIdx.x / u_blocks;
@@ -38,26 +43,26 @@ __global__ void __launch_bounds__(MakeTile::kThreads, resident<C>(MakeTile::kThr
   const int64_t *st = p.bilinear_strides, *sw = p.weight_strides;
   const Strided<C, C, true> b{p.bilinear, d * st[0] + e * st[1],           st[1], st[2], block.e_size - e0,
                               static_cast<int>(q.context_dim)};
+  const int left = block.e_size - e0;
   Sums<MakeTile> sums;
   sums.clear();
   MakeProduct<C>::add(sums, a, b, static_cast<int>(q.context_dim), q.tf32);
-  sums.pairs([&](int u, int column, float a, float b) {
-    if (u0 + u >= count || e0 + column >= block.e_size) return;
-    const bool both = e0 + column + 1 < block.e_size;
-    if (p.weight.data) {
-      const int64_t from = d * sw[0] + (e + column) * sw[1];
-      a += read<C>(p.weight, from);
-      if (both) b += read<C>(p.weight, from + sw[1]);
-    }
-    write_two(panel + ((static_cast<int64_t>(u0) + u) * block.d_size + row) * block.e_size + e0 + column, a, b, both);
+  float weight[MakeTile::kColumns][2];
+  Sums<MakeTile>::columns([&](int j, int column) {
+    read_two<C>(weight[j], p.weight, d * sw[0] + (e + column) * sw[1], sw[1], left - column);
   });
+  C* to = panel + (static_cast<int64_t>(u0) * block.d_size + row) * block.e_size + e0;
+  sums.rows([&](int u) { return u0 + u < count ? to + static_cast<int64_t>(u) * block.d_size * block.e_size : nullptr; },
+            [&](C* line, int j, int column, float a, float b) {
+              if (line) write_two(line + column, a + weight[j][0], b + weight[j][1], left - column);
+            });
 }
 
 template <class C, class T>
 using ProjectProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, false>>;
 
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
+__global__ void __launch_bounds__(T::kThreads, resident<C, T>())
     project_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel) {
   const int e_blocks = (block.e_size + T::kN - 1) / T::kN;
   const int tile = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kN;
@@ -73,24 +78,22 @@ __global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
   Sums<T> sums;
   sums.clear();
   ProjectProduct<C, T>::add(sums, a, b, d_in, q.tf32);
-  C* y = static_cast<C*>(p.rows);
-  sums.pairs([&](int r, int column, float a, float b) {
-    if (r >= here || e0 + column >= block.e_size) return;
-    const int64_t row = order ? order[rows.begin + r] : rows.begin + r, e = block.e_begin + e0 + column;
-    const bool both = e0 + column + 1 < block.e_size;
-    if (p.bias.data) {
-      a += read<C>(p.bias, e);
-      if (both) b += read<C>(p.bias, e + 1);
-    }
-    write_two(y + row * p.d_out + e, a, b, both);
-  });
+  const int left = block.e_size - e0;
+  const int64_t e = block.e_begin + e0;
+  float bias[T::kColumns][2];
+  Sums<T>::columns([&](int j, int column) { read_two<C>(bias[j], p.bias, e + column, 1, left - column); });
+  C* y = static_cast<C*>(p.rows) + e;
+  sums.rows([&](int r) { return r < here ? y + row_of(order, rows.begin + r) * p.d_out : nullptr; },
+            [&](C* line, int j, int column, float a, float b) {
+              if (line) write_two(line + column, a + bias[j][0], b + bias[j][1], left - column);
+            });
 }
 
 template <class C, class T>
 using GatherProduct = Product<C, T, 1, Rows<C, C, false>, Rows<C, C, false>>;
 
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
+__global__ void __launch_bounds__(T::kThreads, resident<C, T>())
     gather_kernel(Problem q, Projection p, Block block, C* __restrict__ products) {
   const int u = blockIdx.y;
   if (block.u_begin + u >= context_count(q.groups)) return;
@@ -106,11 +109,12 @@ __global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
   Sums<T> sums;
   sums.clear();
   GatherProduct<C, T>::add(sums, a, b, rows, q.tf32);
-  C* to = products + static_cast<int64_t>(u) * block.d_size * block.e_size;
-  sums.pairs([&](int row, int column, float a, float b) {
-    if (d0 + row < block.d_size && e0 + column < block.e_size)
-      write_two(to + static_cast<int64_t>(d0 + row) * block.e_size + e0 + column, a, b, e0 + column + 1 < block.e_size);
-  });
+  const int left = block.e_size - e0;
+  C* to = products + (static_cast<int64_t>(u) * block.d_size + d0) * block.e_size + e0;
+  sums.rows([&](int d) { return d0 + d < block.d_size ? to + static_cast<int64_t>(d) * block.e_size : nullptr; },
+            [&](C* line, int, int column, float a, float b) {
+              if (line) write_two(line + column, a, b, left - column);
+            });
 }
 
 template <class C, class T>
@@ -118,7 +122,7 @@ using TurnProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, true>>;
 
 // sums: [N, D_BLOCK] in float32, of earlier launches where `started`, for later ones where not `last`.
 template <class C, class T>
-__global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
+__global__ void __launch_bounds__(T::kThreads, resident<C, T>())
     turn_kernel(Problem q, Projection p, Block block, const C* __restrict__ panel, float* sums_at, bool started,
                 bool last) {
   const int d_blocks = (block.d_size + T::kN - 1) / T::kN;
@@ -134,115 +138,144 @@ __global__ void __launch_bounds__(T::kThreads, resident<C>(T::kThreads))
   Sums<T> sums;
   sums.clear();
   TurnProduct<C, T>::add(sums, a, b, block.e_size, q.tf32);
-  C* dx = static_cast<C*>(q.dx);
-  sums.pairs([&](int r, int column, float a, float b) {
-    if (r >= here || d0 + column >= block.d_size) return;
-    const int64_t row = order ? order[rows.begin + r] : rows.begin + r;
-    const bool both = d0 + column + 1 < block.d_size;
-    float* total = sums_at + row * block.d_size + d0 + column;
-    if (started) {
-      a += total[0];
-      if (both) b += total[1];
-    }
-    if (last) {
-      write_two(dx + row * q.d_in + block.d_begin + d0 + column, a, b, both);
-    } else {
-      write_two(total, a, b, both);
-    }
-  });
+  const int left = block.d_size - d0;
+  struct Line {
+    float* total;
+    C* dx;
+  };
+  sums.rows(
+      [&](int r) -> Line {
+        if (r >= here) return {nullptr, nullptr};
+        const int64_t row = row_of(order, rows.begin + r);
+        return {sums_at + row * block.d_size + d0, static_cast<C*>(q.dx) + row * q.d_in + block.d_begin + d0};
+      },
+      [&](Line line, int, int column, float a, float b) {
+        if (!line.dx || column >= left) return;
+        if (started) {
+          a += line.total[column];
+          if (column + 1 < left) b += line.total[column + 1];
+        }
+        if (last) {
+          write_two(line.dx + column, a, b, left - column);
+        } else {
+          write_two(line.total + column, a, b, left - column);
+        }
+      });
 }
 
-template <class C, int planes>
-using SpreadProduct = Product<C, SmallTile, planes, Rows<C, C, false>, Contexts<C, C, false, planes>>;
+template <class C, class T, int planes>
+using SpreadProduct = Product<C, T, planes, Rows<C, C, false>, Contexts<C, C, false, planes>>;
 
 // sums: [D_BLOCK, E_BLOCK, K + 1] in float32, of earlier groups where `started`, for later ones where not `last`.
-template <class C, int planes>
-__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+template <class C, class T, int planes>
+__global__ void __launch_bounds__(T::kThreads, resident<C, T>())
     spread_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* sums_at, bool started,
                   bool last) {
-  const int e_blocks = (block.e_size + SmallTile::kM - 1) / SmallTile::kM;
-  const int row = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN;
+  const int e_blocks = (block.e_size + T::kM - 1) / T::kM;
+  const int row = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kM, k0 = blockIdx.y * T::kN;
   const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
   const int context_dim = static_cast<int>(q.context_dim);
   const int64_t each = static_cast<int64_t>(block.d_size) * block.e_size, d = block.d_begin + row;
   const C* from = products + static_cast<int64_t>(row) * block.e_size + e0;
   const int64_t *st = p.dbilinear_strides, *sw = p.dweight_strides;
+  float* total = sums_at + (static_cast<int64_t>(row) * block.e_size + e0) * (context_dim + 1);
   if (p.dbilinear.data && k0 < context_dim) {
     const int* slots = q.groups.uniform ? nullptr : q.groups.buffer + 2;
     const Rows<C, C, false> a{from, each, nullptr, 0, count, block.e_size - e0};
     const Contexts<C, C, false, planes> b{q.context, q.context_dim, slots, block.u_begin, count, k0};
-    Sums<SmallTile> sums;
+    Sums<T> sums;
     sums.clear();
-    SpreadProduct<C, planes>::add(sums, a, b, count > 0 ? count : 0, q.tf32);
-    sums.pairs([&](int column, int k, float a, float b) {
-      if (e0 + column >= block.e_size || k0 + k >= context_dim) return;
-      const bool both = k0 + k + 1 < context_dim;
-      float* total = sums_at + (static_cast<int64_t>(row) * block.e_size + e0 + column) * (context_dim + 1) + k0 + k;
-      if (started) {
-        a += total[0];
-        if (both) b += total[1];
-      }
-      if (last) {
-        const int64_t to = d * st[0] + (block.e_begin + e0 + column) * st[1] + (k0 + k) * st[2];
-        write_two<C>(p.dbilinear, to, st[2], a, b, both);
-      } else {
-        write_two(total, a, b, both);
-      }
-    });
+    SpreadProduct<C, T, planes>::add(sums, a, b, count > 0 ? count : 0, q.tf32);
+    const int left = context_dim - k0;
+    const int64_t to = d * st[0] + (block.e_begin + e0) * st[1] + k0 * st[2];
+    sums.rows([](int e) { return e; },
+              [&](int e, int, int k, float a, float b) {
+                if (e0 + e >= block.e_size || k >= left) return;
+                float* at = total + static_cast<int64_t>(e) * (context_dim + 1) + k0 + k;
+                if (started) {
+                  a += at[0];
+                  if (k + 1 < left) b += at[1];
+                }
+                if (last) {
+                  write_two<C>(p.dbilinear, to + e * st[1] + k * st[2], st[2], a, b, left - k);
+                } else {
+                  write_two(at, a, b, left - k);
+                }
+              });
   }
   if (p.dweight.data && k0 == 0) {
-    for (int column = threadIdx.x; column < SmallTile::kM && e0 + column < block.e_size; column += SmallTile::kThreads) {
+    for (int e = threadIdx.x; e < T::kM && e0 + e < block.e_size; e += T::kThreads) {
       float sum = 0;
-      for (int u = 0; u < count; ++u) sum += to_float(from[u * each + column]);
-      float* total = sums_at + (static_cast<int64_t>(row) * block.e_size + e0 + column) * (context_dim + 1) + context_dim;
-      if (started) sum += *total;
+      for (int u = 0; u < count; ++u) sum += to_float(from[u * each + e]);
+      float* at = total + static_cast<int64_t>(e) * (context_dim + 1) + context_dim;
+      if (started) sum += *at;
       if (last) {
-        write<C>(p.dweight, d * sw[0] + (block.e_begin + e0 + column) * sw[1], sum);
+        write<C>(p.dweight, d * sw[0] + (block.e_begin + e0 + e) * sw[1], sum);
       } else {
-        *total = sum;
+        *at = sum;
       }
     }
   }
 }
 
-template <class C, int planes>
-using ContextProduct = Product<C, SmallTile, planes, ProductsOfPairs<C>, BilinearByPairs<C, C, planes>>;
+template <class C, class T, int planes>
+using ContextProduct = Product<C, T, planes, ProductsOfPairs<C>, BilinearByPairs<C, C, planes>>;
 
-// partial [ranges, limit, K], added to; a range is `rows` rows of the block's D.
-template <class C, int planes>
-__global__ void __launch_bounds__(SmallTile::kThreads, resident<C>(SmallTile::kThreads))
+// partial [ranges, limit, K], added to; a range is `rows` rows of the block's D by one of `parts` of its columns.
+template <class C, class T, int planes>
+__global__ void __launch_bounds__(T::kThreads, resident<C, T>())
     dcontext_kernel(Problem q, Projection p, Block block, const C* __restrict__ products, float* __restrict__ partial,
-                    int rows) {
-  const int u0 = blockIdx.x * SmallTile::kM, k0 = blockIdx.y * SmallTile::kN, first = blockIdx.z * rows;
+                    int rows, int parts, int columns) {
+  const int u0 = blockIdx.x * T::kM, k0 = blockIdx.y * T::kN;
+  const int first = blockIdx.z / parts * rows, e0 = blockIdx.z % parts * columns;
   const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
-  if (u0 >= count) return;
+  if (u0 >= count || e0 >= block.e_size) return;
   const int64_t each = static_cast<int64_t>(block.d_size) * block.e_size, *st = p.bilinear_strides;
   const int d_size = least(rows, block.d_size - first), context_dim = static_cast<int>(q.context_dim);
-  const Pairs<C> pairs{block.e_size};
-  const C* from = products + u0 * each + static_cast<int64_t>(first) * block.e_size;
+  const Pairs<C> pairs{least(columns, block.e_size - e0)};
+  const C* from = products + u0 * each + static_cast<int64_t>(first) * block.e_size + e0;
   const ProductsOfPairs<C> a{from, each, block.e_size, count - u0, d_size, pairs};
-  const int64_t begin = (static_cast<int64_t>(block.d_begin) + first) * st[0] + block.e_begin * st[1] + k0 * st[2];
+  const int64_t begin = (static_cast<int64_t>(block.d_begin) + first) * st[0] + (block.e_begin + e0) * st[1] + k0 * st[2];
   const BilinearByPairs<C, C, planes> b{p.bilinear, begin, st[0], st[1], st[2], context_dim - k0, d_size, pairs};
-  Sums<SmallTile> sums;
+  Sums<T> sums;
   sums.clear();
-  ContextProduct<C, planes>::add(sums, a, b, pairs.depth(d_size), q.tf32);
+  ContextProduct<C, T, planes>::add(sums, a, b, pairs.depth(d_size), q.tf32);
   sums.each([&](int u, int k, float sum) {
     if (u0 + u >= count || k0 + k >= context_dim) return;
     partial[(static_cast<int64_t>(blockIdx.z) * q.groups.limit + block.u_begin + u0 + u) * context_dim + k0 + k] += sum;
   });
 }
 
-// dcontext of a context: its partial sums, in their order.
+// How a block sums terms that lie far apart: 32 neighbours by groups of threads that share the terms.
+constexpr int kSumGroups = 8, kSumThreads = 32 * kSumGroups;
+constexpr size_t kSumShared = kSumThreads * sizeof(float);
+
+// Σ term(i), i < count, for the threads of the first group; all threads together.
+template <class F>
+__device__ __forceinline__ float sum_of(int64_t count, F term) {
+  float* parts = reinterpret_cast<float*>(shared_memory());
+  const int group = threadIdx.x / 32;
+  float sum = 0;
+  for (int64_t i = group; i < count; i += kSumGroups) sum += term(i);
+  parts[threadIdx.x] = sum;
+  __syncthreads();
+  sum = 0;
+  if (group == 0)
+    for (int g = 0; g < kSumGroups; ++g) sum += parts[32 * g + threadIdx.x];
+  return sum;
+}
+
+// dcontext of a context: its partial sums, in a fixed order.
 template <class C>
-__global__ void sum_partials_kernel(Problem q, const float* __restrict__ partial, int ranges) {
+__global__ void __launch_bounds__(kSumThreads)
+    sum_partials_kernel(Problem q, const float* __restrict__ partial, int ranges) {
   const int u = blockIdx.x;
   if (u >= context_count(q.groups)) return;
-  const int64_t slot = slot_of(q.groups, u);
-  for (int64_t k = threadIdx.x; k < q.context_dim; k += blockDim.x) {
-    float sum = 0;
-    for (int r = 0; r < ranges; ++r) sum += partial[(static_cast<int64_t>(r) * q.groups.limit + u) * q.context_dim + k];
-    write<C>(q.dcontext, slot * q.context_dim + k, sum);
-  }
+  const int64_t k = static_cast<int64_t>(blockIdx.y) * 32 + threadIdx.x % 32, step = q.groups.limit * q.context_dim;
+  const bool there = k < q.context_dim;
+  const float* from = partial + u * q.context_dim + k;
+  const float sum = sum_of(ranges, [&](int64_t r) { return there ? from[r * step] : 0.0f; });
+  if (there && threadIdx.x < 32) write<C>(q.dcontext, slot_of(q.groups, u) * q.context_dim + k, sum);
 }
 
 }  // namespace ctxkern

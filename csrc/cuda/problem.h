@@ -61,26 +61,30 @@ __device__ __forceinline__ void write(const Parameter& p, int64_t at, float valu
   }
 }
 
-// Two neighbours, of which the second may not be there.
+// Two of a parameter, `stride` apart, of which `left` are there; zeros else, and where there is no parameter.
 template <class C>
-__device__ __forceinline__ void write_two(C* to, float a, float b, bool both) {
-  if (both && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(C)) == 0) {
-    store_two(to, a, b);
-  } else {
-    to[0] = from_float<C>(a);
-    if (both) to[1] = from_float<C>(b);
-  }
+__device__ __forceinline__ void read_two(float (&two)[2], const Parameter& p, int64_t at, int64_t stride, int left) {
+  two[0] = p.data && left > 0 ? read<C>(p, at) : 0.0f;
+  two[1] = p.data && left > 1 ? read<C>(p, at + stride) : 0.0f;
+}
+
+// Two neighbours, of which `left` have a place.
+template <class C>
+__device__ __forceinline__ void write_two(C* to, float a, float b, int left) {
+  if (left > 1 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(C)) == 0) return store_two(to, a, b);
+  if (left > 0) to[0] = from_float<C>(a);
+  if (left > 1) to[1] = from_float<C>(b);
 }
 
 // Two of a parameter, `stride` apart.
 template <class C>
-__device__ __forceinline__ void write_two(const Parameter& p, int64_t at, int64_t stride, float a, float b, bool both) {
+__device__ __forceinline__ void write_two(const Parameter& p, int64_t at, int64_t stride, float a, float b, int left) {
   if (stride == 1) {
-    if (p.wide) return write_two(static_cast<float*>(p.data) + at, a, b, both);
-    return write_two(static_cast<C*>(p.data) + at, a, b, both);
+    if (p.wide) return write_two(static_cast<float*>(p.data) + at, a, b, left);
+    return write_two(static_cast<C*>(p.data) + at, a, b, left);
   }
-  write<C>(p, at, a);
-  if (both) write<C>(p, at + stride, b);
+  if (left > 0) write<C>(p, at, a);
+  if (left > 1) write<C>(p, at + stride, b);
 }
 
 }  // namespace ctxkern

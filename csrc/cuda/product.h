@@ -10,6 +10,8 @@
 //   from(line, part)          from where: line is m or n along the sum, else k. Beyond its bounds of m or n the last
 //                             that is there, as nothing reads those sums
 //   step()                    how far on the next stage's is
+// and where kOrders is true, which is never along the sum
+//   ordered()                 whether lines lie in an order of their own, so that there is no such step
 // C: float (multiplied and added in float32, or rounded to TF32 for the matrix unit) or a half (the matrix unit); sums
 // are float32.
 #pragma once
@@ -25,12 +27,6 @@ template <class C>
 constexpr int kDepth = sizeof(C) == 2 ? 32 : 16;
 constexpr int kStages = 3;
 
-// Blocks of `threads` that a multiprocessor holds at once, by registers: as many as spill nothing.
-template <class C>
-constexpr int resident(int threads) {
-  return threads > 128 ? 2 : sizeof(C) == 2 ? 5 : 3;
-}
-
 // Rows and columns of a tile, and of the warps that share it.
 template <int M, int N, int WarpsM, int WarpsN>
 struct Tile {
@@ -39,6 +35,13 @@ struct Tile {
   // In tiles of 16 × 8, of a warp.
   static constexpr int kRows = M / WarpsM / 16, kColumns = N / WarpsN / 8;
 };
+
+// Blocks that a multiprocessor holds at once, by registers: as many as spill nothing.
+template <class C, class T>
+constexpr int resident() {
+  if (T::kThreads > 128) return 2;
+  return sizeof(C) == 4 ? 3 : T::kRows * T::kColumns > 8 ? 4 : 5;
+}
 
 template <class T>
 struct Sums {
@@ -53,30 +56,39 @@ struct Sums {
   // f(row, column, sum) for each that this thread has.
   template <class F>
   __device__ __forceinline__ void each(F f) {
-    pairs([&](int row, int column, float& a, float& b) {
-      f(row, column, a);
-      f(row, column + 1, b);
-    });
+    rows([](int row) { return row; },
+         [&](int row, int, int column, float& a, float& b) {
+           f(row, column, a);
+           f(row, column + 1, b);
+         });
   }
 
-  // f(row, column, sum, sum of the next column), of an even column.
-  template <class F>
-  __device__ __forceinline__ void pairs(F f) {
+  // f(line, j, column, sum, sum of the next column), of an even column, the thread's j-th; line: prepare(row), once.
+  template <class P, class F>
+  __device__ __forceinline__ void rows(P prepare, F f) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row = warp / T::kWarpsN * (T::kM / T::kWarpsM) + lane / 4;
-    const int column = warp % T::kWarpsN * (T::kN / T::kWarpsN) + lane % 4 * 2;
     CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
-      CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
-        CTXKERN_UNROLL for (int k = 0; k < 4; k += 2)
-          f(row + 16 * i + k / 2 * 8, column + 8 * j, at[i][j][k], at[i][j][k + 1]);
+      CTXKERN_UNROLL for (int h = 0; h < 2; ++h) {
+        const auto line = prepare(row + 16 * i + 8 * h);
+        columns([&](int j, int column) { f(line, j, column, at[i][j][2 * h], at[i][j][2 * h + 1]); });
+      }
+  }
+
+  // f(j, column) for the even columns that this thread has.
+  template <class F>
+  static __device__ __forceinline__ void columns(F f) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int column = warp % T::kWarpsN * (T::kN / T::kWarpsN) + lane % 4 * 2;
+    CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j) f(j, column + 8 * j);
   }
 };
 
-// One operand's part of a stage: lines of chunks, a chunk longer than they are so that the rows of a matrix of eight
-// lie in different banks.
+// One operand's part of a stage: lines of chunks, longer than they are so that what a warp reads at once, the rows of a
+// matrix of eight or 4 lines of 8 floats, lies in different banks.
 template <class C, bool along_sum, int size>
 struct Stage {
-  static constexpr int kLine = (along_sum ? kDepth<C> : size) + kChunk<C>;
+  static constexpr int kLine = (along_sum ? kDepth<C> : size) + (sizeof(C) == 4 && !along_sum ? 8 : kChunk<C>);
   static constexpr int kLines = along_sum ? size : kDepth<C>;
   static constexpr int kElements = kLine * kLines;
 
@@ -93,22 +105,27 @@ struct Stage {
   }
 };
 
-// An operand on its way into stages: plain ones by addresses that move on, others chunk by chunk.
+// How stages are filled: any operands chunk by chunk; plain ones by addresses that move on, or found by their order.
+enum class Way { kChunks, kPlain, kOrdered };
+
+// An operand on its way into stages.
 template <class C, class StageOf, class Operand, int size, int threads>
 struct Feed {
   static constexpr int kChunks = (Operand::kAlongSum ? kDepth<C> : size) / kChunk<C>;
   static constexpr int kRounds = kChunks * StageOf::kLines / threads;
   static constexpr bool kPossible = Operand::kPlain && kRounds * threads == kChunks * StageOf::kLines;
+  static constexpr bool kOrders = kPossible && Operand::kOrders;
 
   const Operand& operand;
-  bool plain = false;
+  bool plain = false, ordered = false;
   const C* from[kRounds > 0 ? kRounds : 1] = {};
   int step = 0;
 
   __device__ __forceinline__ explicit Feed(const Operand& of) : operand(of) {
     if constexpr (kPossible) {
       plain = operand.plain() && operand.step() <= INT32_MAX;
-      if (!plain) return;
+      if constexpr (kOrders) ordered = operand.ordered();
+      if (!plain || ordered) return;
       step = static_cast<int>(operand.step());
       CTXKERN_UNROLL for (int r = 0; r < kRounds; ++r) {
         const int i = threadIdx.x + r * threads;
@@ -117,13 +134,18 @@ struct Feed {
     }
   }
 
-  template <bool plainly>
+  template <Way way>
   __device__ __forceinline__ void fill(C* stage, int k) {
-    if constexpr (plainly && kPossible) {
+    if constexpr (way != Way::kChunks && kPossible) {
       CTXKERN_UNROLL for (int r = 0; r < kRounds; ++r) {
-        const int i = threadIdx.x + r * threads;
-        copy_async(stage + i / kChunks * StageOf::kLine + i % kChunks * kChunk<C>, from[r]);
-        from[r] += step;
+        const int i = threadIdx.x + r * threads, line = i / kChunks, part = i % kChunks * kChunk<C>;
+        C* to = stage + line * StageOf::kLine + part;
+        if constexpr (way == Way::kOrdered && kOrders) {
+          copy_async(to, operand.from(k + line, part));
+        } else {
+          copy_async(to, from[r]);
+          from[r] += step;
+        }
       }
     } else {
       StageOf::fill(stage, operand, k, threads);
@@ -147,22 +169,32 @@ struct Product {
   static __device__ __forceinline__ void add(Sums<T>& sums, const A& a, const B& b, int depth, bool tf32 = false) {
     Feed<C, StageA, A, T::kM, T::kThreads> left(a);
     Feed<C, StageB, B, T::kN, T::kThreads> right(b);
+    int begin = 0;
     if constexpr (decltype(left)::kPossible && decltype(right)::kPossible) {
-      if (left.plain && right.plain && depth % kDepth<C> == 0) return run<true>(sums, left, right, depth, tf32);
+      if (left.plain && right.plain) begin = depth / kDepth<C> * kDepth<C>;
+      if constexpr (decltype(left)::kOrders || decltype(right)::kOrders) {
+        if (begin && (left.ordered || right.ordered)) {
+          run<Way::kOrdered>(sums, left, right, 0, begin, tf32);
+        } else if (begin) {
+          run<Way::kPlain>(sums, left, right, 0, begin, tf32);
+        }
+      } else {
+        if (begin) run<Way::kPlain>(sums, left, right, 0, begin, tf32);
+      }
     }
-    run<false>(sums, left, right, depth, tf32);
+    if (begin < depth) run<Way::kChunks>(sums, left, right, begin, depth, tf32);
   }
 
  private:
-  template <bool plain, class Left, class Right>
-  static __device__ __forceinline__ void run(Sums<T>& sums, Left& left, Right& right, int depth, bool tf32) {
+  template <Way way, class Left, class Right>
+  static __device__ __forceinline__ void run(Sums<T>& sums, Left& left, Right& right, int begin, int end, bool tf32) {
     C* shared = reinterpret_cast<C*>(shared_memory());
-    const int steps = (depth + kDepth<C> - 1) / kDepth<C>;
+    const int steps = (end - begin + kDepth<C> - 1) / kDepth<C>;
     auto fill = [&](int step) {
       if (step < steps) {
         C* stage = shared + step % kStages * kElements;
-        left.template fill<plain>(stage, step * kDepth<C>);
-        right.template fill<plain>(stage + StageA::kElements, step * kDepth<C>);
+        left.template fill<way>(stage, begin + step * kDepth<C>);
+        right.template fill<way>(stage + StageA::kElements, begin + step * kDepth<C>);
       }
       commit_copies();
     };

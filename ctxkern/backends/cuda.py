@@ -158,7 +158,7 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
     )
     flops, moved = planner.counts(problem, strategy)
     rows, columns, group = _blocks(call, d_out, backward)
-    used = (2 if backward else 1) * rows * columns * group * x.dtype.itemsize
+    used = rows * columns * group * x.dtype.itemsize
     panel = strategy == "panel"
     return planner.Plan(
         strategy,
