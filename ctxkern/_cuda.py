@@ -63,7 +63,8 @@ def reason():
     return _attempt()[1]
 
 
-def unusable(device):
+@functools.cache
+def refusal(device):
     """Why the library, which is there, cannot run on the GPU of this number, or ''."""
     error = load().ctxkern_cuda_unusable(device)
-    return "" if error is None else f"its kernels do not run on this GPU: {error.decode()}"
+    return "" if error is None else f"cannot run on this GPU: {error.decode()}"

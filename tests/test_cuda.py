@@ -44,7 +44,7 @@ def compiled(folder, *flags, sources=SOURCES):
 
 def forget():
     _cuda._attempt.cache_clear()
-    registry.backends.cache_clear()
+    registry.statuses.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

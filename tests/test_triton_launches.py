@@ -216,7 +216,7 @@ active = CudaDriver()
 active.get_current_device, active.get_device_capability = (lambda: 0), (lambda device: (9, 0))
 active.get_current_stream, active.set_current_device = (lambda device: STREAM), (lambda device: None)
 driver.set_active(active)
-registry.backends()["triton"] = registry.Status("available")
+registry.statuses["triton"] = registry.Status("available")
 registry._ON_CPU["triton"] = lambda: True
 launches._stream = lambda device: STREAM
 

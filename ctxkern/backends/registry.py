@@ -7,7 +7,6 @@ A backend is a module with `modulated_forward` and `modulated_backward`, `lora_f
 import importlib
 import importlib.util
 import os
-from functools import lru_cache
 
 import torch
 
@@ -26,23 +25,24 @@ class Status(str):
         return self == "available"
 
 
-_AVAILABLE = Status("available")
+class _Statuses(dict):
+    """By name, each found out when it is first asked for, as that may load a library or wake a GPU."""
+
+    def __missing__(self, name):
+        self[name] = Status(_MISSING[name]() or "available")
+        return self[name]
 
 
-@lru_cache(maxsize=1)
+statuses = _Statuses()
+
+
 def backends():
     """{name: Status} of every backend: `str(status)` is "available" or the reason why not, `bool(status)` tells which.
 
     reference: the specification, plain einsums that build a weight a sequence. portable: strips in plain PyTorch, any
     device. cpu: C++. triton, cuda: GPU kernels.
     """
-    return {
-        "reference": _AVAILABLE,
-        "portable": _AVAILABLE,
-        "cpu": Status(_compiled.reason() or "available"),
-        "triton": Status(_without_triton() or "available"),
-        "cuda": Status(_without_cuda() or "available"),
-    }
+    return {name: statuses[name] for name in NAMES}
 
 
 def _without_triton():
@@ -62,11 +62,19 @@ def _without_cuda():
     """Why CUDA C++ kernels cannot run here, or ""; they are loaded only where there is something to run them on."""
     if _cuda.missing():
         return _cuda.missing()
-    if _cuda.emulated():
+    if _cuda.emulated() or torch.cuda.is_available():
         return _cuda.reason()
-    if torch.cuda.is_available():
-        return _cuda.reason() or _cuda.unusable(torch.cuda.current_device())
     return "no GPU: torch.cuda.is_available() is False"
+
+
+# why each is not there, or ""
+_MISSING = {
+    "reference": str,
+    "portable": str,
+    "cpu": _compiled.reason,
+    "triton": _without_triton,
+    "cuda": _without_cuda,
+}
 
 
 def interpreted():
@@ -79,7 +87,7 @@ _BEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 def _best(device_type, dtype, family):
     for name in _BEST.get(device_type, ()):
-        if backends()[name] and not _refusal(name, device_type, dtype, family):
+        if statuses[name] and not _refusal(name, device_type, dtype, family):
             return name
     return "portable"
 
@@ -103,7 +111,11 @@ def _refusal(name, device_type, dtype, family):
         return f"takes float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     if name == "triton" and dtype is torch.bfloat16 and interpreted():
         return "takes float32 or float16 in Triton's interpreter, whose bfloat16 products are wrong"
-    return "" if family in _FAMILIES[name] else f"has no kernels of the {family} family"
+    if family not in _FAMILIES[name]:
+        return f"has no kernels of the {family} family"
+    if name == "cuda" and device == "cuda":
+        return _cuda.refusal(torch.cuda.current_device())
+    return ""
 
 
 def resolve(name, device_type, dtype, family):
@@ -119,7 +131,7 @@ def resolve(name, device_type, dtype, family):
         return _LATER + (name or "")
     if name is None:
         return _best(device_type, dtype, family)
-    status = backends()[name]
+    status = statuses[name]
     if not status:
         raise RuntimeError(f"backend {name!r} cannot run here: {status}")
     refusal = _refusal(name, device_type, dtype, family)

@@ -144,15 +144,20 @@ class Inputs:
 
 
 def make_inputs(case, dtype=torch.float32, param_dtype=None, device="cpu", seed=0):
-    """Normal tensors scaled as in a trained layer: outputs near 1. `param_dtype`: of all but x, dtype by default."""
-    generator = torch.Generator().manual_seed(seed)
+    """Normal tensors scaled as in a trained layer: outputs near 1. `param_dtype`: of all but x, dtype by default.
+
+    Those of a seed are the same wherever the device is the same.
+    """
+    drawn = device if torch.device(device).type == "cuda" else "cpu"
+    generator = torch.Generator(drawn).manual_seed(seed)
     param_dtype = param_dtype or dtype
     B, S, D, E, K = case.B, case.S, case.D, case.E, case.K
 
     def normal(*shape, scale=1.0, to=param_dtype):
         if str(device) == "meta":
             return torch.empty(*shape, dtype=to, device=device)
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, to)
+        drawn_in = {"generator": generator, "dtype": torch.float64, "device": drawn}
+        return (torch.randn(*shape, **drawn_in) * scale).to(device, to)
 
     lead = (case.tokens,) if case.lengths is not None else (B, S)
     table = (B, S, K) if case.per_token else (case.rows if case.rows is not None else B, K)

@@ -59,6 +59,6 @@ def note_launches():
     """The list of launches, (kernel, grid, arguments) each, that the backend `triton` makes from now on."""
     driver.set_active(_Driver())
     jit.JITFunction._do_compile = _compiled
-    registry.backends()["triton"] = registry.Status("available")
+    registry.statuses["triton"] = registry.Status("available")
     registry._ON_CPU["triton"] = lambda: True
     return _LAUNCHES

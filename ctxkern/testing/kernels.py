@@ -98,8 +98,9 @@ class _Recorder:
     def __getitem__(self, grid):
         return self
 
-    def __call__(self, *args, num_warps=4, num_stages=3, enable_fp_fusion=None, **kwargs):
+    def __call__(self, *args, num_warps=4, num_stages=3, enable_fp_fusion=None, sanitize_overflow=None, **kwargs):
         assert enable_fp_fusion, f"{self.kernel.fn.__name__} is launched without the options of all"
+        assert sanitize_overflow is (False if self.kernel.debug else None), self.kernel.fn.__name__
         bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs)
         signature, constants, aligned = {}, {}, []
 
@@ -121,6 +122,8 @@ class _Recorder:
             signature[parameter.name] = specialise((parameter.num,), value, *flags)
         named = ((self.kernel.params[path[0]].name if len(path) == 1 else path, v) for path, v in constants.items())
         options = (("num_warps", num_warps), ("num_stages", num_stages))
+        if self.kernel.debug:
+            options += (("debug", True), ("sanitize_overflow", False))
         launch = Launch(self.kernel, tuple(signature.items()), tuple(named), tuple(aligned), options)
         self.launches[str(launch)] = launch
         self.launches.names.append(launch.name)

@@ -148,14 +148,18 @@ def means(rows):
     for (dtype, param_dtype, direction), cases in blocks.items():
         einsum, best = {}, {}
         for case, ms in cases.items():
+            if "einsum" not in ms or "ctxkern" not in ms:
+                continue
             einsum[case] = ms["einsum"] / ms["ctxkern"]
             others = [t for p, t in ms.items() if p not in _PLAIN and not p.startswith("ctxkern")]
             best[case] = min(others or [ms["einsum"]]) / ms["ctxkern"]
+        if not best:
+            continue
         least = min(best, key=best.get)
         name = dtype if dtype == param_dtype else f"{dtype} with {param_dtype} parameters"
         lines.append(
             f"{name}, {direction}: {geometric_mean(einsum.values()):.2f} × the einsum, "
-            f"{geometric_mean(best.values()):.2f} × the best PyTorch form over {len(cases)} cases; "
+            f"{geometric_mean(best.values()):.2f} × the best PyTorch form over {len(best)} cases; "
             f"least {best[least]:.2f} at {least}"
         )
     return lines

@@ -8,7 +8,7 @@ import triton.language as tl
 # a kernel; counts that no address depends on are not compiled for anew where they are 1 or a multiple of 16
 kernel = functools.partial(
     triton.jit,
-    do_not_specialize=("limit", "tiles", "length", "u_begin", "u_size", "programs", "splits", "spans"),
+    do_not_specialize=("limit", "tiles", "length", "u_begin", "u_size", "first_strip", "programs", "splits", "spans"),
 )
 
 
@@ -35,11 +35,16 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_exact(a, b, acc, PRECISION: tl.constexpr):
-    """`dot_wide` with all 24 bits of a float32 b, for sums that nothing else rounds."""
-    acc = dot_wide(a, b, acc, PRECISION)
-    if a.dtype == tl.bfloat16 and b.dtype == tl.float32:
-        rest = b - b.to(a.dtype).to(b.dtype)
-        rest = rest - rest.to(a.dtype).to(b.dtype)
-        acc = tl.dot(a, rest.to(a.dtype), acc, input_precision=PRECISION)
-    return acc
+def dot_exact(a, b, acc, rest, PRECISION: tl.constexpr):
+    """(acc, rest) with a @ b in their sum, with all 24 bits of a float32 b, for sums that nothing else rounds.
+
+    What rounding b leaves is summed apart: matrix units cut off what does not fit beside a large sum.
+    """
+    rounded = b.to(a.dtype)
+    acc = tl.dot(a, rounded, acc, input_precision=PRECISION)
+    if a.dtype != b.dtype:
+        left = b - rounded.to(b.dtype)
+        rest = tl.dot(a, left.to(a.dtype), rest, input_precision=PRECISION)
+        if a.dtype == tl.bfloat16:
+            rest = tl.dot(a, (left - left.to(a.dtype).to(b.dtype)).to(a.dtype), rest, input_precision=PRECISION)
+    return acc, rest

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .launches import Operand
-from .sizes import OPTIONS, cdiv, next_power_of_2
+from .sizes import ASSERTING, OPTIONS, cdiv, next_power_of_2
 
 _SEEN_BLOCK = 64
 _NUMBER_BLOCK = 256
@@ -265,6 +265,12 @@ def _slot_kernel(
         slot = tl.load(index_ptr + b)
         tl.device_assert((slot >= 0) & (slot < table), "context_index lies outside the table")
         slot = tl.minimum(tl.maximum(slot, 0), table - 1).to(tl.int32)
+    if PACKED:
+        low = tl.load(cu_seqlens_ptr + b)
+        high = tl.load(cu_seqlens_ptr + b + 1)
+        tl.device_assert((b > 0) | (low == 0), "cu_seqlens does not begin with 0")
+        tl.device_assert((b < tl.num_programs(0) - 1) | (high == rows), "cu_seqlens does not end with the rows of x")
+        tl.device_assert(low <= high, "cu_seqlens falls")
     begin, size = _sequence(cu_seqlens_ptr, b, True, rows, length, PACKED)
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -284,7 +290,7 @@ def slot_of_rows(layout, sizes, context_index, cu_seqlens):
         PACKED=packed,
         INDEXED=indexed,
         BLOCK=min(_SPREAD_BLOCK, next_power_of_2(length)) if length else _SPREAD_BLOCK,
-        **OPTIONS,
+        **ASSERTING,
     )
     return slot
 
@@ -300,7 +306,7 @@ def group_rows(layout, sizes, context_index, cu_seqlens, block):
     tiles = rows // block + limit
     buffer = layout.buffer(4 + 3 * limit + tiles + (rows if indexed else 0), torch.int32)
     scratch = layout.buffer((4 if indexed else 1) * sequences, torch.int32)
-    flags = {"PACKED": packed, **OPTIONS}
+    flags = {"PACKED": packed, **ASSERTING}
     if indexed:
         layout.launch(
             *(_seen_kernel, (cdiv(sequences, _SEEN_BLOCK),)),
@@ -320,6 +326,8 @@ def group_rows(layout, sizes, context_index, cu_seqlens, block):
         *(_spread_kernel, (sequences,)),
         *(cu_seqlens, scratch, buffer, sequences, rows, length, limit, tiles),
         BLOCK=_SPREAD_BLOCK,
-        **flags,
+        PACKED=packed,
+        INDEXED=indexed,
+        **OPTIONS,
     )
     return Groups(buffer, limit, tiles, length, block, False, indexed)

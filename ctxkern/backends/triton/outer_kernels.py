@@ -185,6 +185,7 @@ def _outer_turn_kernel(
     d_begin = tl.program_id(1) * d_step
     for d in range(d_begin, tl.minimum(d_begin + d_step, d_in)):
         z = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        rest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for part in range(0, len(d_outs)):
             d_out = pick(part, d_outs)
             bilinear_at = pick(part, bilinears) + wide(d) * pick(part, strides_t[0])
@@ -197,7 +198,8 @@ def _outer_turn_kernel(
                 t_at = bilinear_at + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
                 t_at += offs_k[None, :] * wide(pick(part, strides_t[2]))
                 t = tl.load(t_at, mask=mask_e[:, None] & mask_k[None, :], other=0.0)
-                z = dot_exact(dy, t, z, PRECISION)
+                z, rest = dot_exact(dy, t, z, rest, PRECISION)
+        z += rest
         if DX:
             total = tl.sum(z * c, 1)
             if STARTED:
@@ -229,21 +231,22 @@ def _outer_dcontext_kernel(
     UNIFORM: tl.constexpr,
     ORDERED: tl.constexpr,
 ):
-    """dcontext of a context: the partial sums of its rows, in their order."""
+    """dcontext of a context: the partial sums of its rows, in a fixed order."""
     u = tl.program_id(0)
     if u >= context_count(groups_ptr, limit, UNIFORM):
         return
     begin, end = range_of(groups_ptr, limit, length, u, UNIFORM)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
-    acc = tl.zeros([BLOCK_K], tl.float32)
-    for span in range(0, spans):
-        for start in range(begin, end, BLOCK_M):
-            grouped = start + tl.arange(0, BLOCK_M)
-            mask_m = grouped < end
-            n = rows_at(groups_ptr, limit, tiles, grouped, mask_m, ORDERED).to(tl.int64)
+    sums = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        grouped = start + tl.arange(0, BLOCK_M)
+        mask_m = grouped < end
+        n = rows_at(groups_ptr, limit, tiles, grouped, mask_m, ORDERED).to(tl.int64)
+        for span in range(0, spans):
             at = (wide(span) * rows + n[:, None]) * context_dim + offs_k[None, :]
-            acc += tl.sum(tl.load(partial_ptr + at, mask=mask_m[:, None] & mask_k[None, :], other=0.0), 0)
+            sums += tl.load(partial_ptr + at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+    acc = tl.sum(sums, 0)
     slot = slots_of(groups_ptr, u, True, UNIFORM)
     at = dcontext_ptr + slot.to(tl.int64) * context_dim + offs_k
     tl.store(at, acc.to(dcontext_ptr.dtype.element_ty), mask=mask_k)

@@ -91,6 +91,7 @@ def backward(call, projections, dx, dcontext):
         call.launch(
             *(backward_kernels._sum_partials_kernel, (limit, cdiv(k, block_k))),
             *(partial, call.groups.buffer, dcontext, limit, k, programs),
+            BLOCK_P=32,
             BLOCK_K=block_k,
             UNIFORM=call.groups.uniform,
             **OPTIONS,

@@ -295,18 +295,23 @@ def _sum_partials_kernel(
     limit,
     context_dim,
     programs,
+    BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """dcontext of a context: its partial sums, in their order."""
+    """dcontext of a context: its partial sums, in a fixed order."""
     u = tl.program_id(0)
     if u >= context_count(groups_ptr, limit, UNIFORM):
         return
     slot = slots_of(groups_ptr, u, True, UNIFORM)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
-    acc = tl.zeros([BLOCK_K], tl.float32)
-    for p in range(0, programs):
-        acc += tl.load(partial_ptr + (wide(p) * limit + u) * context_dim + offs_k, mask=mask_k, other=0.0)
+    sums = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        row = p.to(tl.int64) * limit + u
+        mask = (p < programs)[:, None] & mask_k[None, :]
+        sums += tl.load(partial_ptr + row[:, None] * context_dim + offs_k[None, :], mask=mask, other=0.0)
+    acc = tl.sum(sums, 0)
     at = dcontext_ptr + slot.to(tl.int64) * context_dim + offs_k
     tl.store(at, acc.to(dcontext_ptr.dtype.element_ty), mask=mask_k)

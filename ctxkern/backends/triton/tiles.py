@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .sizes import OPTIONS, next_power_of_2
+from .sizes import OPTIONS, cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -172,6 +172,16 @@ def _even(size, step):
 _GRID = 65_535
 # rows or columns of a block from which products run at the tile's speed; smaller ones cost loads twice over
 _NARROW = 64
+# rows or columns of the largest tiles
+_WIDE = 128
+
+
+def _padded(size, whole):
+    """How much more is computed than a block of `size` of `whole` asks for, as tiles have their own sizes."""
+    if not size or size == whole:
+        return 1.0
+    tile = _WIDE if size > _NARROW else _NARROW
+    return cdiv(size, tile) * tile / size
 
 
 def forward_blocks(d_in, d_outs, limit, dtype, budget):
@@ -181,7 +191,7 @@ def forward_blocks(d_in, d_outs, limit, dtype, budget):
     while group > 1 and column and budget // (column * group) < min(_NARROW, widest):
         group = -(-group // 2)
     fit = max(1, budget // max(column * group, 1))
-    width = max(1, _even(widest, min(_down(fit, _NARROW), widest)))
+    width = max(1, _even(widest, min(_down(fit, _WIDE if fit > _WIDE else _NARROW), widest)))
     strips = sum(-(-d_out // width) for d_out in d_outs)
     return Blocks(d_in, width, min(strips, max(1, fit // width)), group)
 
@@ -206,14 +216,15 @@ def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype
         return budget // max(width * strips * (group * element + (sums if group < limit else 0)), 1)
 
     def rows_of(width, strips):
-        return _even(d_in, min(_down(max(1, fit(width, strips)), _NARROW), d_in))
+        rows = max(1, fit(width, strips))
+        return _even(d_in, min(_down(rows, _WIDE if rows > _WIDE else _NARROW), d_in))
 
     def cost(width, strips):
         rows, columns = rows_of(width, strips), min(width * strips, total)
         count = -(-d_in // max(rows, 1)) * -(-total // max(columns, 1))
         moved = dtype.itemsize * (rows + 2 * columns) + (2 * torch.float32.itemsize * rows if columns < total else 0)
-        narrow = max(1, min(_NARROW, d_in) / max(rows, 1)) * max(1, min(_NARROW, total) / max(columns, 1))
-        return count * (tokens * moved * narrow + _LAUNCH_BYTES)
+        padded = _padded(rows, d_in) * _padded(columns, total)
+        return count * (tokens * moved * padded + _LAUNCH_BYTES)
 
     while group > 1 and max(fit(*candidate) for candidate in candidates) < min(16, d_in):
         group = -(-group // 2)
