@@ -75,11 +75,11 @@ __global__ void outer_sum_kernel(Problem q, Projection p, const float* __restric
 }
 
 template <class C, class T, int planes>
-using OuterTurnProduct = Product<C, T, planes, Rows<C, C, true>, Strided<C, C, false, planes>>;
+using OuterTurnProduct = Product<C, T, planes, Rows<C, C, true>, Strided<C, C, false, planes>, (planes > 1)>;
 
 // For one block of K, k0 on, of one projection. sums [N, D] in float32: dx so far; partial [splits, N, K]: dcontext.
 template <class C, class T, int planes>
-__global__ void __launch_bounds__(T::kThreads, sizeof(C) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(T::kThreads, sizeof(C) == 2 && (planes == 1 || T::kN < 64) ? 3 : 2)
     outer_turn_kernel(Problem q, Projection p, float* __restrict__ dx_sums, float* __restrict__ partial, int k0,
                       int d_step, bool started, bool last, bool added) {
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * T::kM;

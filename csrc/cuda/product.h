@@ -53,6 +53,12 @@ struct Sums {
         CTXKERN_UNROLL for (int k = 0; k < 4; ++k) at[i][j][k] = 0;
   }
 
+  __device__ __forceinline__ void add(const Sums& other) {
+    CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+      CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+        CTXKERN_UNROLL for (int k = 0; k < 4; ++k) at[i][j][k] += other.at[i][j][k];
+  }
+
   // f(row, column, sum) for each that this thread has.
   template <class F>
   __device__ __forceinline__ void each(F f) {
@@ -158,7 +164,8 @@ __device__ __forceinline__ bool in_chunks(const C* from, int64_t stride) {
   return reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % kChunk<C> == 0;
 }
 
-template <class C, class T, int planes, class A, class B>
+// apart: what rounding leaves of b is summed by itself, as matrix units cut off what does not fit beside a large sum.
+template <class C, class T, int planes, class A, class B, bool apart = false>
 struct Product {
   using StageA = Stage<C, A::kAlongSum, T::kM>;
   using StageB = Stage<C, B::kAlongSum, T::kN>;
@@ -169,25 +176,29 @@ struct Product {
   static __device__ __forceinline__ void add(Sums<T>& sums, const A& a, const B& b, int depth, bool tf32 = false) {
     Feed<C, StageA, A, T::kM, T::kThreads> left(a);
     Feed<C, StageB, B, T::kN, T::kThreads> right(b);
+    Sums<T> rest;
+    if constexpr (apart) rest.clear();
     int begin = 0;
     if constexpr (decltype(left)::kPossible && decltype(right)::kPossible) {
       if (left.plain && right.plain) begin = depth / kDepth<C> * kDepth<C>;
       if constexpr (decltype(left)::kOrders || decltype(right)::kOrders) {
         if (begin && (left.ordered || right.ordered)) {
-          run<Way::kOrdered>(sums, left, right, 0, begin, tf32);
+          run<Way::kOrdered>(sums, rest, left, right, 0, begin, tf32);
         } else if (begin) {
-          run<Way::kPlain>(sums, left, right, 0, begin, tf32);
+          run<Way::kPlain>(sums, rest, left, right, 0, begin, tf32);
         }
       } else {
-        if (begin) run<Way::kPlain>(sums, left, right, 0, begin, tf32);
+        if (begin) run<Way::kPlain>(sums, rest, left, right, 0, begin, tf32);
       }
     }
-    if (begin < depth) run<Way::kChunks>(sums, left, right, begin, depth, tf32);
+    if (begin < depth) run<Way::kChunks>(sums, rest, left, right, begin, depth, tf32);
+    if constexpr (apart) sums.add(rest);
   }
 
  private:
   template <Way way, class Left, class Right>
-  static __device__ __forceinline__ void run(Sums<T>& sums, Left& left, Right& right, int begin, int end, bool tf32) {
+  static __device__ __forceinline__ void run(Sums<T>& sums, [[maybe_unused]] Sums<T>& rest, Left& left, Right& right,
+                                             int begin, int end, bool tf32) {
     C* shared = reinterpret_cast<C*>(shared_memory());
     const int steps = (end - begin + kDepth<C> - 1) / kDepth<C>;
     auto fill = [&](int step) {
@@ -205,7 +216,7 @@ struct Product {
       fill(step + kStages - 1);
       const C* stage = shared + step % kStages * kElements;
       CTXKERN_UNROLL for (int plane = 0; plane < planes; ++plane)
-        multiply_stage(sums, stage, stage + StageA::kElements + plane * StageB::kElements, tf32);
+        multiply_stage(apart && plane ? rest : sums, stage, stage + StageA::kElements + plane * StageB::kElements, tf32);
     }
     wait_copies<0>();
     __syncthreads();
@@ -230,9 +241,7 @@ struct Product {
           CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
             CTXKERN_UNROLL for (int h = 0; h < 4; ++h) stage.at[i][j][h] += left[i][h / 2] * right[j][h % 2];
       }
-      CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
-        CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
-          CTXKERN_UNROLL for (int h = 0; h < 4; ++h) sums.at[i][j][h] += stage.at[i][j][h];
+      sums.add(stage);
     } else {
       static_assert(T::kColumns % 2 == 0, "columns come in pairs of tiles");
       const int low = lane % 8, j8 = lane / 8;
