@@ -1,8 +1,9 @@
 """The tile table of the Triton kernels, ctxkern/backends/triton/tile_table.csv: python bench/tune.py
 
 On a GPU every kernel runs with each candidate tile, in CUDA graphs of the calls that use it, all candidates of a kernel
-interleaved, and the fastest becomes the row of this architecture. A row `persistent` is written where one launch is
-faster than two a strip; without one the panel form takes two.
+interleaved, and the fastest becomes the row of this architecture; one whose results are not those of the row that there
+was is left out. A row `persistent` is written where one launch is faster than two a strip; without one the panel form
+takes two. Before, candidates are compiled by as many processes as there are cores. Rows are written one by one.
 
     python bench/tune.py                              this GPU, every kernel
     python bench/tune.py --kernels project make       some of them; --dtypes half mixed float32
@@ -17,6 +18,7 @@ import functools
 import itertools
 import math
 import os
+import subprocess
 import sys
 
 os.environ["TRITON_INTERPRET"] = str(int("--rehearse" in sys.argv))
@@ -66,6 +68,8 @@ def arguments():
     parser.add_argument("--compile", nargs="*", choices=TARGETS, metavar="TARGET", help=" ".join(TARGETS))
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--seconds", type=float, default=0.5, help="for all candidates of a kernel and case")
+    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile (0: none)")
+    parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--most", type=int, default=12, help="candidates of a kernel (default: 12)")
     return parser.parse_args()
 
@@ -162,8 +166,7 @@ def calls_of(kernel, kind, case):
 
     def call():
         y = ctxkern.modulated_linear(*positional, **keyword, backend="triton")
-        if backward:
-            torch.autograd.grad(y, given, inputs.dy)
+        return (y, *torch.autograd.grad(y, given, inputs.dy)) if backward else (y,)
 
     return call
 
@@ -178,23 +181,64 @@ def cases_of(kernel, layout):
     return LONG if kernel == "make-long" else PANEL
 
 
+def tried(kernel, kind, arch, layout):
+    """The candidates for a row; None stands for two launches."""
+    found = tiles.found("project" if kernel == "persistent" else kernel, kind, arch, layout == ALIGNED)
+    some = candidates(found, kernel in ("turn", "persistent"), False)
+    # with less of K at a time `make-long` would run
+    some = [c for c in some if kernel != "make" or c.depth >= found.depth][: 2 if ARGS.rehearse else ARGS.most]
+    return [None, *some] if kernel == "persistent" else some
+
+
+def put(key, t):
+    """Calls take this candidate for a row from now on."""
+    kernel = key[0]
+    planner.GPU_OUTER_ROWS = 1 << 30 if kernel.startswith("outer") or kernel == "product" else -1
+    planner.GPU_PERSISTENT = kernel == "persistent" and t is not None
+    with_tile(key, t)
+
+
+def keys(arch):
+    every = itertools.product(ARGS.kernels, ARGS.dtypes, (ALIGNED, UNALIGNED))
+    return [(k, kind, arch, layout) for k, kind, layout in every if k != "persistent" or layout == ALIGNED]
+
+
+def compile_part(arch):
+    """This process's share of all candidates, once each."""
+    kept = dict(tiles._TILES)
+    every = [(key, t, case) for key in keys(arch) for t in tried(*key) for case in cases_of(key[0], key[3])]
+    for key, t, case in every[ARGS.part :: ARGS.processes]:
+        put(key, t)
+        try:
+            calls_of(key[0], key[1], case)()
+        except Exception as error:
+            print(*key, t, f"{type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        with_tile(key, kept.get(key))
+
+
+def same(results, first):
+    """Whether results are those of another tile, but for the order of sums."""
+    return all(
+        (a.double() - b.double()).norm() <= 0.02 * b.double().norm() for a, b in zip(results, first, strict=True)
+    )
+
+
 def timed(kernel, kind, arch, layout):
     """{tile: geometric mean of its medians in seconds} of the candidates that run; None stands for two launches."""
     key = kernel, kind, arch, layout
-    planner.GPU_OUTER_ROWS = 1 << 30 if kernel.startswith("outer") or kernel == "product" else -1
-    planner.GPU_PERSISTENT = False
-    found = tiles.found("project" if kernel == "persistent" else kernel, kind, arch, layout == ALIGNED)
-    some = candidates(found, kernel in ("turn", "persistent"), False)[: 2 if ARGS.rehearse else ARGS.most]
-    some = [None, *some] if kernel == "persistent" else some
+    some = tried(*key)
     cases, sums = cases_of(kernel, layout), {}
     for case in cases:
-        fns = {}
+        fns, first = {}, None
         for t in some:
-            with_tile(key, t)
-            planner.GPU_PERSISTENT = kernel == "persistent" and t is not None
+            put(key, t)
             call = calls_of(kernel, kind, case)
             try:
-                call()
+                results = call()
+                first = results if first is None else first
+                if not same(results, first):
+                    print(*key, t, "has other results", flush=True)
+                    continue
                 fns[t] = call if ARGS.rehearse else captured(call)[0]
             except Exception as error:
                 print(*key, t, f"{type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
@@ -207,11 +251,8 @@ def timed(kernel, kind, arch, layout):
 
 def tune(arch, source):
     kept = dict(tiles._TILES)
-    for kernel, kind, layout in itertools.product(ARGS.kernels, ARGS.dtypes, (ALIGNED, UNALIGNED)):
-        if kernel == "persistent" and layout == UNALIGNED:
-            continue
-        key = kernel, kind, arch, layout
-        times = timed(kernel, kind, arch, layout)
+    for key in keys(arch):
+        times = timed(*key)
         with_tile(key, kept.get(key))
         if not times:
             continue
@@ -232,8 +273,16 @@ def main():
         sys.exit("no GPU here: --compile TARGET chooses tiles without one, --rehearse tries the script")
     else:
         device = torch.device("cpu" if ARGS.rehearse else "cuda")
-        about = provenance(device.type)
-        tune(tiles.architecture(device), f"timed on {about['device']} {about['date']}")
+        arch, about = tiles.architecture(device), provenance(device.type)
+        if ARGS.part is not None:
+            return compile_part(arch)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *sys.argv, "--processes", str(ARGS.processes), "--part"]
+        parts = [subprocess.Popen([*command, str(part)], env=environment) for part in range(ARGS.processes)]
+        for part in parts:
+            part.wait()
+        tune(arch, f"timed on {about['device']} {about['date']}")
+    return None
 
 
 if __name__ == "__main__":
