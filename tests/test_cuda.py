@@ -107,7 +107,7 @@ def test_small_workspace(form, case, workspace, dtypes):
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16-f32-params"])
 @pytest.mark.parametrize("lengths", [None, (3, 0, 5, 2)], ids=["padded", "packed"])
 def test_three_projections_share_dx_and_dcontext(form, lengths, dtypes):
     case = Case("qkv", 4, 5, 12, 20, 48, rows=3, index=(2, 0, 2, 1), lengths=lengths, bias=True)
@@ -176,7 +176,7 @@ def test_float32_is_rounded_to_tf32_where_torch_is_told_so(form, tell):
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16-f32-params"])
 def test_temporaries_stay_within_the_workspace(form, dtypes):
-    case = Case("memory", 16, 8, 64, 64, 16, rows=9, index=tuple(i % 9 for i in range(16)))
+    case = Case("memory", 16, 8, 48, 48, 16, rows=9, index=tuple(i % 9 for i in range(16)))
     inputs = make_inputs(case, *DTYPES[dtypes])
     positional, keyword = inputs.arguments()
     leaves = [t.requires_grad_() for t in positional if t is not None]
@@ -184,7 +184,7 @@ def test_temporaries_stay_within_the_workspace(form, dtypes):
         fn = functools.partial(cuda_linear, *positional, **keyword, workspace_bytes=workspace)
         peak = max(peak_extra_bytes(fn), peak_extra_bytes(lambda fn=fn: torch.autograd.grad(fn(), leaves, inputs.dy)))
         # rows, their gradients and sums in float32; which rows belong together
-        assert peak <= workspace + 3 * case.tokens * 64 * 4 + 4096, (peak, workspace)
+        assert peak <= workspace + 3 * case.tokens * 48 * 4 + 4096, (peak, workspace)
 
 
 def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
