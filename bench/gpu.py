@@ -145,7 +145,7 @@ def stage_check():
 def alive():
     """Whether the device still works after an error."""
     try:
-        wait()
+        gpu_time.wait(DEVICE)
     except Exception:
         return False
     return True
@@ -252,11 +252,6 @@ def stage_sanitize():
         failed += [check_name] * bool(done.returncode)
     assert not failed, failed
     return None
-
-
-def wait():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def finished(stage, given):

@@ -107,7 +107,7 @@ def stage_compile(args, device, backends, dealt):
         inputs = make_inputs(case, *DTYPES[dtype], device)
         for fn in ours(run, case, inputs, backward).values():
             fn()
-            _wait(device)
+            wait(device)
 
 
 def stage_time(args, device, backends, _):
@@ -186,18 +186,19 @@ def stage_overhead(args, device, *_):
         for name, fn in made.items():
             for _round in range(3):
                 fn()
-            _wait(device)
+            wait(device)
             started, times = time.perf_counter(), 100
             for _round in range(times):
                 fn()
             issued = time.perf_counter() - started
-            _wait(device)
+            wait(device)
             done = time.perf_counter() - started
             each = f"{issued / times * 1e6:8.1f} µs to issue, {done / times * 1e6:8.1f} µs in all"
             print(f"{'fwd+bwd' if backward else 'fwd':8} {name:20} {each}")
 
 
-def _wait(device):
+def wait(device):
+    """For what was launched."""
     if device == "cuda":
         torch.cuda.synchronize()
 

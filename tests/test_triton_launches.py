@@ -273,7 +273,8 @@ def libcuda(tmp_path_factory):
     command = ["gcc", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", source]
     done = subprocess.run([*command, "-o", folder / "libcuda.so.1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {"LD_LIBRARY_PATH": str(folder), "LAUNCHES": str(folder / "launches")}
+    path = os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])
+    return {"LD_LIBRARY_PATH": path, "LAUNCHES": str(folder / "launches")}
 
 
 def test_tritons_own_launcher_gives_the_driver_the_same_at_the_second_call(libcuda):

@@ -7,7 +7,7 @@
 //   spread    dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]    dweight[d, e] = Σ_u G_u[d, e]
 //   dcontext  dcontext[u, k] = Σ_{d, e} bilinear[d, e, k] G_u[d, e]       a part for each range of rows of D
 //
-// W and G lie in a workspace, [contexts of a group, rows of a block, columns of a block], in the dtype of x. C: the dtype
+// G, and W after it, lie in a workspace, [contexts of a group, rows of a block, columns of a block], in the dtype of x. C: the dtype
 // of x. Reductions have a fixed order; there are no atomics.
 #pragma once
 

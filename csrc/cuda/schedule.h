@@ -2,7 +2,6 @@
 #pragma once
 
 #include <limits>
-#include <type_traits>
 
 #include "blocks.h"
 #include "outer.h"
@@ -62,13 +61,7 @@ class Modulated {
         over(q.groups.limit, blocks.group, [&](int u_begin, int u_size) {
           const Block block{0, static_cast<int>(q.d_in), e_begin, e_size, u_begin, u_size};
           make(p, block, panel);
-          if (q.groups.block == SmallTile::kM) {
-            project<SmallTile>(p, block, panel);
-          } else if (wasted(e_size)) {
-            project<HighTile>(p, block, panel);
-          } else {
-            project<LargeTile>(p, block, panel);
-          }
+          by_tile(e_size, [&](auto tile) { project<decltype(tile)>(p, block, panel); });
         });
       });
     }
@@ -111,13 +104,9 @@ class Modulated {
             if (spreads) spread(p, block, panel, sums, u_begin > 0, u_begin + u_size >= limit);
             if (!q.dx) return;
             make(p, block, panel);
-            if (q.groups.block == SmallTile::kM) {
-              turn<SmallTile>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces);
-            } else if (wasted(d_size)) {
-              turn<HighTile>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces);
-            } else {
-              turn<LargeTile>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces);
-            }
+            by_tile(d_size, [&](auto tile) {
+              turn<decltype(tile)>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces);
+            });
           });
           ++piece;
         });
@@ -160,6 +149,15 @@ class Modulated {
     return sizeof(C) == 2 && each >= LargeTile::kM && q.d_in >= 64 ? LargeTile::kM : SmallTile::kM;
   }
 
+  // f of the tile for rows of contexts by `columns`; large ones are for halves alone.
+  template <class F>
+  void by_tile(int columns, F f) {
+    if constexpr (sizeof(C) == 2) {
+      if (q.groups.block != SmallTile::kM) return wasted(columns) ? f(HighTile{}) : f(LargeTile{});
+    }
+    f(SmallTile{});
+  }
+
   void make(const Projection& p, const Block& block, C* panel) {
     const int64_t pieces = block.d_size * ceil_div(block.e_size, MakeTile::kN);
     launch("make", make_kernel<C>, pieces * ceil_div(block.u_size, MakeTile::kM), 1, 1, MakeTile::kThreads,
@@ -168,9 +166,8 @@ class Modulated {
 
   template <class T>
   void project(const Projection& p, const Block& block, C* panel) {
-    if constexpr (sizeof(C) == 2 || std::is_same_v<T, SmallTile>)
-      launch("project", project_kernel<C, T>, q.groups.tiles * ceil_div(block.e_size, T::kN), 1, 1, T::kThreads,
-             ProjectProduct<C, T>::kShared, q, p, block, panel);
+    launch("project", project_kernel<C, T>, q.groups.tiles * ceil_div(block.e_size, T::kN), 1, 1, T::kThreads,
+           ProjectProduct<C, T>::kShared, q, p, block, panel);
   }
 
   void gather(const Projection& p, const Block& block, C* products) {
@@ -190,9 +187,8 @@ class Modulated {
 
   template <class T>
   void turn(const Projection& p, const Block& block, C* panel, float* sums, bool started, bool last) {
-    if constexpr (sizeof(C) == 2 || std::is_same_v<T, SmallTile>)
-      launch("turn", turn_kernel<C, T>, q.groups.tiles * ceil_div(block.d_size, T::kN), 1, 1, T::kThreads,
-             TurnProduct<C, T>::kShared, q, p, block, panel, sums, started, last);
+    launch("turn", turn_kernel<C, T>, q.groups.tiles * ceil_div(block.d_size, T::kN), 1, 1, T::kThreads,
+           TurnProduct<C, T>::kShared, q, p, block, panel, sums, started, last);
   }
 
   void spread(const Projection& p, const Block& block, C* products, float* sums, bool started, bool last) {

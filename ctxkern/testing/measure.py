@@ -46,8 +46,8 @@ def interleaved(fns, seconds=1.0, min_rounds=5, max_rounds=200, device="cpu"):
 
 
 def _timed(fn, device):
-    """Seconds from the beginning of fn() to the end of its work; on a GPU by its own clock, which starts when it comes
-    to what was launched, while it still sleeps."""
+    """Seconds from the beginning of fn() to the end of its work; on a GPU by its own clock, after a sleep during which
+    fn() is issued."""
     if torch.device(device).type == "cuda":
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
