@@ -36,7 +36,7 @@ import gpu_time
 import torch
 
 import ctxkern
-from ctxkern import planner
+from ctxkern import plan as planner
 from ctxkern.reference import modulated_qkv_ref
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.families import by_projection, qkv_arguments

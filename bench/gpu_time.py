@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import ctxkern
-from ctxkern import planner
+from ctxkern import plan as planner
 from ctxkern.testing import report
 from ctxkern.testing.cases import BENCH_CASES, Case, make_inputs
 from ctxkern.testing.measure import captured, ceilings, interleaved, peak_extra_bytes
@@ -165,7 +165,8 @@ def _in_form(fn, single):
 
 def _is_persistent(fn):
     """Whether fn() takes the persistent form."""
-    from ctxkern.backends.triton import persistent, tiles
+    from ctxkern.modulated.triton import persistent
+    from ctxkern.runtime.triton import tiles
 
     taken, kept = [], persistent.forward
     persistent.forward = lambda *given: (taken.append(given), kept(*given))

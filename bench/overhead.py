@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import ctxkern
-from ctxkern.backends.triton import tiles
+from ctxkern.runtime.triton import tiles
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.driver import note_launches
 from ctxkern.testing.measure import interleaved

@@ -1,4 +1,4 @@
-"""The tile table of the Triton kernels, ctxkern/backends/triton/tile_table.csv: python bench/tune.py
+"""The tile table of the Triton kernels, ctxkern/runtime/triton/tile_table.csv: python bench/tune.py
 
 On a GPU every kernel runs with each candidate tile, in CUDA graphs of the calls that use it, all candidates of a kernel
 interleaved, and the fastest becomes the row of this architecture; one whose results are not those of the row that there
@@ -26,9 +26,9 @@ os.environ["TRITON_INTERPRET"] = str(int("--rehearse" in sys.argv))
 import torch
 
 import ctxkern
-from ctxkern import planner
-from ctxkern.backends.triton import tiles
-from ctxkern.backends.triton.tiles import ALIGNED, ANY, FLOAT, HALF, MIXED, TABLE, UNALIGNED, Tile
+from ctxkern import plan as planner
+from ctxkern.runtime.triton import tiles
+from ctxkern.runtime.triton.tiles import ALIGNED, ANY, FLOAT, HALF, MIXED, TABLE, UNALIGNED, Tile
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.kernels import PROBLEMS, TARGETS, audit, faults, launches_of
 from ctxkern.testing.measure import captured, interleaved, provenance

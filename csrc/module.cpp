@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace {
 
 using ctxkern::Dtype;
-// What outer costs a row, panel a context, and outer beyond that: see planner.py.
+// What outer costs a row, panel a context, and outer beyond that: see plan.py.
 using Terms = std::tuple<double, double, double>;
 
 std::vector<std::string> cpu_isas() {
@@ -75,7 +75,7 @@ int threads_for(const ctxkern::Problem& q) {
   return most < q.threads ? (most < 1 ? 1 : static_cast<int>(most)) : q.threads;
 }
 
-// See backends/cpu.py, which builds the tuples.
+// See modulated/cpu.py, which builds the tuples.
 void read(Call& call, const py::tuple& sizes, const py::tuple& projections, const Terms& terms) {
   Reader in(sizes);
   in.expect(18);
@@ -176,6 +176,6 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set in use: the best, or the one named by CTXKERN_CPU_ISA.");
   m.def("force_cpu_isa", &force_cpu_isa, "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
   m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
-  m.def("modulated", &modulated, "Runs modulated projections forward or backward; see backends/cpu.py.");
+  m.def("modulated", &modulated, "Runs modulated projections forward or backward; see modulated/cpu.py.");
   m.def("modulated_tiles", &modulated_tiles, "How `modulated` would run the same arguments.");
 }

@@ -2,7 +2,6 @@
 
 __version__ = "0.1.0"
 
-from .backends.registry import backends
 from .functional import (
     bilinear,
     explain,
@@ -13,7 +12,8 @@ from .functional import (
 )
 from .nn.merge import merge
 from .nn.swap import swap
-from .planner import Plan
+from .plan import Plan
+from .registry import backends
 
 __all__ = [
     "Plan",

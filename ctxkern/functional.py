@@ -5,8 +5,9 @@ Symbols: B sequences of S tokens, N tokens in all, D = d_in, E = d_out, K = cont
 
 import torch
 
-from . import _check, ops, planner
-from .backends.registry import implementation, resolve
+from . import checks, ops
+from . import plan as planner
+from .registry import implementation, resolve
 
 
 def modulated_linear(
@@ -52,7 +53,7 @@ def modulated_linear(
     op = "modulated_linear"
     x, context = _inputs(op, x, context, context_index, cu_seqlens)
     _projection(op, x, context, weight, bilinear, bias, "")
-    workspace_bytes = _check.workspace(op, workspace_bytes)
+    workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
     return ops.modulated(
         x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens, workspace_bytes, backend
@@ -84,12 +85,12 @@ def modulated_qkv(
     """
     op = "modulated_qkv"
     x, context = _inputs(op, x, context, context_index, cu_seqlens)
-    weights = _check.projections(op, "weights", weights, 3, optional=True)
-    bilinears = _check.projections(op, "bilinears", bilinears, 3, optional=False)
-    biases = _check.projections(op, "biases", biases, 3, optional=True)
+    weights = checks.projections(op, "weights", weights, 3, optional=True)
+    bilinears = checks.projections(op, "bilinears", bilinears, 3, optional=False)
+    biases = checks.projections(op, "biases", biases, 3, optional=True)
     for i in range(3):
         _projection(op, x, context, weights[i], bilinears[i], biases[i], f"s[{i}]")
-    workspace_bytes = _check.workspace(op, workspace_bytes)
+    workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
     return ops.modulated(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend)
 
@@ -113,22 +114,22 @@ def bilinear(input1, input2, weight, bias=None):
     """
     op = "bilinear"
     for name, t, takes in (("input1", input1, "[..., D]"), ("input2", input2, "[..., K]")):
-        _check.tensor(op, name, t, _Any, takes)
-        _check.activation(op, name, t)
+        checks.tensor(op, name, t, _Any, takes)
+        checks.activation(op, name, t)
         if t.dim() == 0:
             raise ValueError(f"{op}: {name} has shape [], takes {takes}")
-    input1, input2 = _check.autocast(input1, input2)
+    input1, input2 = checks.autocast(input1, input2)
     if input1.shape[:-1] != input2.shape[:-1]:
         raise ValueError(
             f"{op}: input2 has leading dimensions {list(input2.shape[:-1])}, takes those of input1, "
             f"{list(input1.shape[:-1])}"
         )
-    _check.parameter(op, "input2", input2, input1)
-    _check.tensor(op, "weight", weight, (3,), "[E, D, K]")
-    _check.parameter(op, "weight", weight, input1)
+    checks.parameter(op, "input2", input2, input1)
+    checks.tensor(op, "weight", weight, (3,), "[E, D, K]")
+    checks.parameter(op, "weight", weight, input1)
     d_in, context_dim = input1.shape[-1], input2.shape[-1]
-    _check.shape(op, "weight", weight, (weight.shape[0], d_in, context_dim), "[E, D, K]")
-    _check.bias(op, "bias", bias, input1, weight.shape[0])
+    checks.shape(op, "weight", weight, (weight.shape[0], d_in, context_dim), "[E, D, K]")
+    checks.bias(op, "bias", bias, input1, weight.shape[0])
     tokens = input1.shape[:-1].numel()
     x, context = input1.reshape(1, tokens, d_in), input2.reshape(1, tokens, context_dim)
     backend = _backend(None, x, context, None, None)
@@ -157,22 +158,22 @@ def lora_linear(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu
     Source: Hu et al., LoRA (2021).
     """
     op = "lora_linear"
-    _check.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
-    _check.activation(op, "x", x)
-    (x,) = _check.autocast(x)
+    checks.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
+    checks.activation(op, "x", x)
+    (x,) = checks.autocast(x)
     for name, t, takes in (("A", A, "[b, r, D]"), ("B", B, "[b, E, r]")):
-        _check.tensor(op, name, t, (3,), takes)
-        _check.parameter(op, name, t, x)
+        checks.tensor(op, name, t, (3,), takes)
+        checks.parameter(op, name, t, x)
     d_out = B.shape[1]
     if weight is not None:
-        _check.tensor(op, "weight", weight, (2,), "[E, D]")
-        _check.parameter(op, "weight", weight, x)
-        _check.shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[E, D]")
+        checks.tensor(op, "weight", weight, (2,), "[E, D]")
+        checks.parameter(op, "weight", weight, x)
+        checks.shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[E, D]")
         d_out = weight.shape[0]
-    _check.shape(op, "A", A, (*A.shape[:2], x.shape[-1]), "[b, r, D]")
-    _check.shape(op, "B", B, (A.shape[0], d_out, A.shape[1]), "[b, E, r]")
-    _check.bias(op, "bias", bias, x, d_out)
-    _check.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
+    checks.shape(op, "A", A, (*A.shape[:2], x.shape[-1]), "[b, r, D]")
+    checks.shape(op, "B", B, (A.shape[0], d_out, A.shape[1]), "[b, E, r]")
+    checks.bias(op, "bias", bias, x, d_out)
+    checks.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
     _number(op, "scale", scale)
     backend = _backend(backend, x, A, adapter_index, cu_seqlens, "adapter_index", "lora")
     return ops.lora(x, weight, A, B, bias, float(scale), adapter_index, cu_seqlens, planner.DEFAULT_WORKSPACE, backend)
@@ -212,16 +213,16 @@ def factored_modulated_linear(
     x, context = _inputs(op, x, context, context_index, cu_seqlens)
     factors = (("in_factor", in_factor, "[D, R]"), ("context_factor", context_factor, "[K, R]"))
     for name, t, takes in (*factors, ("out_factor", out_factor, "[R, E]")):
-        _check.tensor(op, name, t, (2,), takes)
-        _check.parameter(op, name, t, x)
+        checks.tensor(op, name, t, (2,), takes)
+        checks.parameter(op, name, t, x)
     rank, d_out = out_factor.shape
-    _check.shape(op, "in_factor", in_factor, (x.shape[-1], rank), "[D, R]")
-    _check.shape(op, "context_factor", context_factor, (context.shape[-1], rank), "[K, R]")
+    checks.shape(op, "in_factor", in_factor, (x.shape[-1], rank), "[D, R]")
+    checks.shape(op, "context_factor", context_factor, (context.shape[-1], rank), "[K, R]")
     if weight is not None:
-        _check.tensor(op, "weight", weight, (2,), "[D, E]")
-        _check.parameter(op, "weight", weight, x)
-        _check.shape(op, "weight", weight, (x.shape[-1], d_out), "[D, E]")
-    _check.bias(op, "bias", bias, x, d_out)
+        checks.tensor(op, "weight", weight, (2,), "[D, E]")
+        checks.parameter(op, "weight", weight, x)
+        checks.shape(op, "weight", weight, (x.shape[-1], d_out), "[D, E]")
+    checks.bias(op, "bias", bias, x, d_out)
     _values(x, context, context_index, cu_seqlens, "context_index")
     wide = torch.promote_types(context_factor.dtype, context.dtype)
     # picked in float32, in which the gradients of one context's tokens then add up
@@ -259,7 +260,7 @@ def explain(
     op = "explain"
     x, context = _inputs(op, x, context, context_index, cu_seqlens)
     _projection(op, x, context, weight, bilinear, bias, "")
-    workspace_bytes = _check.workspace(op, workspace_bytes)
+    workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
     planned = implementation("portable" if backend == "reference" else backend, x, "modulated")
     return planned.plan_call(
@@ -272,34 +273,34 @@ _Any = range(65)
 
 def _inputs(op, x, context, context_index, cu_seqlens):
     """x and context checked, under autocast in its dtype."""
-    _check.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
-    _check.activation(op, "x", x)
-    _check.tensor(op, "context", context, (2, 3), "[F, K] or [B, S, K]")
-    (x,) = _check.autocast(x)
-    _check.parameter(op, "context", context, x)
+    checks.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
+    checks.activation(op, "x", x)
+    checks.tensor(op, "context", context, (2, 3), "[F, K] or [B, S, K]")
+    (x,) = checks.autocast(x)
+    checks.parameter(op, "context", context, x)
     if context.dim() == 2:
-        _check.sequences(op, x, context, "context", context_index, "context_index", cu_seqlens)
+        checks.sequences(op, x, context, "context", context_index, "context_index", cu_seqlens)
         return x, context
     for name, t in (("context_index", context_index), ("cu_seqlens", cu_seqlens)):
         if t is not None:
             raise ValueError(f"{op}: {name} beside a context per token, {list(context.shape)}: takes None")
     if x.dim() == 2:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, takes [B, S, D] beside a context per token [B, S, K]")
-    _check.shape(op, "context", context, (*x.shape[:2], context.shape[2]), "[B, S, K]")
+    checks.shape(op, "context", context, (*x.shape[:2], context.shape[2]), "[B, S, K]")
     return x, context
 
 
 def _projection(op, x, context, weight, bilinear, bias, entry):
-    _check.tensor(op, "bilinear" + entry, bilinear, (3,), "[D, E, K]")
-    _check.parameter(op, "bilinear" + entry, bilinear, x)
+    checks.tensor(op, "bilinear" + entry, bilinear, (3,), "[D, E, K]")
+    checks.parameter(op, "bilinear" + entry, bilinear, x)
     d_in, d_out = x.shape[-1], bilinear.shape[1]
-    _check.shape(op, "bilinear" + entry, bilinear, (d_in, d_out, context.shape[-1]), "[D, E, K]")
+    checks.shape(op, "bilinear" + entry, bilinear, (d_in, d_out, context.shape[-1]), "[D, E, K]")
     if weight is not None:
-        _check.tensor(op, "weight" + entry, weight, (2,), "[D, E]")
-        _check.parameter(op, "weight" + entry, weight, x)
-        _check.shape(op, "weight" + entry, weight, (d_in, d_out), "[D, E]")
+        checks.tensor(op, "weight" + entry, weight, (2,), "[D, E]")
+        checks.parameter(op, "weight" + entry, weight, x)
+        checks.shape(op, "weight" + entry, weight, (d_in, d_out), "[D, E]")
     if bias is not None:
-        _check.bias(op, "bias" + entry.replace("s[", "es["), bias, x, d_out)
+        checks.bias(op, "bias" + entry.replace("s[", "es["), bias, x, d_out)
 
 
 def _number(op, name, value):
@@ -321,6 +322,6 @@ def _values(x, table, index, cu_seqlens, what):
         return
     index, cu_seqlens = ops.readable(index), ops.readable(cu_seqlens)
     if index is not None:
-        _check.check_index(index, table.shape[0], what)
+        checks.check_index(index, table.shape[0], what)
     if cu_seqlens is not None:
-        _check.check_bounds(cu_seqlens, x.shape[0])
+        checks.check_bounds(cu_seqlens, x.shape[0])

@@ -13,8 +13,8 @@ from torch._C._autograd import _profiler_enabled
 from torch.library import Library
 
 from . import reference
-from ._check import autocast_enabled
-from .backends.registry import implementation
+from .checks import autocast_enabled
+from .registry import implementation
 
 _library = Library("ctxkern", "DEF")
 

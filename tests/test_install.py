@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ctxkern import _cuda
+from ctxkern.runtime import cuda as cuda_runtime
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ BUILD_SETTINGS = {"CXX", "CXXFLAGS", "LDFLAGS", "CTXKERN_BUILD_CUDA", "CTXKERN_C
 NO_COMPILER = {"CXX": "/nonexistent"}
 CHECK = """
 import json, ctxkern
-from ctxkern import _compiled as c
+from ctxkern.runtime import cpu as c
 print(json.dumps([ctxkern.__file__, c.available(), c.reason(), c.cpu_isas(), c.build_info()]))
 """
 
@@ -245,7 +245,7 @@ def test_cuda_kernels_are_built_where_nvcc_is(tools, source, tmp_path):
     build_in_place(tools, source, **NO_COMPILER, CTXKERN_BUILD_CUDA="1", CTXKERN_CUDA_ARCHS="90")
     assert build_info(source)["cuda"]["built"]
     library = source / "ctxkern" / "_cuda_kernels.so"
-    assert ctypes.CDLL(library).ctxkern_cuda_abi() == _cuda._ABI
+    assert ctypes.CDLL(library).ctxkern_cuda_abi() == cuda_runtime._ABI
     needed = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
     assert not any(name in needed for name in ("torch", "python", "cudart"))
     broken = tmp_path / "bin" / "nvcc"

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ctxkern.planner import DEFAULT_WORKSPACE
+from ctxkern.plan import DEFAULT_WORKSPACE
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.measure import peak_extra_bytes
 from ctxkern.testing.peers import calls
@@ -55,7 +55,7 @@ def test_the_einsum_does_not():
 
 _PROCESS = """
 import resource, sys, torch
-from ctxkern.planner import DEFAULT_WORKSPACE
+from ctxkern.plan import DEFAULT_WORKSPACE
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.peers import calls
 peer, backward = sys.argv[1], sys.argv[2] == "True"

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import ctxkern
-from ctxkern.backends import registry
-from ctxkern.backends.portable import lora, modulated, outer, panel, rows
-from ctxkern.backends.portable.call import Gradients
-from ctxkern.planner import compute_dtype
+from ctxkern import registry
+from ctxkern.lora import portable as lora
+from ctxkern.modulated.portable import modulated, outer, panel
+from ctxkern.modulated.portable.call import Gradients
+from ctxkern.plan import compute_dtype
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref
+from ctxkern.runtime import rows
 from ctxkern.testing.cases import CASES, Case, make_inputs
 from ctxkern.testing.families import lora_arguments
 from ctxkern.testing.oracle import assert_matches, baseline, check, check_family, oracle, run

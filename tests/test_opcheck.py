@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import ctxkern
-from ctxkern.backends.registry import interpreted
+from ctxkern.registry import interpreted
 from ctxkern.testing.cases import make_inputs
 from ctxkern.testing.families import lora_arguments
 from ctxkern.testing.kinds import CHECKED, PADDED, PER_TOKEN, RAGGED, SHARED

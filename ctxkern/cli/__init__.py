@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import ctxkern
-from ctxkern.experiments._extras import MissingExtraError
+from ctxkern.experiments.core.extras import MissingExtraError
 
 COMMANDS = ("train", "bench", "check")
 # 128 + SIGINT, as shells have it

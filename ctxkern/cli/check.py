@@ -51,7 +51,7 @@ def _versions(ctxkern, torch):
 
 
 def _devices(torch):
-    from ctxkern import planner
+    from ctxkern import plan as planner
     from ctxkern.testing.measure import device_name
 
     yield "cpu", f"{device_name()}, {torch.get_num_threads()} threads, torch products use {planner.cpu_isa()}"
@@ -63,10 +63,10 @@ def _devices(torch):
 
 
 def _compiled():
-    from ctxkern import _compiled
+    from ctxkern.runtime import cpu as cpu_runtime
 
-    if not _compiled.available():
-        yield "compiled core", f"no: {_compiled.reason()}"
+    if not cpu_runtime.available():
+        yield "compiled core", f"no: {cpu_runtime.reason()}"
         return
-    yield "compiled core", f"yes: {_compiled.build_info().get('cpu', {}).get('compiler', 'compiler not recorded')}"
-    yield "instructions", f"{', '.join(_compiled.cpu_isas())}; in use: {_compiled.cpu_isa()}"
+    yield "compiled core", f"yes: {cpu_runtime.build_info().get('cpu', {}).get('compiler', 'compiler not recorded')}"
+    yield "instructions", f"{', '.join(cpu_runtime.cpu_isas())}; in use: {cpu_runtime.cpu_isa()}"

@@ -103,7 +103,7 @@ def _read_config(run_dir: Path) -> dict:
 
 def _resumed(args: argparse.Namespace):
     """Settings and paths of the run in ``--run-dir``, with what may differ taken from the command line."""
-    from ctxkern.experiments.checkpoint import LAST, read_step
+    from ctxkern.experiments.core.checkpoint import LAST, read_step
     from ctxkern.experiments.multifile.config import PRESETS, RESUMABLE, TrainConfig
     from ctxkern.experiments.multifile.paths import expand_paths, fingerprint
 
@@ -139,7 +139,7 @@ def _resumed(args: argparse.Namespace):
 
 def _fresh(args: argparse.Namespace):
     """Settings, paths and an unused folder."""
-    from ctxkern.experiments.checkpoint import LAST
+    from ctxkern.experiments.core.checkpoint import LAST
     from ctxkern.experiments.multifile.config import TrainConfig
     from ctxkern.experiments.multifile.paths import expand_paths, standard_library_files
 
@@ -155,8 +155,8 @@ def _fresh(args: argparse.Namespace):
 @contextlib.contextmanager
 def _told():
     """Wrong settings and files as :class:`CommandError`."""
-    from ctxkern.experiments.checkpoint import CheckpointError
-    from ctxkern.experiments.loop import TrainingError
+    from ctxkern.experiments.core.checkpoint import CheckpointError
+    from ctxkern.experiments.core.loop import TrainingError
 
     try:
         yield
@@ -166,12 +166,12 @@ def _told():
 
 def run(args: argparse.Namespace) -> int:
     """Train as ``args`` say; 0, or 128 + the signal that stopped it."""
-    from ctxkern.experiments._extras import require
-    from ctxkern.experiments.files import write_json_atomic
+    from ctxkern.experiments.core.extras import require
+    from ctxkern.experiments.core.files import write_json_atomic
+    from ctxkern.experiments.core.tokenizers import save_tokenizer
     from ctxkern.experiments.multifile import report
     from ctxkern.experiments.multifile.paths import fingerprint
     from ctxkern.experiments.multifile.train import prepare
-    from ctxkern.experiments.tokenizers import save_tokenizer
 
     # told before the work, not after it
     for module in _EXTRAS:
@@ -190,12 +190,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, job, run_dir: Path, files: list[dict]) -> int:
-    from ctxkern.experiments.checkpoint import LAST
+    from ctxkern.experiments.core.checkpoint import LAST
+    from ctxkern.experiments.core.plots import plot_losses
+    from ctxkern.experiments.core.runlog import LOGS, METRICS, read_metrics
     from ctxkern.experiments.multifile import report
     from ctxkern.experiments.multifile.compare import time_against_einsum
     from ctxkern.experiments.multifile.train import train
-    from ctxkern.experiments.plots import plot_losses
-    from ctxkern.experiments.runlog import LOGS, METRICS, read_metrics
 
     digests = [entry["sha256"] for entry in files]
     with _told():

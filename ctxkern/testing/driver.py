@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
-from ctxkern.backends import registry
+from ctxkern import registry
 
 
 class _Driver:

@@ -19,16 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxkern import planner
-from ctxkern.backends.triton import (
-    grouping,
+from ctxkern import plan as planner
+from ctxkern.modulated.triton import (
     modulated,
     outer_kernels,
     panel_backward_kernels,
     panel_kernels,
     persistent_kernel,
-    tiles,
 )
+from ctxkern.runtime.triton import grouping, tiles
 
 from .cases import Case, make_inputs
 

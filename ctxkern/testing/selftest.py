@@ -6,9 +6,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-from ctxkern.backends.registry import backends
 from ctxkern.functional import bilinear, factored_modulated_linear, lora_linear, modulated_linear
 from ctxkern.reference import factored_modulated_linear_ref, lora_linear_ref
+from ctxkern.registry import backends
 
 from .cases import CASES, make_inputs
 from .families import factored_arguments, lora_arguments

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from ctxkern.experiments.core.tokenizers import TOKENS
 from ctxkern.experiments.multifile.data import LOSSES
 from ctxkern.experiments.multifile.model import MultiFileConfig
-from ctxkern.experiments.tokenizers import TOKENS
 
 debug_config = {
     "num_files": 2,

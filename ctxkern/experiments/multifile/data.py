@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from ctxkern.experiments.core.seeding import generator
+from ctxkern.experiments.core.tokenizers import Tokenizer
 from ctxkern.experiments.multifile.files import CHUNK_CHARS, load_file
-from ctxkern.experiments.seeding import generator
-from ctxkern.experiments.tokenizers import Tokenizer
 
 IGNORE_INDEX = -100
 LOSSES = ("target", "all")

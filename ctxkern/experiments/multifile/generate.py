@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ctxkern.experiments.core.tokenizers import Tokenizer
 from ctxkern.experiments.multifile.model import MultiFileTransformer
-from ctxkern.experiments.tokenizers import Tokenizer
 from ctxkern.nn import KVCache
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from ctxkern.experiments.seeding import generator
+from ctxkern.experiments.core.seeding import generator
 
 
 class MixedFileBatchSampler(Sampler[list[int]]):

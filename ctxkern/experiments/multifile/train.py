@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ctxkern.experiments.loop import Batch, FitResult, LoaderBatches, LoopConfig, fit, warmup_cosine
+from ctxkern.experiments.core.loop import Batch, FitResult, LoaderBatches, LoopConfig, fit, warmup_cosine
+from ctxkern.experiments.core.seeding import derive_seed
+from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.data import IGNORE_INDEX, Collator, EncodedDataset, MultiFileDataset
 from ctxkern.experiments.multifile.model import MultiFileTransformer, is_bilinear
 from ctxkern.experiments.multifile.sampler import MixedFileBatchSampler
-from ctxkern.experiments.seeding import derive_seed
-from ctxkern.experiments.tokenizers import Tokenizer, build_tokenizer
 
 # a chunk of a text fills this many windows
 _WINDOWS_A_CHUNK = 8
@@ -239,7 +239,7 @@ def _ignore_interrupt(_worker_id: int) -> None:
 def train(
     job: Job, run_dir: str | Path, *, resume: bool = False, progress: bool = True, config: Mapping | None = None
 ) -> FitResult:
-    """Run ``job`` with :func:`ctxkern.experiments.loop.fit`.
+    """Run ``job`` with :func:`ctxkern.experiments.core.loop.fit`.
 
     Args:
         job: from :func:`prepare`.

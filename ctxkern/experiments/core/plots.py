@@ -1,0 +1,196 @@
+"""The plot style of the project, and the loss plot of a run."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ctxkern.experiments.core.extras import require
+from ctxkern.experiments.core.files import write_atomic
+
+INK, MUTED, GRID = "#1f2430", "#8a90a0", "#e4e7ee"
+BLUE, ORANGE, FAINT = "#2563b8", "#d2601a", "#b9c6dc"
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.dpi": 150,
+}
+# more files than this share one panel
+_MAX_PANELS = 36
+_NAMED_LINES = 5
+
+
+def save_figure(draw: Callable, path: str | os.PathLike, figsize: tuple[float, float]) -> None:
+    """Make a figure in the project's style, let ``draw(figure)`` fill it, and write it to ``path`` as PNG."""
+    matplotlib = require("matplotlib")
+    figure_class = require("matplotlib.figure").Figure
+    with matplotlib.rc_context(STYLE):
+        figure = figure_class(figsize=figsize, layout="constrained")
+        draw(figure)
+        write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def smooth(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving average with bias correction; ``weight`` in [0, 1) is the share of the past."""
+    out, average, norm = [], 0.0, 0.0
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        out.append(average / norm)
+    return out
+
+
+def short_name(name: str, width: int) -> str:
+    """``name`` without its suffix, its middle cut out to fit ``width`` characters."""
+    stem = name.rsplit(".", 1)[0] if "." in Path(name).name[1:] else name
+    if len(stem) <= width:
+        return stem
+    head = (width - 1) // 2
+    return f"{stem[:head]}…{stem[len(stem) - (width - 1 - head) :]}"
+
+
+def _curves(rows: Sequence[Mapping]) -> tuple[list, list, list, dict[str, tuple[list, list]]]:
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    mean = [(row["step"], row["mean"]) for row in rows if row.get("mean") is not None]
+    files: dict[str, tuple[list, list]] = {}
+    for row in rows:
+        for name, loss in row.get("validation", {}).items():
+            if loss is not None:
+                steps, losses = files.setdefault(name, ([], []))
+                steps.append(row["step"])
+                losses.append(loss)
+    return train, mean, list(files), files
+
+
+def _draw_overall(axes, train: list, mean: list, label: str) -> None:
+    level = math.inf
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color=FAINT, linewidth=0.8)
+        # about a fiftieth of the run
+        weight = 1 - 1 / max(1.0, len(losses) / 50)
+        smoothed = smooth(losses, weight)
+        level = smoothed[-1]
+        axes.plot(steps, smoothed, color=BLUE, label="train")
+    if mean:
+        steps, losses = zip(*mean, strict=True)
+        axes.plot(steps, losses, color=ORANGE, marker="o", markersize=3.5, label=label)
+        best = min(range(len(mean)), key=lambda i: losses[i])
+        axes.annotate(
+            f"{losses[best]:.3f}",
+            (steps[best], losses[best]),
+            # away from the training curve
+            xytext=(0, 9 if losses[best] > level else -15),
+            textcoords="offset points",
+            ha="right" if best == len(mean) - 1 else "center",
+            color=ORANGE,
+            fontweight="bold",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    if train or mean:
+        axes.legend(loc="best")
+
+
+def _draw_panels(figure, names: list[str], files: Mapping, columns: int) -> None:
+    rows = math.ceil(len(names) / columns)
+    # room for the figures above the curves
+    top = 1.3 * max(max(losses) for _, losses in files.values())
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for position, axes in enumerate(grid.flat):
+        if position >= len(names):
+            axes.remove()
+            continue
+        for other in names:
+            axes.plot(*files[other], color=GRID, linewidth=0.7, zorder=1)
+        steps, losses = files[names[position]]
+        axes.plot(steps, losses, color=ORANGE, zorder=2)
+        axes.set_title(short_name(names[position], 125 // columns), fontsize=7.5, fontweight="normal")
+        axes.text(
+            0.97, 0.93, f"{losses[0]:.2f} → {losses[-1]:.2f}",
+            transform=axes.transAxes, ha="right", va="top", fontsize=7.5,
+        )  # fmt: skip
+        axes.tick_params(labelsize=7, labelbottom=position + columns >= len(names))
+        axes.locator_params(axis="x", nbins=3)
+        axes.set_ylim(0, top)
+    figure.suptitle("validation loss by file (grey: all the others)", fontsize=10, x=0.01, ha="left")
+
+
+def _draw_lines(figure, names: list[str], files: Mapping) -> None:
+    axes = figure.subplots()
+    ranked = sorted(names, key=lambda name: files[name][1][-1])
+    named = {*ranked[:_NAMED_LINES], *ranked[-_NAMED_LINES:]}
+    for name in ranked:
+        axes.plot(*files[name], color=ORANGE if name in named else FAINT, linewidth=0.9 if name in named else 0.5)
+    axes.set_ylim(bottom=0)
+    top = axes.get_ylim()[1]
+    # labels at the right end, pushed apart
+    lowest = -math.inf
+    for name in (name for name in ranked if name in named):
+        steps, losses = files[name]
+        lowest = max(losses[-1], lowest + 0.035 * top)
+        axes.annotate(
+            f"{short_name(name, 28)}  {losses[-1]:.2f}",
+            (steps[-1], losses[-1]),
+            xytext=(1.02, lowest / top),
+            textcoords="axes fraction",
+            fontsize=7.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "relpos": (0, 0.5)},
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(f"validation loss by file ({len(names)} files; the {_NAMED_LINES} lowest and highest named)")
+
+
+def plot_losses(rows: Sequence[Mapping], path: str | os.PathLike, *, title: str = "") -> None:
+    """The loss plot of a run: training loss with mean validation loss, and below it each file's validation loss.
+
+    Args:
+        rows: of :func:`ctxkern.experiments.core.runlog.read_metrics`.
+        path: the PNG to write, whole or not at all.
+        title: above the first panel.
+    """
+    train, mean, names, files = _curves(rows)
+    columns = min(5, max(1, math.ceil(math.sqrt(len(names) * 1.5))))
+    if len(names) < 2:
+        below = 0.0
+    elif len(names) <= _MAX_PANELS:
+        below = 0.4 + 1.25 * math.ceil(len(names) / columns)
+    else:
+        below = 4.5
+
+    label = "validation" if len(names) == 1 else "validation, mean over files"
+
+    def draw(figure) -> None:
+        parts = figure.subfigures(2, 1, height_ratios=[3.4, below]) if below else [figure]
+        axes = parts[0].subplots()
+        axes.set_title(title)
+        _draw_overall(axes, train, mean, label)
+        if below and len(names) <= _MAX_PANELS:
+            _draw_panels(parts[1], names, files, columns)
+        elif below:
+            _draw_lines(parts[1], names, files)
+
+    save_figure(draw, path, (9.0, 3.4 + below))

@@ -1,0 +1,53 @@
+"""What a run leaves behind as it goes: ``metrics.jsonl`` and TensorBoard events."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ctxkern.experiments.core.extras import require
+from ctxkern.experiments.core.files import write_text_atomic
+
+METRICS, LOGS = "metrics.jsonl", "logs"
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """The rows of ``metrics.jsonl``, up to a line that a kill cut off."""
+    path = Path(run_dir) / METRICS
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class RunLog:
+    """Both logs, cut back to ``start_step`` so that a resumed run leaves no row twice.
+
+    Args:
+        run_dir: existing folder.
+        start_step: steps completed; rows of later steps are dropped, at 0 all rows.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int):
+        self.rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step] if start_step else []
+        write_text_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = (run_dir / METRICS).open("a", encoding="utf-8", newline="\n")
+        writer = require("torch.utils.tensorboard").SummaryWriter
+        self._board = writer(str(run_dir / LOGS), purge_step=start_step + 1 if start_step else 0)
+
+    def write(self, row: dict, scalars: Mapping[str, float]) -> None:
+        """Append ``row`` (with its ``step``) to the file and ``scalars`` to TensorBoard."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,77 @@
+"""What all launches of one call share: rows as a matrix, contexts, groups, precision."""
+
+from functools import cached_property
+
+import torch
+import triton.language as tl
+
+from ctxkern import plan as planner
+from ctxkern.modulated.shared import rounds_to_tf32
+from ctxkern.runtime.triton import tiles
+from ctxkern.runtime.triton.grouping import group_rows, slot_of_rows
+
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Call:
+    """x [N, D], context [F, K]; sequences: B, length: rows of each, 0 where `cu_seqlens` has their bounds.
+
+    Of `Operand`s; the first four: x, context, context_index, cu_seqlens. layout: what the call launches.
+    """
+
+    def __init__(self, spans, bilinears, workspace_bytes, device, layout):
+        x, context, self.index, self.bounds = spans
+        self.x, self.context, self.layout, self.device = x.matrix(), context.matrix(), layout, device
+        self.tokens, self.d_in = self.x.shape
+        self.table, self.context_dim = self.context.shape
+        self.per_token = len(context.shape) == 3
+        if self.per_token:
+            self.sequences, self.length = self.tokens, 1
+        elif self.bounds is None:
+            self.sequences, self.length = x.shape[:2]
+        else:
+            self.sequences, self.length = self.bounds.shape[0] - 1, 0
+        self.budget, self.dtype = workspace_bytes, x.dtype
+        wide = any(t.dtype is not x.dtype for t in (context, *bilinears))
+        kind = tiles.kind_of(x.dtype, torch.float32 if wide else x.dtype)
+        sizes = (self.d_in, *(t.shape[1] for t in bilinears))
+        aligned = all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
+        self.target = kind, tiles.architecture(device), aligned
+        persistent = planner.GPU_PERSISTENT
+        self.persistent = tiles.persistent(*self.target) if persistent is None else persistent
+        self.precision = "tf32" if rounds_to_tf32(x.dtype) else "ieee"
+        # of float32 products beside halves: three products of the matrix unit, where it has any
+        nvidia = self.target[1].startswith("sm_")
+        self.wide_precision = "tf32x3" if kind == tiles.MIXED and nvidia else self.precision
+
+    @property
+    def most_contexts(self):
+        """U at most."""
+        return min(self.sequences, self.table)
+
+    @property
+    def rows_each(self):
+        """Rows of a context, on average and at least."""
+        return self.tokens // max(self.most_contexts, 1)
+
+    @cached_property
+    def groups(self):
+        block = tiles.tile("project", *self.target, self.rows_each, 1, 1).rows
+        return group_rows(self.layout, self._sequences, self.index, self.bounds, block)
+
+    @cached_property
+    def slot(self):
+        """[N] int32, row of the context table of each row of x; None where they are the same."""
+        if self.per_token or self.index is None and self.bounds is None and self.length == 1:
+            return None
+        return slot_of_rows(self.layout, self._sequences, self.index, self.bounds)
+
+    @property
+    def _sequences(self):
+        return self.tokens, self.sequences, self.length, self.table
+
+    def buffer(self, size, dtype=None, zeroed=False):
+        return self.layout.buffer(size, dtype or self.dtype, zeroed)
+
+    def launch(self, kernel, grid, *args, **constants):
+        self.layout.launch(kernel, grid, *args, **constants)

@@ -1,0 +1,59 @@
+"""What a call should take on an H100: for each launch the larger of its operations over the rate of products and of its
+bytes over that of memory, and the launches themselves. W and G of a block stay in cache and count no bytes, nor do rows
+that are read again while the cache holds them. One persistent launch overlaps the operations of one strip with the
+bytes of the next, but for the first and the last.
+"""
+
+from ctxkern import plan as planner
+
+# what these tiles should reach of the rate of one large product; seconds between launches of a graph; bytes of rows
+# that stay in cache beside a block: none of them measured
+_SHARE = 0.6
+_LAUNCH = 2e-6
+_CACHED = 24 << 20
+
+
+def predicted_seconds(problem, strategy, blocks, backward, one_launch=False):
+    """Seconds, or None where products of the dtype were not measured.
+
+    blocks: `Blocks` of a panel; one_launch: they are strips of a persistent launch.
+    """
+    p, rates = problem, planner.H100
+    if p.compute not in rates.flops:
+        return None
+    speed = rates.flops[p.compute] * _SHARE
+    launches = (_panel if strategy == "panel" else _outer)(p, blocks, backward)
+    if one_launch and not backward:
+        flops = sum(count * flops for count, flops, _ in launches)
+        moved = sum(count * moved for count, _, moved in launches)
+        return 2 * _LAUNCH + max(flops / speed, moved / rates.bandwidth) * (1 + 1 / launches[0][0])
+    return sum(count * (_LAUNCH + max(flops / speed, moved / rates.bandwidth)) for count, flops, moved in launches)
+
+
+def _panel(p, blocks, backward):
+    """[(count, operations, bytes)] of each kind of launch."""
+    rows, columns = min(blocks.rows, p.d_in), min(blocks.width, p.d_out)
+    groups = -(-p.contexts // blocks.group)
+    down, across = -(-p.d_in // max(rows, 1)), -(-p.d_out // max(columns, 1))
+    count = down * across * groups
+    x = _again(p.tokens * rows * p.dtype.itemsize / groups, across)
+    y = _again(p.tokens * columns * p.dtype.itemsize / groups, down)
+    bilinear = rows * columns * p.context_dim * p.param_dtype.itemsize
+    product = 2 * p.tokens * rows * columns / groups
+    make = 2 * min(blocks.group, p.contexts) * rows * columns * p.context_dim
+    if not backward:
+        return [(count, make, bilinear), (count, product, x + y)]
+    gather = turn = (count, product, x + y)
+    return [gather, (count, 2 * make, bilinear), (count, make, bilinear), turn]
+
+
+def _again(moved, times):
+    """Bytes a launch of what `times` launches read: from memory by the first of them alone where it stays in cache."""
+    return moved if moved > _CACHED else moved / times
+
+
+def _outer(p, _blocks, backward):
+    rows = p.tokens * (p.d_in + p.d_out) * p.dtype.itemsize
+    bilinear = p.d_in * p.d_out * (p.context_dim + p.has_weight) * p.param_dtype.itemsize
+    product = 2 * p.tokens * p.d_in * p.d_out * (p.context_dim + p.has_weight)
+    return [(3 if backward else 1, product, rows + bilinear)]

@@ -1,0 +1,271 @@
+"""The C++ kernels: every instruction set of the machine, both strategies, threads, forks and memory layouts."""
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ctxkern
+from ctxkern import plan as planner
+from ctxkern.modulated import cpu as cpu_backend
+from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
+from ctxkern.testing.kinds import BY_ID
+from ctxkern.testing.oracle import check, run
+
+pytestmark = pytest.mark.skipif(not cpu_runtime.available(), reason=cpu_runtime.reason() or "available")
+
+ISAS = cpu_runtime.cpu_isas() or []
+# panel always, outer always: (rows, contexts, fixed) of `planner.cpu_outer_terms`
+STRATEGIES = {"panel": (1.0, 0.0, 0.0), "outer": (0.0, 1.0, -1.0)}
+# more contexts than a group of a small budget holds, more rows than a sum is cut to, more columns than a chunk
+LARGER = [
+    Case("many-contexts", 70, 5, 40, 72, 20, bias=True),
+    Case("many-rows", 2, 300, 33, 40, 17),
+    Case("many-columns", 3, 9, 36, 300, 8, bias=True),
+    Case("many-columns-many-contexts", 40, 3, 34, 160, 33),
+    Case("interleaved-runs", 12, 40, 32, 48, 16, rows=3, index=(0, 1, 2) * 4),
+    Case("interleaved-short-runs", 12, 3, 32, 48, 16, rows=3, index=(2, 1, 0) * 4),
+    Case("k-major", 4, 12, 20, 36, 24),
+    # gradients of `bilinear` that are written past the caches, from registers and by whole lines
+    Case("large", 3, 5, 260, 260, 32),
+    Case("large-odd", 3, 5, 260, 261, 31),
+]
+
+
+# sums that are cut, in the strategy that is chosen for them
+LONG = [
+    Case("long-rows", 2, 2048, 24, 40, 8),
+    Case("long-sums", 2, 40, 4096, 40, 4),
+    Case("long-sums-of-dx", 2, 40, 40, 4096, 4),
+]
+
+
+def k_major(inputs):
+    """`bilinear` with its last dimension outermost in memory, and a transposed weight."""
+    inputs.bilinear = inputs.bilinear.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    inputs.weight = inputs.weight.t().contiguous().t()
+    return inputs
+
+
+def inputs_of(case, *dtypes):
+    made = make_inputs(case, *dtypes)
+    return k_major(made) if case.id == "k-major" else made
+
+
+@pytest.fixture
+def isa(request):
+    before = cpu_runtime.load().force_cpu_isa(request.param)
+    cpu_backend._has_pairs.cache_clear()
+    yield request.param
+    cpu_runtime.load().force_cpu_isa(before)
+    cpu_backend._has_pairs.cache_clear()
+
+
+def cpu(**how):
+    return functools.partial(ctxkern.modulated_linear, backend="cpu", **how)
+
+
+@pytest.fixture(params=STRATEGIES)
+def strategy(request, monkeypatch):
+    monkeypatch.setattr(planner, "cpu_outer_terms", lambda *_: STRATEGIES[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_the_case_table(isa, strategy, dtypes):
+    for case in CASES + LARGER:
+        check(cpu(), inputs_of(case, *dtypes), f"{isa} {strategy} {case.id}")
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("case", LONG, ids=lambda c: c.id)
+def test_long_sums(isa, case):
+    for dtypes in DTYPES.values():
+        check(cpu(), make_inputs(case, *dtypes), f"{isa} {case.id}")
+
+
+@pytest.mark.parametrize("isa", ISAS[-1:], indirect=True)
+@pytest.mark.parametrize("workspace", [1, 1 << 14, 1 << 18])
+def test_groups_of_contexts(isa, strategy, workspace):
+    for case in LARGER:
+        for dtypes in DTYPES.values():
+            check(cpu(workspace_bytes=workspace), inputs_of(case, *dtypes), f"{isa} {strategy} {workspace} {case.id}")
+
+
+def test_the_table_takes_the_strategies(strategy):
+    inputs = make_inputs(BY_ID["debug"])
+    positional, keyword = inputs.arguments()
+    assert ctxkern.explain(*positional, **keyword).strategy == strategy
+    assert ctxkern.explain(*positional, **keyword).backend == "cpu"
+
+
+def same_bits(first, second):
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_any_number_of_threads_gives_the_same_bits(dtypes, strategy, threads):
+    for case in (BY_ID["debug"], BY_ID["ragged-shared"], *LARGER, BENCH_CASES[1]):
+        inputs = inputs_of(case, *dtypes)
+        threads(1)
+        alone = run(cpu(), inputs)
+        for count in (2, 3, 7):
+            threads(count)
+            same_bits(alone, run(cpu(), inputs))
+
+
+def test_several_threads_at_once():
+    inputs = make_inputs(BENCH_CASES[1])
+    expected = run(cpu(), inputs)
+    failures = []
+
+    def work():
+        try:
+            for _ in range(3):
+                same_bits(expected, run(cpu(), inputs))
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures, failures[0]
+
+
+def python(code, **env):
+    """Output of `code` in a fresh process that imports this very package."""
+    env = {**os.environ, "PYTHONPATH": str(Path(ctxkern.__file__).parents[1]), **env}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd="/", env=env, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+_FORK = """
+import os, torch, ctxkern
+from ctxkern.testing.cases import BENCH_CASES, make_inputs
+torch.set_num_threads(2)
+inputs = make_inputs(BENCH_CASES[1])
+args, kwargs = inputs.arguments()
+before = ctxkern.modulated_linear(*args, backend="cpu", **kwargs)
+child = os.fork()
+if child == 0:
+    after = ctxkern.modulated_linear(*args, backend="cpu", **kwargs)
+    torch.set_num_threads(1)  # PyTorch's own comparison would wait for threads that are not there
+    os._exit(0 if torch.equal(before, after) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(before, ctxkern.modulated_linear(*args, backend="cpu", **kwargs))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_after_a_fork():
+    python(_FORK)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_instruction_set_named_in_the_environment(isa):
+    code = """
+import ctxkern
+from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.testing.kinds import BY_ID
+from ctxkern.testing.cases import make_inputs
+from ctxkern.testing.oracle import check
+check(ctxkern.modulated_linear, make_inputs(BY_ID["prime"]))
+print(cpu_runtime.cpu_isa())
+"""
+    assert python(code, CTXKERN_CPU_ISA=isa) == isa
+
+
+def test_what_it_does_not_take():
+    inputs = make_inputs(BY_ID["tiny"], torch.float64)
+    positional, _ = inputs.arguments()
+    with pytest.raises(RuntimeError, match="backend 'cpu' takes float32, bfloat16 or float16, not float64"):
+        cpu()(*positional)
+    with pytest.raises(RuntimeError, match="not on meta"):
+        cpu()(*(t.to("meta", torch.float32) for t in positional))
+    x, weight = torch.ones(1, 1, 2), torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="no kernels of the lora family"):
+        ctxkern.lora_linear(x, weight, torch.ones(1, 1, 2), torch.ones(1, 2, 1), backend="cpu")
+
+
+def test_special_values_reach_the_output():
+    """What is not finite in one context's operands shows in its own results and in no other's."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = make_inputs(Case("three", 3, 6, 33, 35, 7), dtype)
+        clean = run(cpu(), inputs)
+        inputs.x[1, 2, 3] = float("nan")
+        inputs.context[1, 0] = float("inf")
+        got = run(cpu(), inputs)
+        assert got["y"][1].isnan().any()
+        assert not got["y"][1].isfinite().all()
+        for b in (0, 2):
+            assert torch.equal(got["y"][b], clean["y"][b])
+            assert torch.equal(got["dx"][b], clean["dx"][b])
+            assert torch.equal(got["dcontext"][b], clean["dcontext"][b])
+
+
+def test_symbols_of_an_instruction_set_stay_in_it():
+    """No code of one set's files can be linked in place of another's: all they define is local or data."""
+    library = Path(cpu_runtime.load().__file__)
+    try:
+        done = subprocess.run(["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("nm is not here")
+    weak = [
+        line for line in done.stdout.splitlines() if line[17:18] in "WV" and "ctxkern::(anonymous namespace)" in line
+    ]
+    assert not weak, weak[0]
+
+
+@st.composite
+def drawn_cases(draw):
+    """Sizes around the widths of vectors and tiles; padded, packed or a context per token; every layout."""
+    kind = draw(st.sampled_from(("padded", "packed", "per-token")))
+    B = draw(st.integers(0, 6))
+    rows = draw(st.integers(1, 5)) if kind != "per-token" and draw(st.booleans()) else None
+    return Case(
+        "drawn",
+        B,
+        0 if kind == "packed" else draw(st.integers(0, 40)),
+        draw(st.integers(0, 70)),
+        draw(st.integers(0, 70)),
+        draw(st.integers(0, 40)),
+        rows=rows,
+        index=None if rows is None else tuple(draw(st.lists(st.integers(0, rows - 1), min_size=B, max_size=B))),
+        lengths=tuple(draw(st.lists(st.integers(0, 40), min_size=B, max_size=B))) if kind == "packed" else None,
+        per_token=kind == "per-token",
+        weight=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        x_layout=draw(st.sampled_from(("contiguous", "strided", "expanded"))) if kind != "packed" else "contiguous",
+        bilinear_layout=draw(st.sampled_from(("contiguous", "permuted", "strided", "expanded"))),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    drawn_cases(), st.sampled_from(list(DTYPES)), st.sampled_from(list(STRATEGIES)), st.sampled_from((1, 1 << 15, None))
+)
+def test_any_shape_and_stride(case, dtypes, strategy, workspace):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "cpu_outer_terms", lambda *_: STRATEGIES[strategy])
+        check(cpu(workspace_bytes=workspace), make_inputs(case, *DTYPES[dtypes]), f"{case} {dtypes} {strategy}")

@@ -1,0 +1,107 @@
+"""The tile table, the blocks that a workspace holds, and the tuner that writes the table."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from ctxkern.runtime.triton import tiles
+
+TUNE = Path(__file__).parents[2] / "bench" / "tune.py"
+SIZES = st.integers(1, 5000)
+WIDTHS = st.lists(SIZES, min_size=1, max_size=3)
+
+
+def test_every_kernel_has_tiles_wherever_it_runs():
+    table = tiles.read_table()
+    kernels = {kernel for kernel, *_ in table} - {"persistent"}
+    assert len(kernels) == 10
+    for kernel in kernels:
+        for kind in (tiles.HALF, tiles.MIXED, tiles.FLOAT):
+            for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "of another maker"):
+                for aligned in (True, False):
+                    t = tiles.tile(kernel, kind, arch, aligned, 1 << 20, 1 << 20, 1 << 20)
+                    assert all(size >= 16 and size & (size - 1) == 0 for size in t[:3]), (kernel, t)
+
+
+def test_rows_of_an_architecture_come_first():
+    for (kernel, kind, arch, layout), t in tiles.read_table().items():
+        if arch != tiles.ANY:
+            for aligned in (True, False):
+                if layout in (tiles.ANY, tiles.ALIGNED if aligned else tiles.UNALIGNED):
+                    found = tiles.found(kernel, kind, arch, aligned)
+                    assert found == t or layout == tiles.ANY
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("sm_86", "sm_80"), ("sm_90", "sm_90"), ("sm_103", "sm_100"), ("sm_120", "sm_80"), ("gfx90a", "gfx942")],
+)
+def test_architectures_without_rows_take_those_of_a_relative(name, known):
+    assert tiles.family(name) == known
+
+
+def test_one_launch_is_taken_where_a_row_says_so(monkeypatch):
+    assert not tiles.persistent(tiles.HALF, "sm_90", True)
+    row = {("persistent", tiles.HALF, "sm_90", tiles.ALIGNED): tiles.Tile(128, 128, 64, 8, 3)}
+    monkeypatch.setattr(tiles, "_TILES", tiles.read_table() | row)
+    assert tiles.persistent(tiles.HALF, "sm_90", True)
+    assert not tiles.persistent(tiles.MIXED, "sm_90", True)
+    assert not tiles.persistent(tiles.HALF, "sm_90", False)
+
+
+@given(d_in=SIZES, d_outs=WIDTHS, limit=st.integers(1, 300), kib=st.integers(1, 40_000))
+def test_forward_blocks_fit_into_the_workspace(d_in, d_outs, limit, kib):
+    rows, width, strips, group = tiles.forward_blocks(d_in, tuple(d_outs), limit, torch.bfloat16, kib << 10)
+    assert rows == d_in
+    assert 1 <= width <= max(d_outs)
+    assert 1 <= group <= limit
+    assert 1 <= strips <= sum(-(-d_out // width) for d_out in d_outs)
+    least = width == 1 and strips == 1 and group == 1
+    assert 2 * rows * width * strips * group <= kib << 10 or least
+
+
+@given(
+    tokens=st.integers(1, 100_000),
+    d_in=SIZES,
+    d_outs=WIDTHS,
+    k=st.integers(0, 512),
+    limit=st.integers(1, 300),
+    kib=st.integers(1, 40_000),
+)
+def test_backward_blocks_fit_into_the_workspace(tokens, d_in, d_outs, k, limit, kib):
+    blocks = tiles.backward_blocks(tokens, d_in, tuple(d_outs), k, limit, torch.bfloat16, torch.float32, kib << 10)
+    rows, width, strips, group = blocks
+    assert 1 <= rows <= d_in
+    assert 1 <= width <= max(d_outs)
+    assert 1 <= group <= limit
+    sums = 4 * (k + 1) if group < limit else 0
+    used = rows * width * strips * (2 * 2 * group + sums)
+    assert used <= kib << 10 or (rows, strips, group) == (1, 1, 1)
+
+
+def test_the_tuner_runs():
+    command = [sys.executable, TUNE, "--rehearse", "--kernels", "outer", "persistent", "--dtypes", "float32"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tiles.__file__).parents[3])}
+    before = tiles.TABLE.read_text()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "outer float32 sm_90 unaligned ->" in done.stdout
+    assert "persistent float32 sm_90 aligned ->" in done.stdout
+    assert tiles.TABLE.read_text() == before
+
+
+def test_the_tuner_says_that_it_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    environment = {**os.environ, "PYTHONPATH": str(Path(tiles.__file__).parents[3])}
+    done = subprocess.run([sys.executable, TUNE], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 1
+    assert "no GPU here" in done.stderr
