@@ -4,7 +4,6 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -76,7 +75,7 @@ int threads_for(const ctxkern::Problem& q) {
 }
 
 // See modulated/cpu.py, which builds the tuples.
-void read(Call& call, const py::tuple& sizes, const py::tuple& projections, const Terms& terms) {
+void read(Call& call, const py::tuple& sizes, const py::tuple& projections, double outer_above) {
   Reader in(sizes);
   in.expect(18);
   ctxkern::Problem& q = call.problem;
@@ -97,8 +96,7 @@ void read(Call& call, const py::tuple& sizes, const py::tuple& projections, cons
   call.grouped = ctxkern::group_rows(sequences, length, q.tokens, bounds, index, q.table);
   call.rows = call.grouped.view();
   q.rows = &call.rows;
-  const auto [rows, contexts, fixed] = terms;
-  q.outer = rows * static_cast<double>(call.rows.count) + fixed < contexts * static_cast<double>(call.rows.contexts);
+  q.outer = static_cast<double>(call.rows.contexts) > outer_above;
   q.projections = static_cast<int>(projections.size());
   if (q.projections > ctxkern::kMaxProjections) throw std::invalid_argument("too many projections");
   for (int i = 0; i < q.projections; ++i) {
@@ -134,10 +132,10 @@ void advise(const ctxkern::Problem& q, bool backward) {
   }
 }
 
-void modulated(const py::tuple& sizes, const py::tuple& projections, bool backward, const Terms& terms,
+void modulated(const py::tuple& sizes, const py::tuple& projections, bool backward, double outer_above,
                const py::object& allocate) {
   Call call;
-  read(call, sizes, projections, terms);
+  read(call, sizes, projections, outer_above);
   const ctxkern::Kernels& run = kernels(call.problem);
   const ctxkern::Tiles tiles = run.tiles(call.problem, backward);
   // below a megabyte asking Python for memory costs more than the memory
@@ -152,9 +150,9 @@ void modulated(const py::tuple& sizes, const py::tuple& projections, bool backwa
   (backward ? run.backward : run.forward)(call.problem, tiles, aligned);
 }
 
-py::dict modulated_tiles(const py::tuple& sizes, const py::tuple& projections, bool backward, const Terms& terms) {
+py::dict modulated_tiles(const py::tuple& sizes, const py::tuple& projections, bool backward, double outer_above) {
   Call call;
-  read(call, sizes, projections, terms);
+  read(call, sizes, projections, outer_above);
   const ctxkern::Tiles tiles = kernels(call.problem).tiles(call.problem, backward);
   py::dict made;
   made["outer"] = call.problem.outer;

@@ -2,13 +2,12 @@
 
 import torch
 
-from . import plan as planner
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .dtypes import FLOATS, name_of
+from .plan import DEFAULT_WORKSPACE
 
 
 def _names(dtypes):
-    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return " or ".join(name_of(d) for d in dtypes)
 
 
 def tensor(op, name, t, ndims, takes):
@@ -89,7 +88,7 @@ def _integers(op, name, t, dtype, x):
 def workspace(op, value):
     """The number of bytes that a call may use, the default for None."""
     if value is None:
-        return planner.DEFAULT_WORKSPACE
+        return DEFAULT_WORKSPACE
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: workspace_bytes is {value!r}, takes None or a positive number of bytes")
     if value <= 0:
@@ -122,6 +121,11 @@ def autocast_enabled(t):
         return False
     device = t.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def is_readable(t):
+    """Whether the values of an index tensor can be read here without waiting for a device."""
+    return t.device.type == "cpu" and type(t) is torch.Tensor
 
 
 def check_index(index, table_rows, what):

@@ -6,7 +6,9 @@ Symbols: B sequences of S tokens, N tokens in all, D = d_in, E = d_out, K = cont
 import torch
 
 from . import checks, ops
-from . import plan as planner
+from .lora.operands import Operands as LoraOperands
+from .modulated.operands import Operands
+from .plan import DEFAULT_WORKSPACE
 from .registry import implementation, resolve
 
 
@@ -55,9 +57,8 @@ def modulated_linear(
     _projection(op, x, context, weight, bilinear, bias, "")
     workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
-    return ops.modulated(
-        x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens, workspace_bytes, backend
-    )[0]
+    operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
+    return ops.modulated(operands, workspace_bytes, backend)[0]
 
 
 def modulated_qkv(
@@ -92,7 +93,8 @@ def modulated_qkv(
         _projection(op, x, context, weights[i], bilinears[i], biases[i], f"s[{i}]")
     workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
-    return ops.modulated(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend)
+    operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
+    return ops.modulated(operands, workspace_bytes, backend)
 
 
 def bilinear(input1, input2, weight, bias=None):
@@ -133,9 +135,8 @@ def bilinear(input1, input2, weight, bias=None):
     tokens = input1.shape[:-1].numel()
     x, context = input1.reshape(1, tokens, d_in), input2.reshape(1, tokens, context_dim)
     backend = _backend(None, x, context, None, None)
-    (y,) = ops.modulated(
-        x, context, (None,), (weight.permute(1, 0, 2),), (bias,), None, None, planner.DEFAULT_WORKSPACE, backend
-    )
+    operands = Operands(x, context, (None,), (weight.permute(1, 0, 2),), (bias,))
+    (y,) = ops.modulated(operands, DEFAULT_WORKSPACE, backend)
     return y.view(*input1.shape[:-1], weight.shape[0])
 
 
@@ -176,7 +177,8 @@ def lora_linear(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu
     checks.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
     _number(op, "scale", scale)
     backend = _backend(backend, x, A, adapter_index, cu_seqlens, "adapter_index", "lora")
-    return ops.lora(x, weight, A, B, bias, float(scale), adapter_index, cu_seqlens, planner.DEFAULT_WORKSPACE, backend)
+    operands = LoraOperands(x, weight, A, B, bias, adapter_index, cu_seqlens)
+    return ops.lora(operands, float(scale), DEFAULT_WORKSPACE, backend)
 
 
 def factored_modulated_linear(
@@ -262,10 +264,9 @@ def explain(
     _projection(op, x, context, weight, bilinear, bias, "")
     workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
-    planned = implementation("portable" if backend == "reference" else backend, x, "modulated")
-    return planned.plan_call(
-        x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward
-    )
+    operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
+    planned = implementation("modulated", backend, x)
+    return planned.plan(operands, workspace_bytes, backward)
 
 
 _Any = range(65)
@@ -310,9 +311,10 @@ def _number(op, name, value):
 
 def _backend(name, x, table, index, cu_seqlens, what="context_index", family="modulated"):
     """The backend that runs; the reference, which has no operator of its own, gets its values checked here."""
-    name = resolve(name, x.device.type, x.dtype, family)
-    if name == "reference" or ops.transformed():
-        _values(x, table, index, cu_seqlens, what)
+    if not torch.compiler.is_compiling():
+        name = resolve(name, x.device, x.dtype, family)
+        if name == "reference" or ops.transformed():
+            _values(x, table, index, cu_seqlens, what)
     return name
 
 

@@ -1,18 +1,28 @@
-"""Which implementations there are, which of them can run here, and why the others cannot.
+"""Which backends there are, which of them can run here and take a call, and why the others cannot.
 
-A backend is a module with `modulated_forward` and `modulated_backward`, `lora_forward` and `lora_backward`, and
-`plan_call`; none imports another.
+The kernels of a family for a backend are the module `ctxkern.<family>.<backend>`, imported with its first call.
 """
 
 import importlib
 import importlib.util
 import os
+import shutil
+import sysconfig
+from functools import cache
+from pathlib import Path
 
 import torch
 
+from .dtypes import KERNEL_FLOATS, name_of
+from .plan import forced
 from .runtime import cpu, cuda
 
 NAMES = ("reference", "portable", "cpu", "triton", "cuda")
+# backends for a kind of device, the best first, and which families they have kernels for; portable takes the rest
+_BEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+_FAMILIES = {"cpu": ("modulated",), "triton": ("modulated",), "cuda": ("modulated",)}
+# the oldest compute capability that the GPU kernels are built for
+_CAPABILITY = (8, 0)
 
 
 class Status(str):
@@ -35,11 +45,14 @@ class _Statuses(dict):
 statuses = _Statuses()
 
 
-def backends():
-    """{name: Status} of every backend: `str(status)` is "available" or the reason why not, `bool(status)` tells which.
+def backends() -> dict[str, Status]:
+    """{name: Status} of every backend: `str(status)` is "available" or the reason why not, `bool(status)` says which.
 
-    reference: the specification, plain einsums that build a weight a sequence. portable: strips in plain PyTorch, any
+    reference: the specification, plain einsums that build a weight per sequence. portable: strips in plain PyTorch, any
     device. cpu: C++. triton, cuda: GPU kernels.
+
+    Example:
+        >>> {name: str(status) for name, status in ctxkern.backends().items()}
     """
     return {name: statuses[name] for name in NAMES}
 
@@ -52,9 +65,22 @@ def _without_triton():
         found = None
     if found is None:
         return "triton is not installed"
-    if torch.cuda.is_available() or interpreted():
+    if interpreted():
         return ""
-    return "no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs it on the CPU, for tests)"
+    if not torch.cuda.is_available():
+        return "no GPU: torch.cuda.is_available() is False (TRITON_INTERPRET=1 runs it on the CPU, for tests)"
+    return _without_launcher()
+
+
+def _without_launcher():
+    """Why Triton cannot build its launcher, a C extension that it compiles at the first call, or ""."""
+    named = os.environ.get("CC")
+    if not (shutil.which(named) if named else any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return (
+            f"Triton needs a C compiler to build its launcher: {f'CC={named}' if named else 'gcc or clang'} not found"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"Triton needs Python's headers to build its launcher: {header} not found"
 
 
 def _without_cuda():
@@ -76,84 +102,86 @@ _MISSING = {
 }
 
 
-def interpreted():
+def interpreted() -> bool:
     """Whether Triton's interpreter runs its kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-_BEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-
-
-def _best(device_type, dtype, family):
-    for name in _BEST.get(device_type, ()):
-        if statuses[name] and not _refusal(name, device_type, dtype, family):
-            return name
-    return "portable"
-
-
-_FAMILIES = {"cpu": ("modulated",), "triton": ("modulated",), "cuda": ("modulated",)}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # backends for GPUs whose kernels are run on the CPU, in tests
 _ON_CPU = {"triton": interpreted, "cuda": cuda.emulated}
 
 
-def _refusal(name, device_type, dtype, family):
+def _best(device, dtype, family):
+    for name in _BEST.get(device.type, ()):
+        if statuses[name] and not _refusal(name, device, dtype, family):
+            return name
+    return "portable"
+
+
+@cache
+def _too_old(device):
+    """Why the GPU kernels cannot run on a device, or ""."""
+    found = torch.cuda.get_device_capability(device)
+    if torch.version.hip or found >= _CAPABILITY:
+        return ""
+    major, minor = found
+    return f"needs a GPU of compute capability 8.0 or later; {torch.cuda.get_device_name(device)} has {major}.{minor}"
+
+
+def _refusal(name, device, dtype, family):
     """Why a backend that is there does not take a call, or ""."""
     if name not in _FAMILIES:
         return ""
-    device = "cpu" if name == "cpu" or _ON_CPU[name]() else "cuda"
-    if device_type != device:
-        return f"takes tensors on {'the CPU' if device == 'cpu' else 'a GPU'}, not on {device_type}"
-    if dtype not in _DTYPES:
-        return f"takes float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    runs_on = "cpu" if name == "cpu" or _ON_CPU[name]() else "cuda"
+    if device.type != runs_on:
+        return f"takes tensors on {'the CPU' if runs_on == 'cpu' else 'a GPU'}, not on {device.type}"
+    if dtype not in KERNEL_FLOATS:
+        return f"takes {', '.join(map(name_of, KERNEL_FLOATS))}, not {name_of(dtype)}"
     if name == "triton" and dtype is torch.bfloat16 and interpreted():
         return "takes float32 or float16 in Triton's interpreter, whose bfloat16 products are wrong"
     if family not in _FAMILIES[name]:
         return f"has no kernels of the {family} family"
-    if name == "cuda" and device == "cuda":
-        return cuda.refusal(torch.cuda.current_device())
+    if runs_on == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _too_old(index) or (cuda.refusal(index) if name == "cuda" else "")
     return ""
 
 
-def resolve(name, device_type, dtype, family):
+def resolve(name, device, dtype, family):
     """The name of the backend that runs: `name` itself, never another, or the best one there for None.
-
-    Under a compiler nothing is loaded to find out: that is left to the call (`implementation`).
 
     Raises ValueError for a name that no backend has, RuntimeError for one that cannot run here or does not take this.
     """
-    if name is not None and name not in NAMES:
-        raise ValueError(f"backend is {name!r}, takes None or one of {', '.join(map(repr, NAMES))}")
-    if torch.compiler.is_compiling() and name != "reference":
-        return _LATER + (name or "")
+    name = name or forced.backend
     if name is None:
-        return _best(device_type, dtype, family)
+        return _best(device, dtype, family)
+    if name not in NAMES:
+        raise ValueError(f"backend is {name!r}; it must be None or one of {', '.join(map(repr, NAMES))}")
     status = statuses[name]
     if not status:
         raise RuntimeError(f"backend {name!r} cannot run here: {status}")
-    refusal = _refusal(name, device_type, dtype, family)
+    refusal = _refusal(name, device, dtype, family)
     if refusal:
         raise RuntimeError(f"backend {name!r} {refusal}")
     return name
 
 
-_IMPLEMENTATIONS = {}
+# (family, name asked for, device, dtype) → module
+_resolved: dict = {}
 
 
-# before a name that was not looked up when it was given
-_LATER = "later "
+def forget():
+    """What was found out is found out again, for tests that change what is there."""
+    statuses.clear()
+    _resolved.clear()
+    _too_old.cache_clear()
 
 
-def implementation(name, x, family):
-    """The module of a backend that has kernels behind the operators; what a compiler left open is resolved now, for
-    activations x and a family of operators."""
-    module = _IMPLEMENTATIONS.get((family, name))
-    if module is None:
-        if name.startswith(_LATER):
-            asked = name.removeprefix(_LATER) or None
-            return implementation(resolve(asked, x.device.type, x.dtype, family), x, family)
-        # the others import Triton or load kernels, with their first call
-        module = _IMPLEMENTATIONS[family, name] = importlib.import_module(f"{__package__}.{family}.{name}")
-    return module
+def implementation(family, name, x):
+    """The module with the kernels of a family that run for activations like x; `name` as in `resolve`."""
+    key = family, name or forced.backend, x.device, x.dtype
+    found = _resolved.get(key)
+    if found is None:
+        module = importlib.import_module(f"{__package__}.{family}.{resolve(name, x.device, x.dtype, family)}")
+        found = _resolved[key] = module
+    return found

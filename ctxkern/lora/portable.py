@@ -5,6 +5,7 @@ Backward, with h_u = x_u A_u^T and g_u = scale dy_u B_u: dx = dy weight + g A, d
 
 import torch
 
+from ctxkern.lora.operands import Gradients
 from ctxkern.plan import compute_dtype
 from ctxkern.runtime.rows import group_rows
 
@@ -38,8 +39,9 @@ def _strips(weight, dim, compute, workspace_bytes):
     return [slice(i, i + step) for step in (max(1, step),) for i in range(0, size, step)]
 
 
-def lora_forward(x, weight, A, B, scale, bias, adapter_index, cu_seqlens, workspace_bytes):
+def forward(operands, scale, workspace_bytes):
     """y in the dtype of x and the leading shape of x."""
+    x, weight, A, B, bias, adapter_index, cu_seqlens = operands
     rows = group_rows(x, len(A), adapter_index, cu_seqlens, "adapter_index")
     compute = compute_dtype(x.device.type, x.dtype)
     grouped = rows.gather(x).to(compute)
@@ -53,8 +55,9 @@ def lora_forward(x, weight, A, B, scale, bias, adapter_index, cu_seqlens, worksp
     return rows.scatter(y.to(x.dtype), x)
 
 
-def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, workspace_bytes, needs):
-    """(dx, dweight, dA, dB, dbias), None where `needs` asks for none."""
+def backward(dout, operands, scale, workspace_bytes, needs):
+    """The `Gradients` that `needs` asks for."""
+    x, weight, A, B, _, adapter_index, cu_seqlens = operands
     rows = group_rows(x, len(A), adapter_index, cu_seqlens, "adapter_index")
     compute = compute_dtype(x.device.type, x.dtype)
     grouped, dy = rows.gather(x).to(compute), rows.gather(dout).to(compute)
@@ -82,7 +85,7 @@ def lora_backward(dout, x, weight, A, B, scale, adapter_index, cu_seqlens, works
         dx = rows.scatter(dx.to(x.dtype), x)
     dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_bias else None
     dA, dB = (total if total is None else total.to(t.dtype) for total, t in ((dA, A), (dB, B)))
-    return dx, dweight, dA, dB, dbias
+    return Gradients(dx, dweight, dA, dB, dbias)
 
 
 def _add_rows(total, table, part):

@@ -7,11 +7,11 @@ from functools import cache
 
 import torch
 
-from ctxkern import plan as planner
-from ctxkern.modulated.shared import check_values, contiguous, outputs
+from ctxkern.dtypes import CODES as _CODES
+from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_outputs
+from ctxkern.modulated.plan import Problem, cpu_terms, describe, outer_above
 from ctxkern.runtime import cpu as cpu_runtime
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0)
 _NO_BILINEAR = (0, 0, 0, 0, 0)
 
@@ -74,15 +74,11 @@ def _sizes(x, context, context_index, cu_seqlens, budget, dx=None, dcontext=None
 
 def _allocator(kept):
     def allocate(size):
-        block = torch.empty(size, dtype=torch.uint8)
+        block = torch.empty(size, dtype=torch.uint8, device="cpu")
         kept.append(block)
         return block.data_ptr()
 
     return allocate
-
-
-# a context per token: outer, whatever it costs
-_OUTER = (0.0, 1.0, -1.0)
 
 
 @cache
@@ -91,87 +87,87 @@ def _has_pairs():
     return cpu_runtime.cpu_isa() in ("avx512_bf16", "amx_bf16")
 
 
-def _terms(x, context, bilinears, backward):
-    if context.dim() == 3:
-        return _OUTER
-    largest = max(t.numel() * t.element_size() for t in bilinears)
-    return planner.cpu_outer_terms(x.dtype is torch.bfloat16 and _has_pairs(), backward, largest)
+def _outer_above(operands, backward):
+    tokens = operands.x.shape[:-1].numel()
+    largest = max(t.numel() * t.element_size() for t in operands.bilinears)
+    pairs = operands.x.dtype is torch.bfloat16 and _has_pairs()
+    return outer_above(cpu_terms(pairs, backward, largest), tokens, operands.per_token)
 
 
-def _run(sizes, projections, backward, terms, x, context, context_index, cu_seqlens):
+def _run(sizes, projections, backward, operands):
     kept = []
     try:
-        cpu_runtime.load().modulated(sizes, projections, backward, terms, _allocator(kept))
+        above = _outer_above(operands, backward)
+        cpu_runtime.load().modulated(sizes, projections, backward, above, _allocator(kept))
     except ValueError:
-        check_values(x, context, context_index, cu_seqlens)
+        check_values(operands)
         raise
 
 
-def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):
+def plan(operands, workspace_bytes, backward):
     """The plan of one projection."""
-    check_values(x, context, context_index, cu_seqlens)
+    check_values(operands)
+    x, context, (weight,), (bilinear,), _, context_index, cu_seqlens = operands
     sizes = _sizes(x, context, context_index, cu_seqlens, workspace_bytes, x, context)
     weights = (weight, bilinear) if backward else (None, None)
     projections = (_projection(weight, bilinear, None, None, *weights),)
-    terms = _terms(x, context, [bilinear], backward)
-    tiles = cpu_runtime.load().modulated_tiles(sizes, projections, backward, terms)
+    tiles = cpu_runtime.load().modulated_tiles(sizes, projections, backward, _outer_above(operands, backward))
     d_in, d_out, context_dim = bilinear.shape
-    problem = planner.Problem(
+    problem = Problem(
         x.shape[:-1].numel(),
         tiles["contexts"],
         d_in,
         d_out,
         context_dim,
         x.dtype,
-        torch.promote_types(bilinear.dtype, context.dtype),
+        operands.param_dtype,
         "cpu",
-        context.dim() == 3,
+        operands.per_token,
         weight is not None,
     )
-    strategy = "outer" if tiles["outer"] else "panel"
-    flops, moved = planner.counts(problem, strategy)
-    return planner.Plan(
-        strategy,
-        backend,
-        *problem[:5],
-        tiles["strip"],
-        tiles["group"],
-        flops,
-        moved,
-        tiles["weights_bytes"],
-        2 * problem.tokens * d_in * d_out,
-        *planner.floor(problem, flops, moved),
-        "D" if backward else "E",
-        tiles["contexts"] if strategy == "panel" else 0,
+    return describe(
+        problem,
+        strategy="outer" if tiles["outer"] else "panel",
+        backend="cpu",
+        strip=tiles["strip"],
+        group=tiles["group"],
+        workspace_bytes=tiles["weights_bytes"],
+        strip_of="D" if backward else "E",
     )
 
 
-def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
-    """[y], one a projection, in the dtype of x and the leading shape of x."""
-    x, context, index, bounds = map(contiguous, (x, context, context_index, cu_seqlens))
-    biases = [contiguous(bias) for bias in biases]
-    outs = outputs(x, bilinears)
+def _contiguous(operands):
+    x, context, weights, bilinears, biases, index, bounds = operands
+    x, context, index, bounds = map(contiguous, (x, context, index, bounds))
+    return operands._replace(
+        x=x, context=context, biases=[*map(contiguous, biases)], context_index=index, cu_seqlens=bounds
+    )
+
+
+def forward(operands, workspace_bytes):
+    """[y], one per projection, in the dtype of x and the leading shape of x."""
+    operands = _contiguous(operands)
+    x, context, weights, bilinears, biases, index, bounds = operands
+    outs = new_outputs(operands)
     sizes = _sizes(x, context, index, bounds, workspace_bytes)
-    projections = tuple(map(_projection, weights, bilinears, biases, outs))
-    _run(sizes, projections, False, _terms(x, context, bilinears, False), x, context, index, bounds)
+    _run(sizes, tuple(map(_projection, weights, bilinears, biases, outs)), False, operands)
     return outs
 
 
-def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
-    """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    x, context, index, bounds = map(contiguous, (x, context, context_index, cu_seqlens))
+def backward(douts, operands, workspace_bytes, needs):
+    """The `Gradients` that `needs` asks for."""
+    operands = _contiguous(operands)
+    x, context, weights, bilinears, _, index, bounds = operands
     douts = [contiguous(dout) for dout in douts]
-    n = len(bilinears)
-    need_x, need_context, *each = needs
-    need_w, need_t, need_b = each[:n], each[n : 2 * n], each[2 * n :]
-    dx = torch.empty_like(x) if need_x else None
-    dcontext = torch.empty_like(context) if need_context else None
-    dweights = [torch.empty_like(w) if need else None for w, need in zip(weights, need_w, strict=True)]
-    dbilinears = [torch.empty_like(t) if need else None for t, need in zip(bilinears, need_t, strict=True)]
+    dx = torch.empty_like(x) if needs.x else None
+    dcontext = torch.empty_like(context) if needs.context else None
+    dweights = [torch.empty_like(w) if need else None for w, need in zip(weights, needs.weights, strict=True)]
+    dbilinears = [torch.empty_like(t) if need else None for t, need in zip(bilinears, needs.bilinears, strict=True)]
     leading = tuple(range(x.dim() - 1))
-    dbiases = [dout.sum(leading) if need else None for dout, need in zip(douts, need_b, strict=True)]
-    if need_x or need_context or any(need_w) or any(need_t):
+    dbiases = [dout.sum(leading) if need else None for dout, need in zip(douts, needs.biases, strict=True)]
+    grads = Gradients(dx, dcontext, dweights, dbilinears, dbiases)
+    if grads.from_kernels():
         sizes = _sizes(x, context, index, bounds, workspace_bytes, dx, dcontext)
-        projections = tuple(map(_projection, weights, bilinears, [None] * n, douts, dweights, dbilinears))
-        _run(sizes, projections, True, _terms(x, context, bilinears, True), x, context, index, bounds)
-    return dx, dcontext, dweights, dbilinears, dbiases
+        absent = [None] * len(douts)
+        _run(sizes, tuple(map(_projection, weights, bilinears, absent, douts, dweights, dbilinears)), True, operands)
+    return grads

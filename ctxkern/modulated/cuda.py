@@ -10,11 +10,18 @@ from contextlib import nullcontext
 
 import torch
 
-from ctxkern import plan as planner
-from ctxkern.modulated.shared import check_values, contiguous, fill_with_biases, gradients, outputs, rounds_to_tf32
+from ctxkern.dtypes import CODES as _CODES
+from ctxkern.modulated.operands import (
+    check_values,
+    contiguous,
+    fill_with_biases,
+    new_gradients,
+    new_outputs,
+    rounds_to_tf32,
+)
+from ctxkern.modulated.plan import Problem, describe, gpu_terms, outer_above
 from ctxkern.runtime import cuda as cuda_runtime
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Problem: 20 integers before its projections, 22 in each, and Groups and slots, which the library fills in
 _MOST = 3
 _HEAD, _EACH = 20, 22
@@ -28,7 +35,8 @@ def _pointer(t):
 class _Call:
     """The parts of Problem that both passes share."""
 
-    def __init__(self, x, context, context_index, cu_seqlens, budget):
+    def __init__(self, operands, budget):
+        x, context, _, _, _, context_index, cu_seqlens = operands
         self.x, self.context = contiguous(x), contiguous(context)
         self.index, self.bounds = contiguous(context_index), contiguous(cu_seqlens)
         self.tokens, self.d_in = x.shape[:-1].numel(), x.shape[-1]
@@ -48,7 +56,7 @@ class _Call:
 
     @property
     def outer(self):
-        return self.per_token or self.tokens <= planner.GPU_OUTER_ROWS * self.most_contexts
+        return self.most_contexts > outer_above(gpu_terms(), self.tokens, self.per_token)
 
     def parameter(self, t):
         """Pointer, and whether it is float32 beside a half."""
@@ -118,60 +126,54 @@ class _Call:
         return f"{name} on backend 'cuda' ({shapes})"
 
 
-def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
-    """[y], one a projection, in the dtype of x and the leading shape of x."""
-    check_values(x, context, context_index, cu_seqlens)
-    outs, biases = outputs(x, bilinears), list(map(contiguous, biases))
-    call = _Call(x, context, context_index, cu_seqlens, workspace_bytes)
+def forward(operands, workspace_bytes):
+    """[y], one per projection, in the dtype of x and the leading shape of x."""
+    check_values(operands)
+    outs, biases = new_outputs(operands), list(map(contiguous, operands.biases))
+    call = _Call(operands, workspace_bytes)
     if call.tokens and call.d_in:
-        call.run(list(map(call.projection, weights, bilinears, biases, outs)), False)
+        call.run(list(map(call.projection, operands.weights, operands.bilinears, biases, outs)), False)
     else:
         fill_with_biases(outs, biases)
     return outs
 
 
-def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
-    """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    check_values(x, context, context_index, cu_seqlens)
+def backward(douts, operands, workspace_bytes, needs):
+    """The `Gradients` that `needs` asks for."""
+    check_values(operands)
     douts = list(map(contiguous, douts))
-    grads = gradients(douts, x, context, weights, bilinears, needs)
-    call = _Call(x, context, context_index, cu_seqlens, workspace_bytes)
-    if call.tokens and call.d_in and any(t.shape[1] for t in bilinears):
-        if grads.left():
+    grads = new_gradients(douts, operands, needs)
+    call = _Call(operands, workspace_bytes)
+    if call.tokens and call.d_in and any(t.shape[1] for t in operands.bilinears):
+        if grads.from_kernels():
             absent = [None] * len(douts)
-            members = map(call.projection, weights, bilinears, absent, douts, grads.dweights, grads.dbilinears)
-            call.run(list(members), True, grads.dx, grads.dcontext)
+            parameters = operands.weights, operands.bilinears, absent
+            members = map(call.projection, *parameters, douts, grads.weights, grads.bilinears)
+            call.run(list(members), True, grads.x, grads.context)
     else:
-        for grad in grads.left():
+        for grad in grads.from_kernels():
             grad.zero_()
     return grads
 
 
-def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):
+def plan(operands, workspace_bytes, backward):
     """The plan of one projection; contexts: the most there can be, as how many differ is known on the device alone."""
-    call = _Call(x, context, context_index, cu_seqlens, workspace_bytes)
-    d_in, d_out, k = bilinear.shape
-    contexts, strategy = call.most_contexts, "outer" if call.outer else "panel"
-    param_dtype = torch.promote_types(bilinear.dtype, context.dtype)
-    problem = planner.Problem(
-        call.tokens, contexts, d_in, d_out, k, x.dtype, param_dtype, "cuda", call.per_token, weight is not None
+    call = _Call(operands, workspace_bytes)
+    d_in, d_out, k = operands.bilinears[0].shape
+    has_weight = operands.weights[0] is not None
+    problem = Problem(
+        *(call.tokens, call.most_contexts, d_in, d_out, k),
+        *(operands.x.dtype, operands.param_dtype, "cuda", call.per_token, has_weight),
     )
-    flops, moved = planner.counts(problem, strategy)
     rows, columns, group = _blocks(call, d_out, backward)
-    used = rows * columns * group * x.dtype.itemsize
-    panel = strategy == "panel"
-    return planner.Plan(
-        strategy,
-        backend,
-        *problem[:5],
-        *((rows if backward else columns, group) if panel else (d_out, call.tokens)),
-        flops,
-        moved,
-        used if panel else 0,
-        2 * call.tokens * d_in * d_out,
-        *planner.floor(problem, flops, moved),
-        "D" if backward else "E",
-        contexts if panel else 0,
+    return describe(
+        problem,
+        strategy="outer" if call.outer else "panel",
+        backend="cuda",
+        strip=d_out if call.outer else rows if backward else columns,
+        group=call.tokens if call.outer else group,
+        workspace_bytes=0 if call.outer else rows * columns * group * operands.x.element_size(),
+        strip_of="D" if backward else "E",
     )
 
 

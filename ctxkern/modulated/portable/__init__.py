@@ -1,5 +1,5 @@
 """Strips in plain PyTorch: the contract's promises on every device, with no compiled code."""
 
-from .modulated import modulated_backward, modulated_forward, plan_call
+from .modulated import backward, forward, plan
 
-__all__ = ["modulated_backward", "modulated_forward", "plan_call"]
+__all__ = ["backward", "forward", "plan"]

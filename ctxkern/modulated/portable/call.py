@@ -20,7 +20,7 @@ class Call:
 
 
 @dataclass(slots=True)
-class Gradients:
+class Partial:
     """Which gradients a backward makes, and then those gradients.
 
     x: [N, D] in grouped order and the compute dtype, added to where an earlier projection has begun it.

@@ -8,11 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from ctxkern.plan import Problem, compute_dtype, plan_modulated, sharing_pays
+from ctxkern.checks import is_readable
+from ctxkern.dtypes import accumulator
+from ctxkern.modulated.operands import Gradients
+from ctxkern.modulated.plan import Problem
+from ctxkern.plan import compute_dtype
 from ctxkern.runtime.rows import Bucket, Rows, group_rows
 
-from . import whole
-from .call import Call, Gradients
+from . import tiles, whole
+from .call import Call, Partial
 from .outer import outer_backward, outer_forward
 from .panel import panel_backward, panel_forward
 
@@ -41,10 +45,11 @@ def problem_of(x, context, weight, bilinear, rows, per_token, backward=False):
     )
 
 
-def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):
+def plan(operands, workspace_bytes, backward, backend="portable"):
     """The plan of one projection; with its index or bounds out of reach (another device), that of the worst case."""
-    per_token = context.dim() == 3
-    hidden = any(t is not None and t.device.type != "cpu" for t in (context_index, cu_seqlens))
+    x, context, (weight,), (bilinear,), _, context_index, cu_seqlens = operands
+    per_token = operands.per_token
+    hidden = any(t is not None and not is_readable(t) for t in (context_index, cu_seqlens))
     if per_token or not hidden:
         rows = _group(x, context, [bilinear], context_index, cu_seqlens)
     else:
@@ -53,11 +58,13 @@ def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace
     problem = problem_of(x, context, weight, bilinear, rows, per_token, backward)
     if backend == "reference" and not per_token:
         problem = problem._replace(contexts=len(context if context_index is None else context_index))
-    plan = plan_modulated(problem, workspace_bytes, backend)
+    planned = tiles.plan(problem, workspace_bytes, backend)
     if hidden or context_index is None or cu_seqlens is not None or backend == "reference":
-        return plan
-    once = plan_modulated(problem._replace(contexts=len(set(context_index.tolist()))), workspace_bytes)
-    return replace(once, strategy=plan.strategy, strip=plan.strip, group=plan.group, weights_made=problem.contexts)
+        return planned
+    once = tiles.plan(problem._replace(contexts=len(set(context_index.tolist()))), workspace_bytes)
+    return replace(
+        once, strategy=planned.strategy, strip=planned.strip, group=planned.group, weights_made=problem.contexts
+    )
 
 
 def _group(x, context, bilinears, context_index, cu_seqlens):
@@ -66,7 +73,7 @@ def _group(x, context, bilinears, context_index, cu_seqlens):
         return Rows([Bucket(0, batch * seq, 0, 1)], batch * seq)
 
     def worth_sharing(sequences, contexts):
-        return any(sharing_pays(sequences, contexts, t.shape) for t in bilinears)
+        return any(tiles.sharing_pays(sequences, contexts, t.shape) for t in bilinears)
 
     return group_rows(x, context.shape[0], context_index, cu_seqlens, worth_sharing=worth_sharing)
 
@@ -93,8 +100,9 @@ def _empty(x, bilinear):
     return x.numel() == 0 or bilinear.numel() == 0
 
 
-def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
-    """[y], one a projection, in the dtype of x and the leading shape of x."""
+def forward(operands, workspace_bytes):
+    """[y], one per projection, in the dtype of x and the leading shape of x."""
+    x, context, weights, bilinears, biases, context_index, cu_seqlens = operands
     if context_index is None and cu_seqlens is None and context.dim() == 2:
         # nothing to group
         if whole.fits(x, context, weights, bilinears, *x.shape[:2], workspace_bytes):
@@ -110,8 +118,8 @@ def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_
         if _empty(x, bilinear):
             y = _plain(grouped, weight, bilinear.shape[1])
         else:
-            call, plan = _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, False)
-            y = (outer_forward if plan.strategy == "outer" else panel_forward)(call, plan)
+            call, planned = _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, False)
+            y = (outer_forward if planned.strategy == "outer" else panel_forward)(call, planned)
         if bias is not None:
             y.add_(bias)
         outs.append(rows.scatter(_cast(y, x.dtype), x))
@@ -121,51 +129,51 @@ def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_
 def _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, backward):
     """(Call, Plan) of one projection."""
     problem = problem_of(x, context, weight, bilinear, rows, context.dim() == 3, backward)
-    plan = plan_modulated(problem, workspace_bytes)
-    contexts = _token_contexts(rows, context, len(grouped)) if plan.strategy == "outer" else rows.pick(context)
-    return Call(grouped, contexts, rows, weight, bilinear, compute), plan
+    planned = tiles.plan(problem, workspace_bytes)
+    contexts = _token_contexts(rows, context, len(grouped)) if planned.strategy == "outer" else rows.pick(context)
+    return Call(grouped, contexts, rows, weight, bilinear, compute), planned
 
 
-def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
-    """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
+def backward(douts, operands, workspace_bytes, needs):
+    """The `Gradients` that `needs` asks for."""
+    x, context, weights, bilinears, _, context_index, cu_seqlens = operands
     if context_index is None and cu_seqlens is None and context.dim() == 2:
         # nothing to group
         if whole.fits(x, context, weights, bilinears, *x.shape[:2], workspace_bytes):
-            return whole.backward(douts, x, context, weights, bilinears, needs)
+            return Gradients(*whole.backward(douts, x, context, weights, bilinears, needs))
     rows = _group(x, context, bilinears, context_index, cu_seqlens)
     if _even(rows, context) and whole.fits(x, context, weights, bilinears, *rows.even, workspace_bytes):
         douts = [rows.batch(dout) for dout in douts]
         dx, dcontext, *rest = whole.backward(douts, rows.batch(x), rows.pick(context), weights, bilinears, needs)
         dx = None if dx is None else rows.scatter(dx, x)
         dcontext = None if dcontext is None else _cast(rows.unpick(dcontext, len(context)), context.dtype)
-        return dx, dcontext, *rest
+        return Gradients(dx, dcontext, *rest)
     compute = compute_dtype(x.device.type, x.dtype)
     grouped = _cast(rows.gather(x), compute)
     n = len(bilinears)
-    need_x, need_context, *each = needs
-    need_w, need_t, need_b = each[:n], each[n : 2 * n], each[2 * n :]
+    need_x, need_context, need_w, need_t, need_b = needs
     dx = dcontext = None
     dweights, dbilinears, dbiases = [None] * n, [None] * n, [None] * n
     for i, (dout, weight, bilinear) in enumerate(zip(douts, weights, bilinears, strict=True)):
         if need_b[i]:
-            dbiases[i] = dout.flatten(0, -2).sum(0, dtype=_accumulator(dout.dtype))
+            dbiases[i] = dout.flatten(0, -2).sum(0, dtype=accumulator(dout.dtype))
         dy = _cast(rows.gather(dout), compute)
         if _empty(x, bilinear):
-            grads = Gradients(dx, need_x, False, need_w[i], need_t[i])
+            grads = Partial(dx, need_x, False, need_w[i], need_t[i])
             _plain_backward(grouped, dy, weight, bilinear, grads)
         else:
-            call, plan = _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, True)
-            grads = Gradients(dx, need_x, need_context, need_w[i], need_t[i])
-            (outer_backward if plan.strategy == "outer" else panel_backward)(call, plan, dy, grads)
+            call, planned = _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes, True)
+            grads = Partial(dx, need_x, need_context, need_w[i], need_t[i])
+            (outer_backward if planned.strategy == "outer" else panel_backward)(call, planned, dy, grads)
             if need_context:
-                part = _to_table(grads.contexts, rows, context, plan.strategy == "outer")
-                dcontext = part if dcontext is None else dcontext.to(_accumulator(part.dtype)).add_(part)
+                part = _to_table(grads.contexts, rows, context, planned.strategy == "outer")
+                dcontext = part if dcontext is None else dcontext.to(accumulator(part.dtype)).add_(part)
         dx, dweights[i], dbilinears[i] = grads.x, grads.weight, grads.bilinear
     if need_x:
         dx = rows.scatter(_cast(dx, x.dtype), x)
     if need_context:
         dcontext = context.new_zeros(context.shape) if dcontext is None else _cast(dcontext, context.dtype)
-    return dx, dcontext, dweights, dbilinears, dbiases
+    return Gradients(dx, dcontext, dweights, dbilinears, dbiases)
 
 
 def _to_table(dcontexts, rows, context, a_token):
@@ -178,10 +186,6 @@ def _to_table(dcontexts, rows, context, a_token):
         table = dcontexts.new_zeros(context.shape)
         return table.index_put_((rows.spread,), dcontexts, accumulate=True)
     return rows.unpick(dcontexts, context.shape[0])
-
-
-def _accumulator(dtype):
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _cast(t, dtype):

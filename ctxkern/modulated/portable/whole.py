@@ -90,25 +90,25 @@ def forward(x, context, weights, bilinears, biases):
 
 
 def backward(douts, x, context, weights, bilinears, needs):
-    """(dx [U, R, D], dcontext [U, K], dweights, dbilinears, dbiases), None where `needs` asks for none."""
+    """(dx [U, R, D], dcontext [U, K], dweights, dbilinears, dbiases), None where `needs` does not ask for it."""
     n = len(bilinears)
-    need_x, need_context, *each = needs
+    need_x, need_context, need_w, need_t, need_b = needs
     dx = dcontext = None
     dweights, dbilinears, dbiases = [None] * n, [None] * n, [None] * n
     for i, (dout, weight, bilinear) in enumerate(zip(douts, weights, bilinears, strict=True)):
-        if each[2 * n + i]:
+        if need_b[i]:
             dbiases[i] = dout.sum((0, 1))
         buffer = None
         if need_x:
             buffer = _narrow(_weights(context, weight, bilinear), x.dtype)
             dx = torch.bmm(dout, buffer.mT) if dx is None else dx.baddbmm_(dout, buffer.mT)
-        if need_context or each[i] or each[n + i]:
+        if need_context or need_w[i] or need_t[i]:
             if buffer is None:
                 buffer = _like_weights(context, bilinear) if context.dtype is x.dtype else None
             products = torch.bmm(x.mT, dout, out=buffer)
             if context.dtype is not x.dtype:
                 products = _like_weights(context, bilinear).copy_(products)
-            wanted = (each[i], each[n + i], need_context)
+            wanted = (need_w[i], need_t[i], need_context)
             dweights[i], dbilinears[i], part = _from_products(products, context, bilinear, *wanted)
             if need_context:
                 if n > 1:

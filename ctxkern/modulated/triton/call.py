@@ -5,12 +5,12 @@ from functools import cached_property
 import torch
 import triton.language as tl
 
-from ctxkern import plan as planner
-from ctxkern.modulated.shared import rounds_to_tf32
+from ctxkern.dtypes import KERNEL_FLOATS, name_of
+from ctxkern.modulated.operands import rounds_to_tf32
 from ctxkern.runtime.triton import tiles
 from ctxkern.runtime.triton.grouping import group_rows, slot_of_rows
 
-TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TL_DTYPES = {dtype: getattr(tl, name_of(dtype)) for dtype in KERNEL_FLOATS}
 
 
 class Call:
@@ -37,8 +37,7 @@ class Call:
         sizes = (self.d_in, *(t.shape[1] for t in bilinears))
         aligned = all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
         self.target = kind, tiles.architecture(device), aligned
-        persistent = planner.GPU_PERSISTENT
-        self.persistent = tiles.persistent(*self.target) if persistent is None else persistent
+        self.persistent = False
         self.precision = "tf32" if rounds_to_tf32(x.dtype) else "ieee"
         # of float32 products beside halves: three products of the matrix unit, where it has any
         nvidia = self.target[1].startswith("sm_")

@@ -2,17 +2,16 @@
 
 import math
 
-import torch
-
-from ctxkern import plan as planner
-from ctxkern.modulated.shared import (
+from ctxkern.modulated.operands import (
     check_values,
     contiguous,
     fill_with_biases,
-    gradients,
-    outputs,
+    new_gradients,
+    new_outputs,
     rounds_to_tf32,
 )
+from ctxkern.modulated.plan import Problem, describe, gpu_terms, outer_above
+from ctxkern.plan import forced
 from ctxkern.runtime.triton import tiles
 from ctxkern.runtime.triton.launches import Layout, operands_of
 from ctxkern.runtime.triton.tiles import backward_blocks, forward_blocks
@@ -24,19 +23,23 @@ from .projections import Projection
 
 
 def _form(call):
-    few = call.tokens <= planner.GPU_OUTER_ROWS * call.most_contexts
-    return outer if call.per_token or few else panel
+    above = outer_above(gpu_terms(), call.tokens, call.per_token)
+    return outer if call.most_contexts > above else panel
 
 
-def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes):
-    """[y], one a projection, in the dtype of x and the leading shape of x."""
-    check_values(x, context, context_index, cu_seqlens)
-    outs = outputs(x, bilinears)
-    if x.numel():
-        spans = x, context, context_index, cu_seqlens
-        _run(_forward, workspace_bytes, spans, weights, bilinears, [*map(contiguous, biases)], outs)
+def _spans(operands):
+    return operands.x, operands.context, operands.context_index, operands.cu_seqlens
+
+
+def forward(operands, workspace_bytes):
+    """[y], one per projection, in the dtype of x and the leading shape of x."""
+    check_values(operands)
+    outs = new_outputs(operands)
+    if operands.x.numel():
+        biases = [*map(contiguous, operands.biases)]
+        _run(_forward, workspace_bytes, _spans(operands), operands.weights, operands.bilinears, biases, outs)
     else:
-        fill_with_biases(outs, biases)
+        fill_with_biases(outs, operands.biases)
     return outs
 
 
@@ -44,18 +47,18 @@ def _forward(call, weights, bilinears, biases, outs):
     _form(call).forward(call, [*map(Projection, weights, bilinears, biases, outs)])
 
 
-def modulated_backward(douts, x, context, weights, bilinears, context_index, cu_seqlens, workspace_bytes, needs):
-    """(dx, dcontext, dweights, dbilinears, dbiases), None where `needs` (the same five, flat) asks for none."""
-    check_values(x, context, context_index, cu_seqlens)
+def backward(douts, operands, workspace_bytes, needs):
+    """The `Gradients` that `needs` asks for."""
+    check_values(operands)
     douts = [*map(contiguous, douts)]
-    grads = gradients(douts, x, context, weights, bilinears, needs)
-    if x.numel() and any(dout.numel() for dout in douts):
-        if grads.left():
-            spans = x, context, context_index, cu_seqlens
-            wanted = grads.dweights, grads.dbilinears, (grads.dx, grads.dcontext)
-            _run(_backward, workspace_bytes, spans, weights, bilinears, douts, *wanted)
+    grads = new_gradients(douts, operands, needs)
+    if operands.x.numel() and any(dout.numel() for dout in douts):
+        if grads.from_kernels():
+            parameters = operands.weights, operands.bilinears
+            wanted = grads.weights, grads.bilinears, (grads.x, grads.context)
+            _run(_backward, workspace_bytes, _spans(operands), *parameters, douts, *wanted)
     else:
-        for grad in grads.left():
+        for grad in grads.from_kernels():
             grad.zero_()
     return grads
 
@@ -76,7 +79,7 @@ def _run(lay_out, workspace_bytes, spans, *lists):
     tensors = [*map(contiguous, spans)]
     for each in lists:
         tensors += each
-    switches = planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT, rounds_to_tf32(x.dtype)
+    switches = forced.strategy, rounds_to_tf32(x.dtype)
     key = (lay_out, len(lists[0]), workspace_bytes, x.device, switches, *map(_layout, tensors))
     launches = _KEPT.get(key)
     if launches is None:
@@ -98,39 +101,36 @@ def _layout(t):
     return t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
 
 
-def plan_call(x, context, weight, bilinear, context_index, cu_seqlens, workspace_bytes, backend, backward):
+def plan(operands, workspace_bytes, backward):
     """The plan of one projection; contexts: the most there can be, as how many differ is known on the device alone."""
-    *spans, operand = operands_of((x, context, context_index, cu_seqlens, bilinear))
+    x, bilinear = operands.x, operands.bilinears[0]
+    *spans, operand = operands_of((*_spans(operands), bilinear))
     call = Call(spans, [operand], workspace_bytes, x.device, Layout(5))
     d_in, d_out, k = bilinear.shape
-    contexts = call.most_contexts
-    param_dtype = torch.promote_types(bilinear.dtype, context.dtype)
+    contexts, param_dtype = call.most_contexts, operands.param_dtype
     strategy = "outer" if _form(call) is outer else "panel"
-    problem = planner.Problem(
-        call.tokens, contexts, d_in, d_out, k, x.dtype, param_dtype, "cuda", call.per_token, weight is not None
-    )
-    flops, moved = planner.counts(problem, strategy)
+    has_weight = operands.weights[0] is not None
+    problem = Problem(call.tokens, contexts, d_in, d_out, k, x.dtype, param_dtype, "cuda", call.per_token, has_weight)
     made, one_launch = None, strategy == "panel" and not backward and persistent.runs(call, (d_out,))
     if strategy == "outer":
-        blocks, used = (d_out, call.tokens), 0
+        strip, group, used = d_out, call.tokens, 0
     elif backward:
         made = backward_blocks(call.tokens, d_in, (d_out,), k, contexts, x.dtype, param_dtype, workspace_bytes)
-        blocks, used = (made.rows, made.group), 2 * math.prod(made) * x.dtype.itemsize
+        strip, group, used = made.rows, made.group, 2 * math.prod(made) * x.dtype.itemsize
     else:
         sizes = d_in, (d_out,), contexts, x.dtype, workspace_bytes
         made = persistent.blocks_of(call, (d_out,)) if one_launch else forward_blocks(*sizes)
-        blocks, used = (made.width, made.group), math.prod(made) * x.dtype.itemsize
-    return planner.Plan(
-        strategy,
-        backend,
-        *problem[:5],
-        *blocks,
-        flops,
-        moved,
-        used,
-        2 * call.tokens * d_in * d_out,
-        *planner.floor(problem, flops, moved),
-        "D" if backward else "E",
-        contexts if strategy == "panel" else 0,
-        predicted_seconds(problem, strategy, made, backward, one_launch) if call.tokens and contexts else None,
+        strip, group, used = made.width, made.group, math.prod(made) * x.dtype.itemsize
+    predicted = None
+    if call.tokens and contexts:
+        predicted = predicted_seconds(problem, strategy, made, backward, one_launch)
+    return describe(
+        problem,
+        strategy=strategy,
+        backend="triton",
+        strip=strip,
+        group=group,
+        workspace_bytes=used,
+        strip_of="D" if backward else "E",
+        predicted_seconds=predicted,
     )

@@ -1,0 +1,121 @@
+"""What a modulated call is given and gives back, and what backends do alike around their kernels.
+
+A backend is a module of this folder with
+
+    forward(operands, workspace_bytes) → [y]                      one per projection, dtype and leading shape of x
+    backward(douts, operands, workspace_bytes, needs) → Gradients
+    plan(operands, workspace_bytes, backward) → Plan              of one projection
+
+All tensors that reach it are plain (`ctxkern.ops`).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ctxkern.checks import check_bounds, check_index
+
+
+class Operands(NamedTuple):
+    """x [B, S, D] or packed [N, D], context [F, K] or [B, S, K]; lists with one entry per projection."""
+
+    x: torch.Tensor
+    context: torch.Tensor
+    weights: list  # [D, E] or None
+    bilinears: list  # [D, E, K]
+    biases: list  # [E] or None
+    context_index: torch.Tensor | None = None  # [B]
+    cu_seqlens: torch.Tensor | None = None  # [B + 1]
+
+    def flat(self):
+        x, context, weights, bilinears, biases, *spans = self
+        return x, context, *weights, *bilinears, *biases, *spans
+
+    @classmethod
+    def of(cls, flat):
+        """From what `flat` gives."""
+        x, context, *each, context_index, cu_seqlens = flat
+        n = len(each) // 3
+        return cls(x, context, each[:n], each[n : 2 * n], each[2 * n :], context_index, cu_seqlens)
+
+    @property
+    def per_token(self):
+        return self.context.dim() == 3
+
+    @property
+    def param_dtype(self):
+        """Of the first projection and the context, the wider one."""
+        return torch.promote_types(self.bilinears[0].dtype, self.context.dtype)
+
+
+class Gradients(NamedTuple):
+    """One entry per operand that has a gradient. As `needs`: whether it is asked for. Absent ones are None."""
+
+    x: Any
+    context: Any
+    weights: list
+    bilinears: list
+    biases: list
+
+    @classmethod
+    def of(cls, flat):
+        """From (x, context, *weights, *bilinears, *biases)."""
+        x, context, *each = flat
+        n = len(each) // 3
+        return cls(x, context, each[:n], each[n : 2 * n], each[2 * n :])
+
+    def flat(self):
+        return self.x, self.context, *self.weights, *self.bilinears, *self.biases
+
+    def from_kernels(self):
+        """Those that kernels write."""
+        return [t for t in (self.x, self.context, *self.weights, *self.bilinears) if t is not None]
+
+
+def contiguous(t):
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def rounds_to_tf32(dtype):
+    """Whether products of `dtype` may be rounded to TF32. Follows `torch.set_float32_matmul_precision` too, whose own
+    getter raises where precision was set for a backend."""
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def check_values(operands):
+    """Of integer tensors on the CPU; on a GPU the kernels check them."""
+    if operands.x.device.type != "cpu":
+        return
+    if operands.context_index is not None:
+        check_index(operands.context_index, operands.context.shape[0], "context_index")
+    if operands.cu_seqlens is not None:
+        check_bounds(operands.cu_seqlens, operands.x.shape[0])
+
+
+def new_outputs(operands):
+    """[y], one per projection, not yet written."""
+    x = operands.x
+    return [x.new_empty((*x.shape[:-1], t.shape[1])) for t in operands.bilinears]
+
+
+def fill_with_biases(outs, biases):
+    """What y is without rows or without columns of x."""
+    for out, bias in zip(outs, biases, strict=True):
+        out.copy_(out.new_zeros(()) if bias is None else bias)
+
+
+def new_gradients(douts, operands, needs):
+    """The `Gradients` that `needs` asks for: context zeros, biases done, the others not yet written."""
+    x, context = operands.x, operands.context
+    leading = tuple(range(x.dim() - 1))
+
+    def like(tensors, wanted):
+        return [torch.empty_like(t) if need else None for t, need in zip(tensors, wanted, strict=True)]
+
+    return Gradients(
+        x.new_empty(x.shape) if needs.x else None,
+        context.new_zeros(context.shape) if needs.context else None,
+        like(operands.weights, needs.weights),
+        like(operands.bilinears, needs.bilinears),
+        [dout.sum(leading) if need else None for dout, need in zip(douts, needs.biases, strict=True)],
+    )
