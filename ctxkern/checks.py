@@ -1,51 +1,53 @@
-"""Checks of what callers pass. Every error names the function, the argument, what it got and what it takes."""
+"""Checks of what callers pass. Every error names the function, the argument, what it got and what it must be."""
+
+import numbers
+import operator
 
 import torch
 
-from .dtypes import FLOATS, name_of
+from .dtypes import FLOATS, HALVES, mixes, name_of
 from .plan import DEFAULT_WORKSPACE
 
 
 def _names(dtypes):
-    return " or ".join(name_of(d) for d in dtypes)
+    return " or ".join(map(name_of, dtypes))
 
 
 def tensor(op, name, t, ndims, takes):
     """`t` is a strided tensor of one of the numbers of dimensions `ndims`; `takes` is its shape in words."""
     if not isinstance(t, torch.Tensor):
-        raise TypeError(f"{op}: {name} is a {type(t).__name__}, takes a tensor {takes}")
+        raise TypeError(f"{op}: {name} is a {type(t).__name__}; it must be a tensor {takes}")
     if t.layout is not torch.strided or t.is_nested:
-        raise TypeError(
-            f"{op}: {name} is a {'nested' if t.is_nested else t.layout} tensor, takes a strided one {takes}"
-        )
+        layout = "nested" if t.is_nested else t.layout
+        raise TypeError(f"{op}: {name} is a {layout} tensor; it must be a strided tensor {takes}")
     if t.dim() not in ndims:
-        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, takes {takes}")
+        raise ValueError(f"{op}: {name} has shape {list(t.shape)}; it must be {takes}")
 
 
 def activation(op, name, t):
+    """`t` has a dtype that ctxkern computes with."""
     if t.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} is {_names([t.dtype])}, takes {_names(FLOATS)}")
+        raise TypeError(f"{op}: {name} is {_names([t.dtype])}; it must be {_names(FLOATS)}")
 
 
 def parameter(op, name, t, x):
-    """A parameter beside the activations x: same device, dtype that of x or float32 beside a half."""
+    """A parameter of activations x: on the same device, in a dtype that kernels read next to that of x."""
     dtype = t.dtype
-    if dtype is not x.dtype and not (dtype is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        raise TypeError(f"{op}: {name} is {_names([dtype])} beside x in {_names([x.dtype])}, takes {_beside(x)}")
+    if dtype is not x.dtype and not mixes(dtype, x.dtype):
+        takes = _names(d for d in FLOATS if mixes(d, x.dtype))
+        raise TypeError(f"{op}: {name} is {_names([dtype])} while x is {_names([x.dtype])}; {name} must be {takes}")
     if t.device != x.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, takes the device of x, {x.device}")
-
-
-def _beside(x):
-    return _names([x.dtype] if x.dtype in (torch.float32, torch.float64) else [x.dtype, torch.float32])
+        raise ValueError(f"{op}: {name} is on {t.device}; it must be on the device of x, {x.device}")
 
 
 def shape(op, name, t, expected, takes):
+    """`t` has the shape `expected`, `takes` in words."""
     if t.shape != expected:
-        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, takes {takes} = {list(expected)}")
+        raise ValueError(f"{op}: {name} has shape {list(t.shape)}; it must be {takes} = {list(expected)}")
 
 
 def bias(op, name, t, x, d_out):
+    """`t` is None or a bias [E]."""
     if t is not None:
         tensor(op, name, t, (1,), "[E]")
         parameter(op, name, t, x)
@@ -57,43 +59,56 @@ def sequences(op, x, table, table_name, index, index_name, cu_seqlens):
     if cu_seqlens is None:
         if x.dim() == 2:
             raise ValueError(
-                f"{op}: x has shape {list(x.shape)}, packed [N, D], takes cu_seqlens beside it, or [B, S, D]"
+                f"{op}: x has shape {list(x.shape)}; it must be [B, S, D], or packed [N, D] together with cu_seqlens"
             )
         batch = x.shape[0]
     else:
         tensor(op, "cu_seqlens", cu_seqlens, (1,), "[B + 1]")
         _integers(op, "cu_seqlens", cu_seqlens, torch.int32, x)
         if x.dim() == 3:
-            raise ValueError(f"{op}: x has shape {list(x.shape)}, takes packed [N, D] beside cu_seqlens")
+            raise ValueError(f"{op}: x has shape {list(x.shape)}; it must be packed, [N, D], when cu_seqlens is given")
         batch = cu_seqlens.shape[0] - 1
         if batch < 0:
-            raise ValueError(f"{op}: cu_seqlens has shape [0], takes [B + 1], from 0 to N")
+            raise ValueError(f"{op}: cu_seqlens has shape [0]; it must be [B + 1], from 0 to N")
     if index is not None:
         tensor(op, index_name, index, (1,), "[B]")
         _integers(op, index_name, index, torch.int64, x)
         shape(op, index_name, index, (batch,), "[B]")
     elif table.shape[0] != batch:
         raise ValueError(
-            f"{op}: {table_name} has {table.shape[0]} rows for {batch} sequences, takes one each, or {index_name} [B]"
+            f"{op}: {table_name} has {table.shape[0]} rows for {batch} sequences; it must have one row per sequence, "
+            f"or {index_name} [B] must say which row each sequence uses"
         )
 
 
 def _integers(op, name, t, dtype, x):
     if t.dtype is not dtype:
-        raise TypeError(f"{op}: {name} is {_names([t.dtype])}, takes {_names([dtype])}")
+        raise TypeError(f"{op}: {name} is {_names([t.dtype])}; it must be {_names([dtype])}")
     if t.device != x.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, takes the device of x, {x.device}")
+        raise ValueError(f"{op}: {name} is on {t.device}; it must be on the device of x, {x.device}")
 
 
 def workspace(op, value):
     """The number of bytes that a call may use, the default for None."""
     if value is None:
         return DEFAULT_WORKSPACE
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: workspace_bytes is {value!r}, takes None or a positive number of bytes")
-    if value <= 0:
-        raise ValueError(f"{op}: workspace_bytes is {value}, takes None or a positive number of bytes")
-    return value
+    takes = "it must be None or a positive number of bytes"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: workspace_bytes is {value!r}; {takes}") from None
+    if size <= 0:
+        raise ValueError(f"{op}: workspace_bytes is {value}; {takes}")
+    return size
+
+
+def number(op, name, value):
+    """`value` as a float; numpy's numbers are numbers too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} is {value!r}; it must be a number")
+    return float(value)
 
 
 def projections(op, name, values, count, optional):
@@ -101,18 +116,10 @@ def projections(op, name, values, count, optional):
     if values is None and optional:
         return [None] * count
     if not isinstance(values, list | tuple):
-        raise TypeError(f"{op}: {name} is a {type(values).__name__}, takes a sequence of {count}")
+        raise TypeError(f"{op}: {name} is a {type(values).__name__}; it must be a sequence of {count}")
     if len(values) != count:
-        raise ValueError(f"{op}: {name} has {len(values)} entries, takes {count}: for q, k and v")
+        raise ValueError(f"{op}: {name} has {len(values)} entries; it must have {count}: for q, k and v")
     return list(values)
-
-
-def autocast(*tensors):
-    """The tensors as autocast would have them: float32 and halves in its dtype, others as they are."""
-    if not autocast_enabled(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(t.to(dtype) if t.dtype in (torch.float32, torch.bfloat16, torch.float16) else t for t in tensors)
 
 
 def autocast_enabled(t):
@@ -121,6 +128,16 @@ def autocast_enabled(t):
         return False
     device = t.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(x, parameters):
+    """(x, parameters) as autocast would have them: activations in its dtype, and parameters in another half too, as
+    torch's own layers cast them; float32 parameters are read as they are, and float64 is left alone."""
+    if not autocast_enabled(x) or x.dtype is torch.float64:
+        return x, parameters
+    dtype = torch.get_autocast_dtype(x.device.type)
+    cast = [t.to(dtype) if t is not None and t.dtype in HALVES and t.dtype is not dtype else t for t in parameters]
+    return x.to(dtype) if x.dtype in FLOATS else x, cast
 
 
 def is_readable(t):
@@ -133,7 +150,9 @@ def check_index(index, table_rows, what):
     values = index.tolist()
     if values and not (min(values) >= 0 and max(values) < table_rows):
         at = next(i for i, v in enumerate(values) if not 0 <= v < table_rows)
-        raise ValueError(f"{what}[{at}] is {values[at]}, takes 0 to {table_rows - 1}: rows of a table of {table_rows}")
+        raise ValueError(
+            f"{what}[{at}] is {values[at]}; it must be from 0 to {table_rows - 1}, a row of a table of {table_rows}"
+        )
     return values
 
 
@@ -141,8 +160,10 @@ def check_bounds(cu_seqlens, rows):
     """The values of cu_seqlens as a list; ValueError unless they rise from 0 to the number of rows."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != rows:
-        raise ValueError(f"cu_seqlens goes from {bounds[0]} to {bounds[-1]}, takes 0 to {rows}: the rows of x")
+        raise ValueError(
+            f"cu_seqlens goes from {bounds[0]} to {bounds[-1]}; it must go from 0 to {rows}, the number of rows of x"
+        )
     for i, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if hi < lo:
-            raise ValueError(f"cu_seqlens[{i + 1}] is {hi} after {lo}, takes values that never fall")
+            raise ValueError(f"cu_seqlens[{i + 1}] is {hi} after {lo}; cu_seqlens must be non-decreasing")
     return bounds

@@ -1,39 +1,47 @@
-"""The public functions: they check their arguments, pick a backend and call the operators.
+"""The public functions: they check their arguments and call the operators.
 
 Symbols: B sequences of S tokens, N tokens in all, D = d_in, E = d_out, K = context_dim, F rows in the context table.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import checks, ops
+from .dtypes import accumulator
 from .lora.operands import Operands as LoraOperands
+from .lora.ops import lora
 from .modulated.operands import Operands
-from .plan import DEFAULT_WORKSPACE
+from .modulated.ops import modulated, with_memory
+from .plan import DEFAULT_WORKSPACE, Plan
 from .registry import implementation, resolve
 
 
 def modulated_linear(
-    x,
-    context,
-    weight,
-    bilinear,
-    bias=None,
+    x: Tensor,
+    context: Tensor,
+    weight: Tensor | None,
+    bilinear: Tensor,
+    bias: Tensor | None = None,
     *,
-    context_index=None,
-    cu_seqlens=None,
-    workspace_bytes=None,
-    backend=None,
-):
+    context_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """A linear layer with a weight for each context: y_b = x_b (weight + Σ_k bilinear[:, :, k] context[b, k]) + bias.
 
-    The weight of a context is never held whole; sequences of the same row of `context` share its making.
+    The weight of a context is never held whole; sequences that share a context row share the work of building its
+    weight.
 
     Args:
         x: [B, S, D], or packed [N, D] with `cu_seqlens`. float32, bfloat16, float16 or float64.
         context: [F, K], or [B, S, K], a context per token.
         weight: [D, E] (y = x @ weight) or None.
         bilinear: [D, E, K], any strides; never copied.
-        bias: [E] or None. Parameters and context have the dtype of x, or float32 beside a half.
+        bias: [E] or None. Each parameter and the context have the dtype of x, or a half next to float32 in either
+            place: they are read as they are.
         context_index: [B] int64, the row of `context` of each sequence; None: F == B, in order.
         cu_seqlens: [B + 1] int32, the bounds of the packed sequences, from 0 to N; empty sequences are allowed.
         workspace_bytes: temporary memory beyond O(N·(D + E)); 32 MiB by default, at least one row or
@@ -50,30 +58,39 @@ def modulated_linear(
         TypeError: an argument of another type or dtype. ValueError: a shape, device or index that does not fit.
         RuntimeError: a named backend that cannot run here.
 
+    Example:
+        >>> x, table = torch.randn(4, 32, 64), torch.randn(3, 16)  # 4 sequences from 3 files
+        >>> weight, bilinear = torch.randn(64, 64), torch.randn(64, 64, 16)
+        >>> y = ctxkern.modulated_linear(x, table, weight, bilinear, context_index=torch.tensor([0, 2, 2, 1]))
+        >>> y.shape
+        torch.Size([4, 32, 64])
+
     Source: Jayakumar et al., Multiplicative Interactions and Where to Find Them (2020).
     """
     op = "modulated_linear"
-    x, context = _inputs(op, x, context, context_index, cu_seqlens)
-    _projection(op, x, context, weight, bilinear, bias, "")
+    _activations(op, x, context)
+    x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
+    _contexts(op, x, context, context_index, cu_seqlens)
+    _projection(op, x, context, weight, bilinear, bias)
     workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
-    return ops.modulated(operands, workspace_bytes, backend)[0]
+    return modulated(operands, workspace_bytes, backend)[0]
 
 
 def modulated_qkv(
-    x,
-    context,
-    weights,
-    bilinears,
-    biases=None,
+    x: Tensor,
+    context: Tensor,
+    weights: Sequence[Tensor | None] | None,
+    bilinears: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
     *,
-    context_index=None,
-    cu_seqlens=None,
-    workspace_bytes=None,
-    backend=None,
-):
-    """q, k and v of one x in one call: three `modulated_linear` that share its reading and its grouping by context.
+    context_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of one x in one call: three `modulated_linear` that read x and group it by context once.
 
     Args:
         weights: three [D, E_i] or None each, or None for none at all. Widths may differ (grouped-query attention).
@@ -83,21 +100,33 @@ def modulated_qkv(
 
     Returns:
         (q, k, v), each [B, S, E_i] or [N, E_i]. Differentiability, dtypes and errors as in `modulated_linear`.
+
+    Example:
+        >>> x, context = torch.randn(2, 8, 64), torch.randn(2, 16)
+        >>> bilinears = [torch.randn(64, width, 16) for width in (64, 32, 32)]
+        >>> q, k, v = ctxkern.modulated_qkv(x, context, None, bilinears)
     """
     op = "modulated_qkv"
-    x, context = _inputs(op, x, context, context_index, cu_seqlens)
+    _activations(op, x, context)
     weights = checks.projections(op, "weights", weights, 3, optional=True)
     bilinears = checks.projections(op, "bilinears", bilinears, 3, optional=False)
     biases = checks.projections(op, "biases", biases, 3, optional=True)
+    for i, t in enumerate(bilinears):
+        checks.tensor(op, f"bilinears[{i}]", t, (3,), "[D, E, K]")
+    x, (context, *each) = checks.autocast(x, (context, *weights, *bilinears, *biases))
+    weights, bilinears, biases = each[:3], each[3:6], each[6:]
+    _contexts(op, x, context, context_index, cu_seqlens)
     for i in range(3):
-        _projection(op, x, context, weights[i], bilinears[i], biases[i], f"s[{i}]")
+        names = f"weights[{i}]", f"bilinears[{i}]", f"biases[{i}]"
+        _projection(op, x, context, weights[i], bilinears[i], biases[i], names)
     workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
-    return ops.modulated(operands, workspace_bytes, backend)
+    q, k, v = modulated(operands, workspace_bytes, backend)
+    return q, k, v
 
 
-def bilinear(input1, input2, weight, bias=None):
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Drop-in for `torch.nn.functional.bilinear`:
 
     y[..., o] = Σ_ij input1[..., i] weight[o, i, j] input2[..., j] + bias[o]
@@ -109,25 +138,29 @@ def bilinear(input1, input2, weight, bias=None):
         bias: [E] or None.
 
     Returns:
-        [..., E]. Differentiable in all, twice through the reference.
+        [..., E] in the dtype of input1; autocast promotes to the widest dtype given and casts nothing to its own, as it
+        does for torch's function. Differentiable in all, twice through the reference.
 
     Raises:
         TypeError, ValueError: as in `modulated_linear`.
+
+    Example:
+        >>> ctxkern.bilinear(torch.randn(5, 64), torch.randn(5, 16), torch.randn(32, 64, 16)).shape
+        torch.Size([5, 32])
     """
     op = "bilinear"
     for name, t, takes in (("input1", input1, "[..., D]"), ("input2", input2, "[..., K]")):
-        checks.tensor(op, name, t, _Any, takes)
+        checks.tensor(op, name, t, range(1, 65), takes)
         checks.activation(op, name, t)
-        if t.dim() == 0:
-            raise ValueError(f"{op}: {name} has shape [], takes {takes}")
-    input1, input2 = checks.autocast(input1, input2)
+    checks.tensor(op, "weight", weight, (3,), "[E, D, K]")
+    if checks.autocast_enabled(input1):
+        input1 = input1.to(torch.promote_types(torch.promote_types(input1.dtype, input2.dtype), weight.dtype))
     if input1.shape[:-1] != input2.shape[:-1]:
         raise ValueError(
-            f"{op}: input2 has leading dimensions {list(input2.shape[:-1])}, takes those of input1, "
+            f"{op}: input2 has leading dimensions {list(input2.shape[:-1])}; they must be those of input1, "
             f"{list(input1.shape[:-1])}"
         )
     checks.parameter(op, "input2", input2, input1)
-    checks.tensor(op, "weight", weight, (3,), "[E, D, K]")
     checks.parameter(op, "weight", weight, input1)
     d_in, context_dim = input1.shape[-1], input2.shape[-1]
     checks.shape(op, "weight", weight, (weight.shape[0], d_in, context_dim), "[E, D, K]")
@@ -136,11 +169,22 @@ def bilinear(input1, input2, weight, bias=None):
     x, context = input1.reshape(1, tokens, d_in), input2.reshape(1, tokens, context_dim)
     backend = _backend(None, x, context, None, None)
     operands = Operands(x, context, (None,), (weight.permute(1, 0, 2),), (bias,))
-    (y,) = ops.modulated(operands, DEFAULT_WORKSPACE, backend)
+    (y,) = modulated(operands, DEFAULT_WORKSPACE, backend)
     return y.view(*input1.shape[:-1], weight.shape[0])
 
 
-def lora_linear(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu_seqlens=None, backend=None):
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    adapter_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """A linear layer with low-rank weights for each sequence: y_b = x_b weightᵀ + scale (x_b A_bᵀ) B_bᵀ + bias.
 
     Args:
@@ -156,18 +200,27 @@ def lora_linear(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu
     Raises:
         TypeError, ValueError, RuntimeError: as in `modulated_linear`.
 
+    Example:
+        >>> x, A, B = torch.randn(4, 32, 64), torch.randn(2, 8, 64), torch.randn(2, 96, 8)  # two adapters of rank 8
+        >>> weight = torch.randn(96, 64)
+        >>> y = ctxkern.lora_linear(x, weight, A, B, scale=2.0, adapter_index=torch.tensor([0, 1, 1, 0]))
+
     Source: Hu et al., LoRA (2021).
     """
     op = "lora_linear"
     checks.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
     checks.activation(op, "x", x)
-    (x,) = checks.autocast(x)
     for name, t, takes in (("A", A, "[b, r, D]"), ("B", B, "[b, E, r]")):
         checks.tensor(op, name, t, (3,), takes)
-        checks.parameter(op, name, t, x)
-    d_out = B.shape[1]
     if weight is not None:
         checks.tensor(op, "weight", weight, (2,), "[E, D]")
+    if bias is not None:
+        checks.tensor(op, "bias", bias, (1,), "[E]")
+    x, (weight, A, B, bias) = checks.autocast(x, (weight, A, B, bias))
+    checks.parameter(op, "A", A, x)
+    checks.parameter(op, "B", B, x)
+    d_out = B.shape[1]
+    if weight is not None:
         checks.parameter(op, "weight", weight, x)
         checks.shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[E, D]")
         d_out = weight.shape[0]
@@ -175,24 +228,24 @@ def lora_linear(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu
     checks.shape(op, "B", B, (A.shape[0], d_out, A.shape[1]), "[b, E, r]")
     checks.bias(op, "bias", bias, x, d_out)
     checks.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
-    _number(op, "scale", scale)
+    scale = checks.number(op, "scale", scale)
     backend = _backend(backend, x, A, adapter_index, cu_seqlens, "adapter_index", "lora")
     operands = LoraOperands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    return ops.lora(operands, float(scale), DEFAULT_WORKSPACE, backend)
+    return lora(operands, scale, DEFAULT_WORKSPACE, backend)
 
 
 def factored_modulated_linear(
-    x,
-    context,
-    weight,
-    in_factor,
-    context_factor,
-    out_factor,
-    bias=None,
+    x: Tensor,
+    context: Tensor,
+    weight: Tensor | None,
+    in_factor: Tensor,
+    context_factor: Tensor,
+    out_factor: Tensor,
+    bias: Tensor | None = None,
     *,
-    context_index=None,
-    cu_seqlens=None,
-):
+    context_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """`modulated_linear` with `bilinear` in CP form.
 
     y = x weight + ((x in_factor) ∘ (context context_factor)) out_factor + bias
@@ -209,26 +262,32 @@ def factored_modulated_linear(
     Raises:
         TypeError, ValueError: as in `modulated_linear`.
 
+    Example:
+        >>> x, context = torch.randn(2, 8, 64), torch.randn(2, 16)
+        >>> factors = torch.randn(64, 4), torch.randn(16, 4), torch.randn(4, 96)
+        >>> y = ctxkern.factored_modulated_linear(x, context, None, *factors)
+
     Source: Kolda and Bader, Tensor Decompositions and Applications (2009), section 3.
     """
     op = "factored_modulated_linear"
-    x, context = _inputs(op, x, context, context_index, cu_seqlens)
+    _activations(op, x, context)
     factors = (("in_factor", in_factor, "[D, R]"), ("context_factor", context_factor, "[K, R]"))
     for name, t, takes in (*factors, ("out_factor", out_factor, "[R, E]")):
         checks.tensor(op, name, t, (2,), takes)
+    parameters = (context, weight, in_factor, context_factor, out_factor, bias)
+    x, (context, weight, in_factor, context_factor, out_factor, bias) = checks.autocast(x, parameters)
+    _contexts(op, x, context, context_index, cu_seqlens)
+    for name, t in (("in_factor", in_factor), ("context_factor", context_factor), ("out_factor", out_factor)):
         checks.parameter(op, name, t, x)
     rank, d_out = out_factor.shape
     checks.shape(op, "in_factor", in_factor, (x.shape[-1], rank), "[D, R]")
     checks.shape(op, "context_factor", context_factor, (context.shape[-1], rank), "[K, R]")
-    if weight is not None:
-        checks.tensor(op, "weight", weight, (2,), "[D, E]")
-        checks.parameter(op, "weight", weight, x)
-        checks.shape(op, "weight", weight, (x.shape[-1], d_out), "[D, E]")
+    _weight(op, "weight", weight, x, d_out)
     checks.bias(op, "bias", bias, x, d_out)
     _values(x, context, context_index, cu_seqlens, "context_index")
     wide = torch.promote_types(context_factor.dtype, context.dtype)
     # picked in float32, in which the gradients of one context's tokens then add up
-    gate = (context.to(wide) @ context_factor.to(wide)).to(torch.promote_types(x.dtype, torch.float32))
+    gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
     if context.dim() == 2:
         gate = gate if context_index is None else gate[context_index]
         if cu_seqlens is None:
@@ -242,79 +301,84 @@ def factored_modulated_linear(
 
 
 def explain(
-    x,
-    context,
-    weight,
-    bilinear,
-    bias=None,
+    x: Tensor,
+    context: Tensor,
+    weight: Tensor | None,
+    bilinear: Tensor,
+    bias: Tensor | None = None,
     *,
-    context_index=None,
-    cu_seqlens=None,
-    workspace_bytes=None,
-    backend=None,
-    backward=False,
-):
+    context_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+    backward: bool = False,
+) -> Plan:
     """The `Plan` by which `modulated_linear` would run these arguments (or their backward): strategy, backend, flops,
-    bytes, workspace_bytes, and the floor. `print` it. Computes nothing; tensors on the meta device will do.
+    bytes, workspace_bytes, and the floor. `print` it. Computes nothing; fake tensors and those on the meta device will
+    do: where the values of an index cannot be read, as many contexts differ as can.
 
     Raises what `modulated_linear` raises.
+
+    Example:
+        >>> shapes = (32, 128, 512), (32, 64), (512, 512), (512, 512, 64)
+        >>> print(ctxkern.explain(*(torch.empty(shape) for shape in shapes)))
     """
     op = "explain"
-    x, context = _inputs(op, x, context, context_index, cu_seqlens)
-    _projection(op, x, context, weight, bilinear, bias, "")
+    _activations(op, x, context)
+    x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
+    _contexts(op, x, context, context_index, cu_seqlens)
+    _projection(op, x, context, weight, bilinear, bias)
     workspace_bytes = checks.workspace(op, workspace_bytes)
     backend = _backend(backend, x, context, context_index, cu_seqlens)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
-    planned = implementation("modulated", backend, x)
-    return planned.plan(operands, workspace_bytes, backward)
+    return implementation("modulated", backend, x).plan(with_memory(operands), workspace_bytes, backward)
 
 
-_Any = range(65)
-
-
-def _inputs(op, x, context, context_index, cu_seqlens):
-    """x and context checked, under autocast in its dtype."""
+def _activations(op, x, context):
+    """x and context are tensors of floats."""
     checks.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
     checks.activation(op, "x", x)
     checks.tensor(op, "context", context, (2, 3), "[F, K] or [B, S, K]")
-    (x,) = checks.autocast(x)
+
+
+def _contexts(op, x, context, context_index, cu_seqlens):
+    """The contexts of x fit it."""
     checks.parameter(op, "context", context, x)
     if context.dim() == 2:
         checks.sequences(op, x, context, "context", context_index, "context_index", cu_seqlens)
-        return x, context
+        return
     for name, t in (("context_index", context_index), ("cu_seqlens", cu_seqlens)):
         if t is not None:
-            raise ValueError(f"{op}: {name} beside a context per token, {list(context.shape)}: takes None")
+            raise ValueError(f"{op}: {name} must be None when context has one row per token, {list(context.shape)}")
     if x.dim() == 2:
-        raise ValueError(f"{op}: x has shape {list(x.shape)}, takes [B, S, D] beside a context per token [B, S, K]")
+        raise ValueError(f"{op}: x has shape {list(x.shape)}; with a context per token it must be [B, S, D]")
     checks.shape(op, "context", context, (*x.shape[:2], context.shape[2]), "[B, S, K]")
-    return x, context
 
 
-def _projection(op, x, context, weight, bilinear, bias, entry):
-    checks.tensor(op, "bilinear" + entry, bilinear, (3,), "[D, E, K]")
-    checks.parameter(op, "bilinear" + entry, bilinear, x)
+def _projection(op, x, context, weight, bilinear, bias, names=("weight", "bilinear", "bias")):
+    checks.tensor(op, names[1], bilinear, (3,), "[D, E, K]")
+    checks.parameter(op, names[1], bilinear, x)
     d_in, d_out = x.shape[-1], bilinear.shape[1]
-    checks.shape(op, "bilinear" + entry, bilinear, (d_in, d_out, context.shape[-1]), "[D, E, K]")
+    checks.shape(op, names[1], bilinear, (d_in, d_out, context.shape[-1]), "[D, E, K]")
+    _weight(op, names[0], weight, x, d_out)
+    checks.bias(op, names[2], bias, x, d_out)
+
+
+def _weight(op, name, weight, x, d_out):
     if weight is not None:
-        checks.tensor(op, "weight" + entry, weight, (2,), "[D, E]")
-        checks.parameter(op, "weight" + entry, weight, x)
-        checks.shape(op, "weight" + entry, weight, (d_in, d_out), "[D, E]")
-    if bias is not None:
-        checks.bias(op, "bias" + entry.replace("s[", "es["), bias, x, d_out)
-
-
-def _number(op, name, value):
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name} is {value!r}, takes a number")
+        checks.tensor(op, name, weight, (2,), "[D, E]")
+        checks.parameter(op, name, weight, x)
+        checks.shape(op, name, weight, (x.shape[-1], d_out), "[D, E]")
 
 
 def _backend(name, x, table, index, cu_seqlens, what="context_index", family="modulated"):
-    """The backend that runs; the reference, which has no operator of its own, gets its values checked here."""
-    if not torch.compiler.is_compiling():
-        name = resolve(name, x.device, x.dtype, family)
-        if name == "reference" or ops.transformed():
-            _values(x, table, index, cu_seqlens, what)
+    """The backend that runs; a compiler leaves that to the call. The reference, which has no operator of its own, gets
+    its values checked here."""
+    if torch.compiler.is_compiling():
+        return name
+    name = resolve(name, x.device, x.dtype, family)
+    if name == "reference" or ops.takes_reference():
+        _values(x, table, index, cu_seqlens, what)
     return name
 
 

@@ -1,4 +1,4 @@
-"""The operators as torch.library knows them: schema, fake and autograd; the maths is in the folders of the families.
+"""How a family's operators meet torch: torch.library, autograd and transforms. Schemas are in `<family>/ops.py`.
 
 A gradient is an operator too, so that compilers and selective checkpointing see both. Of torch.library's routes this
 one (define, impl, a thin autograd.Function outside, left out where no gradient is needed) costs least per call.
@@ -14,16 +14,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch._C import _dispatch_keys
+from torch._C import _dispatch_keys, _get_tracing_state
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from . import reference
-from .checks import autocast_enabled
-from .lora import operands as lora_operands
-from .modulated import operands as modulated_operands
-from .registry import implementation
+from .checks import autocast_enabled, is_readable
 
 _library = Library("ctxkern", "DEF")
 
@@ -36,7 +32,7 @@ class Options(NamedTuple):
     scale: float = 1.0
 
 
-def _operator(schema, fake):
+def operator(schema, fake):
     """Decorator: the function becomes the one kernel, for every device, of the operator with this schema."""
     name = schema.split("(")[0]
 
@@ -51,12 +47,24 @@ def _operator(schema, fake):
                     return fn(*args)
             return fn(*args)
 
+        def resolving(*args):
+            return kernel(*(_resolved(arg) for arg in args))
+
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        _library.impl(name, resolving, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ctxkern::{name}", fake, lib=_library)
         return _Operator(kernel, getattr(torch.ops.ctxkern, name).default)
 
     return register
+
+
+def _resolved(arg):
+    """An argument with no lazy negation and no zero tensor in it; the dispatcher leaves those in lists as they are."""
+    if isinstance(arg, list | tuple):
+        return [_resolved(t) for t in arg]
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    return arg.clone() if arg._is_zerotensor() else arg.resolve_neg()
 
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -101,21 +109,21 @@ class _Operator(NamedTuple):
             for t in tensors:
                 if t is not None and not is_plain(t):
                     return self.dispatched
-        if torch._C._len_torch_dispatch_stack() or _profiler_enabled() or torch._C._get_tracing_state():
+        if torch._C._len_torch_dispatch_stack() or _profiler_enabled():
             return self.dispatched
         return self.kernel
 
 
-def _like(t):
+def like(t):
     """The layout of the gradient of a parameter: its own where that is dense."""
     return torch.empty_like(t)
 
 
-def _contiguous(t):
+def contiguous(t):
     return t.new_empty(t.shape)
 
 
-def _needed(flat, needs):
+def needed(flat, needs):
     return [t for t, need in zip(flat, needs, strict=True) if need]
 
 
@@ -127,78 +135,6 @@ def _spread(grads, needs):
     return [next(grads) if need else None for need in needs]
 
 
-def _modulated_fake(x, context, weights, bilinears, *_):
-    return [x.new_empty((*x.shape[:-1], t.shape[1])) for t in bilinears]
-
-
-@_operator(
-    "modulated_forward(Tensor x, Tensor context, Tensor?[] weights, Tensor[] bilinears, Tensor?[] biases, "
-    "Tensor? context_index, Tensor? cu_seqlens, int workspace_bytes, str? backend) -> Tensor[]",
-    _modulated_fake,
-)
-def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend):
-    """y of each projection."""
-    operands = modulated_operands.Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
-    return implementation("modulated", backend, x).forward(operands, workspace_bytes)
-
-
-def _modulated_backward_fake(douts, x, context, weights, bilinears, biases, _index, _cu, _workspace, _backend, needs):
-    layouts = [_contiguous] * 2 + [_like] * (2 * len(bilinears)) + [_contiguous] * len(biases)
-    inputs = (x, context, *weights, *bilinears, *biases)
-    return [layout(t) for layout, t, need in zip(layouts, inputs, needs, strict=True) if need]
-
-
-@_operator(
-    "modulated_backward(Tensor[] douts, Tensor x, Tensor context, Tensor?[] weights, Tensor[] bilinears, "
-    "Tensor?[] biases, Tensor? context_index, Tensor? cu_seqlens, int workspace_bytes, str? backend, bool[] needs) "
-    "-> Tensor[]",
-    _modulated_backward_fake,
-)
-def modulated_backward(
-    douts, x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend, needs
-):
-    """The gradients that `needs` asks for, of (x, context, *weights, *bilinears, *biases) in this order."""
-    operands = modulated_operands.Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
-    needed = modulated_operands.Gradients.of(needs)
-    grads = implementation("modulated", backend, x).backward(douts, operands, workspace_bytes, needed)
-    dbiases = [g if g is None else g.to(b.dtype) for g, b in zip(grads.biases, biases, strict=True)]
-    return _needed(grads._replace(biases=dbiases).flat(), needs)
-
-
-def _lora_fake(x, weight, A, B, *_):
-    return x.new_empty((*x.shape[:-1], B.shape[1]))
-
-
-@_operator(
-    "lora_forward(Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? adapter_index, "
-    "Tensor? cu_seqlens, float scale, int workspace_bytes, str? backend) -> Tensor",
-    _lora_fake,
-)
-def lora_forward(x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend):
-    """y of a linear layer with an adapter per sequence."""
-    operands = lora_operands.Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    return implementation("lora", backend, x).forward(operands, scale, workspace_bytes)
-
-
-def _lora_backward_fake(dout, x, weight, A, B, bias, _index, _cu, _scale, _workspace, _backend, needs):
-    layouts = (_contiguous, _like, _contiguous, _contiguous, _contiguous)
-    return [layout(t) for layout, t, need in zip(layouts, (x, weight, A, B, bias), needs, strict=True) if need]
-
-
-@_operator(
-    "lora_backward(Tensor dout, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? adapter_index, "
-    "Tensor? cu_seqlens, float scale, int workspace_bytes, str? backend, bool[] needs) -> Tensor[]",
-    _lora_backward_fake,
-)
-def lora_backward(dout, x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend, needs):
-    """The gradients that `needs` asks for, of (x, weight, A, B, bias) in this order."""
-    operands = lora_operands.Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    needed = lora_operands.Gradients.of(needs)
-    grads = implementation("lora", backend, x).backward(dout, operands, scale, workspace_bytes, needed)
-    dbias = grads.bias if grads.bias is None else grads.bias.to(bias.dtype)
-    return _needed(grads._replace(bias=dbias).flat(), needs)
-
-
 class Family(NamedTuple):
     """How autograd calls the operators of a family. All take `Operands` and `Options` and give a tuple of outputs."""
 
@@ -208,47 +144,11 @@ class Family(NamedTuple):
     reference: Callable
 
 
-def _run_modulated(operands, options):
-    run = modulated_forward.over(operands.flat())
-    return tuple(run(*operands, options.workspace_bytes, options.backend))
-
-
-def _run_modulated_backward(douts, operands, options, needs):
-    run = modulated_backward.over(operands.flat(), douts)
-    return run(list(douts), *operands, options.workspace_bytes, options.backend, needs)
-
-
-def _modulated_reference(operands, _options):
-    x, context, weights, bilinears, biases, context_index, cu_seqlens = operands
-    return tuple(
-        reference.modulated_linear_ref(x, context, w, t, b, context_index=context_index, cu_seqlens=cu_seqlens)
-        for w, t, b in zip(weights, bilinears, biases, strict=True)
-    )
-
-
-def _run_lora(operands, options):
-    run = lora_forward.over(operands.flat())
-    return (run(*operands, options.scale, options.workspace_bytes, options.backend),)
-
-
-def _run_lora_backward(douts, operands, options, needs):
-    run = lora_backward.over(operands.flat(), douts)
-    return run(douts[0], *operands, options.scale, options.workspace_bytes, options.backend, needs)
-
-
-def _lora_reference(operands, options):
-    x, weight, A, B, bias, adapter_index, cu_seqlens = operands
-    spans = {"adapter_index": adapter_index, "cu_seqlens": cu_seqlens}
-    return (reference.lora_linear_ref(x, weight, A, B, options.scale, bias, **spans),)
-
-
-MODULATED = Family(modulated_operands.Operands, _run_modulated, _run_modulated_backward, _modulated_reference)
-LORA = Family(lora_operands.Operands, _run_lora, _run_lora_backward, _lora_reference)
 # index and bounds, which end every family's operands and have no gradient
 _SPANS = 2
 
 
-def _differentiable(family):
+def differentiable(family):
     """The operators of a family as one autograd.Function of (options, *operands.flat())."""
 
     class Forward(torch.autograd.Function):
@@ -288,23 +188,16 @@ def _differentiable(family):
             with torch.enable_grad():
                 firsts = _vjp(family, flat, ctx.options, ctx.needs, douts, views=False)
                 seconds = [s.to(f.dtype) for s, f in zip(seconds, firsts, strict=True)]
-                grads = _grad(firsts, _needed(tensors[:-_SPANS], asked), seconds)
+                grads = _grad(firsts, needed(tensors[:-_SPANS], asked), seconds)
             return None, None, None, *_spread(grads, asked), None, None
 
     return Forward
 
 
 def _views(tensors):
-    """Views, so that a tensor given twice counts as two inputs; detached where no further derivative is asked for."""
-    again = torch.is_grad_enabled()
-
-    def view(t):
-        if t is None or not t.is_floating_point():
-            return t
-        return (t if again else t.detach().requires_grad_()).view_as(t)
-
+    """Views, so that a tensor given twice counts as two inputs."""
     with torch.enable_grad():
-        return [view(t) for t in tensors]
+        return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def _vjp(family, flat, options, needs, douts, views=True):
@@ -312,7 +205,7 @@ def _vjp(family, flat, options, needs, douts, views=True):
     flat = _views(flat) if views else flat
     with torch.enable_grad():
         outs = family.reference(family.operands.of(flat), options)
-    return _grad(outs, _needed(flat[:-_SPANS], needs), douts)
+    return _grad(outs, needed(flat[:-_SPANS], needs), douts)
 
 
 def _grad(outs, inputs, douts):
@@ -323,6 +216,16 @@ def _grad(outs, inputs, douts):
     outs, douts = zip(*pairs, strict=True)
     again = torch.is_grad_enabled()
     return torch.autograd.grad(outs, inputs, douts, create_graph=again, materialize_grads=True)
+
+
+def takes_reference():
+    """Whether calls record plain operations: under a transform, and under torch.jit.trace, whose graphs have no lists
+    of optional tensors."""
+    return transformed() or _tracing()
+
+
+def _tracing():
+    return not torch.compiler.is_compiling() and _get_tracing_state() is not None
 
 
 def transformed():
@@ -344,15 +247,16 @@ _TRANSFORMS = (
 
 
 def readable(t):
-    """The tensor under the wrappers of torch.func, None where it is one of a vmap."""
+    """The tensor under the wrappers of torch.func; None where its values are out of reach, as in a vmap."""
     functorch = torch._C._functorch
     while t is not None and functorch.is_functorch_wrapped_tensor(t):
         t = None if functorch.is_batchedtensor(t) else functorch.get_unwrapped(t)
-    return t
+    return t if t is not None and is_readable(t) else None
 
 
-def _call(family, function, operands, options):
-    if options.backend == "reference" or transformed():
+def call(family, function, operands, options):
+    """The outputs of a family for operands, differentiable; function: that of `differentiable`."""
+    if options.backend == "reference" or transformed() or _tracing():
         return family.reference(operands, options)
     if torch.is_grad_enabled():
         flat = operands.flat()
@@ -360,16 +264,3 @@ def _call(family, function, operands, options):
             if t is not None and t.requires_grad:
                 return function.apply(options, *flat)
     return family.forward(operands, options)
-
-
-_modulated_function, _lora_function = _differentiable(MODULATED), _differentiable(LORA)
-
-
-def modulated(operands, workspace_bytes, backend):
-    """A tuple of outputs, one per projection."""
-    return _call(MODULATED, _modulated_function, operands, Options(workspace_bytes, backend))
-
-
-def lora(operands, scale, workspace_bytes, backend):
-    """The output of a linear layer with an adapter per sequence."""
-    return _call(LORA, _lora_function, operands, Options(workspace_bytes, backend, scale))[0]

@@ -7,22 +7,23 @@ import pytest
 import torch
 
 import ctxkern
-from ctxkern import registry
 from ctxkern.lora import portable as lora
 from ctxkern.modulated.portable import modulated, outer, panel
-from ctxkern.modulated.portable.call import Gradients
+from ctxkern.modulated.portable.call import Partial
 from ctxkern.plan import compute_dtype
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref
 from ctxkern.runtime import rows
+from ctxkern.testing import force
 from ctxkern.testing.cases import CASES, Case, make_inputs
 from ctxkern.testing.families import lora_arguments
 from ctxkern.testing.oracle import assert_matches, baseline, check, check_family, oracle, run
 
 
 @pytest.fixture(autouse=True)
-def _portable(monkeypatch):
+def _portable():
     """What is damaged here is the portable backend."""
-    monkeypatch.setattr(registry, "_best", lambda *_: "portable")
+    with force(backend="portable"):
+        yield
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -221,7 +222,7 @@ def test_catches_dcontext_of_the_last_strip_alone(monkeypatch):
 
     def last_alone(call, plan, dy, grads):
         backward(call, plan, dy, grads)
-        last = Gradients(None, False, grads.need_contexts, False, False)
+        last = Partial(None, False, grads.need_contexts, False, False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(panel._Strips, "spans", lambda self: spans(self)[-1:])
             backward(call, plan, dy, last)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ctxkern.checks import check_bounds, check_index
+from ctxkern.checks import check_bounds, check_index, is_readable
 
 
 class Operands(NamedTuple):
@@ -84,11 +84,9 @@ def rounds_to_tf32(dtype):
 
 def check_values(operands):
     """Of integer tensors on the CPU; on a GPU the kernels check them."""
-    if operands.x.device.type != "cpu":
-        return
-    if operands.context_index is not None:
+    if operands.context_index is not None and is_readable(operands.context_index):
         check_index(operands.context_index, operands.context.shape[0], "context_index")
-    if operands.cu_seqlens is not None:
+    if operands.cu_seqlens is not None and is_readable(operands.cu_seqlens):
         check_bounds(operands.cu_seqlens, operands.x.shape[0])
 
 

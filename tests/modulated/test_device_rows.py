@@ -8,7 +8,10 @@ import torch
 
 import ctxkern
 from ctxkern.lora import portable as lora
+from ctxkern.lora.operands import Gradients as LoraGradients
+from ctxkern.lora.operands import Operands as LoraOperands
 from ctxkern.modulated import portable
+from ctxkern.modulated.operands import Gradients, Operands
 from ctxkern.modulated.portable import modulated
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref
 from ctxkern.runtime import rows
@@ -121,11 +124,11 @@ def test_nothing_is_read_back_from_a_device(case, workspace):
     made = unreadable(arguments | {"dout": dout})
     x, context, index, dout = (made[n] for n in ("x", "context", "context_index", "dout"))
     weights, bilinears, biases = ([made[n]] for n in ("weight", "bilinear", "bias"))
-    (y,) = portable.modulated_forward(x, context, weights, bilinears, biases, index, None, workspace)
+    operands = Operands(x, context, weights, bilinears, biases, index)
+    (y,) = portable.forward(operands, workspace)
     assert (y.device.type, y.shape) == ("meta", dout.shape)
     needs = [True, True, *(t is not None for t in (*weights, *bilinears, *biases))]
-    operands = (x, context, weights, bilinears, index, None, workspace, needs)
-    dx, dcontext, dweights, dbilinears, _ = portable.modulated_backward([dout], *operands)
+    dx, dcontext, dweights, dbilinears, _ = portable.backward([dout], operands, workspace, Gradients.of(needs))
     for grad, t in ((dx, x), (dcontext, context), (dweights[0], weights[0]), (dbilinears[0], bilinears[0])):
         assert grad is t is None or (grad.device, grad.shape) == (t.device, t.shape)
 
@@ -136,11 +139,11 @@ def test_lora_reads_nothing_back_from_a_device(case):
     arguments, dout = lora_arguments(case, 3)
     made = unreadable(arguments | {"dout": dout})
     x, weight, A, B, bias, index = (made[n] for n in ("x", "weight", "A", "B", "bias", "adapter_index"))
-    y = lora.lora_forward(x, weight, A, B, 0.5, bias, index, None, 1 << 10)
+    operands = LoraOperands(x, weight, A, B, bias, index)
+    y = lora.forward(operands, 0.5, 1 << 10)
     assert y.shape == dout.shape
-    needs = [t is not None for t in (x, weight, A, B, bias)]
-    operands = (x, weight, A, B, 0.5, index, None, 1 << 10, needs)
-    dx, _, dA, dB, _ = lora.lora_backward(made["dout"], *operands)
+    needs = LoraGradients.of([t is not None for t in (x, weight, A, B, bias)])
+    dx, _, dA, dB, _ = lora.backward(made["dout"], operands, 0.5, 1 << 10, needs)
     assert (dx.shape, dA.shape, dB.shape) == (x.shape, A.shape, B.shape)
 
 

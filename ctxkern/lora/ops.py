@@ -1,0 +1,84 @@
+"""The low-rank operators as torch.library knows them: schema, fake, FLOPs and what autograd calls."""
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ctxkern.ops import Family, Options, call, contiguous, differentiable, like, needed, operator
+from ctxkern.reference import lora_linear_ref
+from ctxkern.registry import implementation
+
+from .operands import Gradients, Operands
+
+
+def _lora_fake(x, weight, A, B, *_):
+    return x.new_empty((*x.shape[:-1], B.shape[1]))
+
+
+@operator(
+    "lora_forward(Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? adapter_index, "
+    "Tensor? cu_seqlens, float scale, int workspace_bytes, str? backend) -> Tensor",
+    _lora_fake,
+)
+def lora_forward(x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend):
+    """y of a linear layer with an adapter per sequence."""
+    operands = Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
+    return implementation("lora", backend, x).forward(operands, scale, workspace_bytes)
+
+
+def _lora_backward_fake(dout, x, weight, A, B, bias, _index, _cu, _scale, _workspace, _backend, needs):
+    layouts = (contiguous, like, contiguous, contiguous, contiguous)
+    return [layout(t) for layout, t, need in zip(layouts, (x, weight, A, B, bias), needs, strict=True) if need]
+
+
+@operator(
+    "lora_backward(Tensor dout, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? adapter_index, "
+    "Tensor? cu_seqlens, float scale, int workspace_bytes, str? backend, bool[] needs) -> Tensor[]",
+    _lora_backward_fake,
+)
+def lora_backward(dout, x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend, needs):
+    """The gradients that `needs` asks for, of (x, weight, A, B, bias) in this order."""
+    operands = Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
+    wanted = Gradients.of(needs)
+    grads = implementation("lora", backend, x).backward(dout, operands, scale, workspace_bytes, wanted)
+    dbias = grads.bias if grads.bias is None else grads.bias.to(bias.dtype)
+    return needed(grads._replace(bias=dbias).flat(), needs)
+
+
+def _lora_flops(x, weight, A, B):
+    tokens, rank = torch.Size(x[:-1]).numel(), A[1]
+    return 2 * tokens * (rank * (A[2] + B[1]) + (0 if weight is None else weight[0] * weight[1]))
+
+
+@register_flop_formula(torch.ops.ctxkern.lora_forward)
+def _lora_forward_flops(x, weight, A, B, *_, out_shape=None, **__):
+    return _lora_flops(x, weight, A, B)
+
+
+@register_flop_formula(torch.ops.ctxkern.lora_backward)
+def _lora_backward_flops(dout, x, weight, A, B, *_, out_shape=None, **__):
+    return 2 * _lora_flops(x, weight, A, B)
+
+
+def _forward(operands, options):
+    run = lora_forward.over(operands.flat())
+    return (run(*operands, options.scale, options.workspace_bytes, options.backend),)
+
+
+def _backward(douts, operands, options, needs):
+    run = lora_backward.over(operands.flat(), douts)
+    return run(douts[0], *operands, options.scale, options.workspace_bytes, options.backend, needs)
+
+
+def _reference(operands, options):
+    x, weight, A, B, bias, adapter_index, cu_seqlens = operands
+    spans = {"adapter_index": adapter_index, "cu_seqlens": cu_seqlens}
+    return (lora_linear_ref(x, weight, A, B, options.scale, bias, **spans),)
+
+
+FAMILY = Family(Operands, _forward, _backward, _reference)
+_function = differentiable(FAMILY)
+
+
+def lora(operands, scale, workspace_bytes, backend):
+    """The output of a linear layer with an adapter per sequence."""
+    return call(FAMILY, _function, operands, Options(workspace_bytes, backend, scale))[0]
