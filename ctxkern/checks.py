@@ -66,7 +66,7 @@ def sequences(op, x, table, table_name, index, index_name, cu_seqlens):
         tensor(op, "cu_seqlens", cu_seqlens, (1,), "[B + 1]")
         _integers(op, "cu_seqlens", cu_seqlens, torch.int32, x)
         if x.dim() == 3:
-            raise ValueError(f"{op}: x has shape {list(x.shape)}; it must be packed, [N, D], when cu_seqlens is given")
+            raise ValueError(f"{op}: x has shape {list(x.shape)}; it must be packed [N, D] when cu_seqlens is given")
         batch = cu_seqlens.shape[0] - 1
         if batch < 0:
             raise ValueError(f"{op}: cu_seqlens has shape [0]; it must be [B + 1], from 0 to N")
