@@ -285,7 +285,7 @@ def factored_modulated_linear(
     _weight(op, "weight", weight, x, d_out)
     checks.bias(op, "bias", bias, x, d_out)
     _values(x, context, context_index, cu_seqlens, "context_index")
-    wide = torch.promote_types(context_factor.dtype, context.dtype)
+    wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     # picked in float32, in which the gradients of one context's tokens then add up
     gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
     if context.dim() == 2:

@@ -1,8 +1,8 @@
 """The specification: each family as the fewest lines of plain PyTorch, any dtype, differentiable any number of times.
 
 Symbols: B sequences of S tokens, N tokens in all, D = d_in, E = d_out, K = context_dim, F rows in the context table.
-Parameters may be wider than `x` (float32 beside bfloat16): the weight of a context is made in the wider dtype and
-rounded once to that of `x`. Sources: per-context bilinear weights, Ha et al., HyperNetworks (2016), Jayakumar et al.,
+Parameters may be wider or narrower than `x` (float32 next to bfloat16): the weight of a context is made in the widest
+dtype and rounded once to that of `x`. Sources: per-context bilinear weights, Ha et al., HyperNetworks (2016), Jayakumar et al.,
 Multiplicative Interactions (2020); LoRA, Hu et al. (2021); CP factors, Kolda and Bader (2009).
 """
 
@@ -14,10 +14,10 @@ def modulated_linear_ref(x, context, weight, bilinear, bias=None, *, context_ind
     """y_b = x_b W_b + bias with W_b = weight + sum_k bilinear[:, :, k] context[b, k].
 
     Shapes: x [B, S, D], or packed [N, D] with cu_seqlens [B + 1]; context [F, K] (context_index [B] picks its rows) or
-    [B, S, K], one a token; weight [D, E] or None; bilinear [D, E, K]; bias [E] or None. Returns [B, S, E] or [N, E] in
+    [B, S, K], one per token; weight [D, E] or None; bilinear [D, E, K]; bias [E] or None. Returns [B, S, E] or [N, E] in
     the dtype of x. Builds W_b whole: B·D·E elements.
     """
-    wide = torch.promote_types(bilinear.dtype, context.dtype)
+    wide = torch.promote_types(torch.promote_types(bilinear.dtype, context.dtype), x.dtype)
     if context.dim() == 3:
         y = torch.einsum("bsd,dek,bsk->bse", x.to(wide), bilinear.to(wide), context.to(wide)).to(x.dtype)
         y = y if weight is None else y + x @ weight.to(x.dtype)
@@ -59,7 +59,7 @@ def factored_modulated_linear_ref(
 
     Shapes: in_factor [D, R], context_factor [K, R], out_factor [R, E]; the rest as `modulated_linear_ref`.
     """
-    wide = torch.promote_types(context_factor.dtype, context.dtype)
+    wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     gate = (context.to(wide) @ context_factor.to(wide)).to(x.dtype)
     gate = gate if context_index is None else gate[context_index]
     inner = x @ in_factor.to(x.dtype)

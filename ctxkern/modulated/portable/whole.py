@@ -17,7 +17,7 @@ def fits(x, context, weights, bilinears, batch, rows, workspace_bytes):
     """Whether a call with `batch` contexts, equally many rows for each, has small weights and dense parameters of one
     dtype: that of x or wider."""
     dtype = context.dtype
-    if rows < _ROWS or compute_dtype(x.device.type, x.dtype) is not x.dtype:
+    if rows < _ROWS or dtype.itemsize < x.dtype.itemsize or compute_dtype(x.device.type, x.dtype) is not x.dtype:
         return False
     # beside a half, weights and G are held in both dtypes
     held = dtype.itemsize if dtype is x.dtype else dtype.itemsize + x.dtype.itemsize
