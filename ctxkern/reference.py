@@ -2,20 +2,32 @@
 
 Symbols: B sequences of S tokens, N tokens in all, D = d_in, E = d_out, K = context_dim, F rows in the context table.
 Parameters may be wider or narrower than `x` (float32 next to bfloat16): the weight of a context is made in the widest
-dtype and rounded once to that of `x`. Sources: per-context bilinear weights, Ha et al., HyperNetworks (2016), Jayakumar et al.,
-Multiplicative Interactions (2020); LoRA, Hu et al. (2021); CP factors, Kolda and Bader (2009).
+dtype and rounded once to that of `x`. Sources: per-context bilinear weights, Ha et al., HyperNetworks (2016), Jayakumar
+et al., Multiplicative Interactions (2020); LoRA, Hu et al. (2021); CP factors, Kolda and Bader (2009).
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def modulated_linear_ref(x, context, weight, bilinear, bias=None, *, context_index=None, cu_seqlens=None):
+def modulated_linear_ref(
+    x: Tensor,
+    context: Tensor,
+    weight: Tensor | None,
+    bilinear: Tensor,
+    bias: Tensor | None = None,
+    *,
+    context_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """y_b = x_b W_b + bias with W_b = weight + sum_k bilinear[:, :, k] context[b, k].
 
     Shapes: x [B, S, D], or packed [N, D] with cu_seqlens [B + 1]; context [F, K] (context_index [B] picks its rows) or
-    [B, S, K], one per token; weight [D, E] or None; bilinear [D, E, K]; bias [E] or None. Returns [B, S, E] or [N, E] in
-    the dtype of x. Builds W_b whole: B·D·E elements.
+    [B, S, K], one per token; weight [D, E] or None; bilinear [D, E, K]; bias [E] or None. Returns [B, S, E] or [N, E]
+    in the dtype of x. Builds W_b whole: B·D·E elements.
     """
     wide = torch.promote_types(torch.promote_types(bilinear.dtype, context.dtype), x.dtype)
     if context.dim() == 3:
@@ -29,7 +41,16 @@ def modulated_linear_ref(x, context, weight, bilinear, bias=None, *, context_ind
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def modulated_qkv_ref(x, context, weights, bilinears, biases=None, *, context_index=None, cu_seqlens=None):
+def modulated_qkv_ref(
+    x: Tensor,
+    context: Tensor,
+    weights: Sequence[Tensor | None] | None,
+    bilinears: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    context_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Three `modulated_linear_ref` of one x; `weights`, `bilinears`, `biases` hold one entry each for q, k and v."""
     weights, biases = weights or [None] * 3, biases or [None] * 3
     return tuple(
@@ -38,7 +59,17 @@ def modulated_qkv_ref(x, context, weights, bilinears, biases=None, *, context_in
     )
 
 
-def lora_linear_ref(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None, cu_seqlens=None):
+def lora_linear_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    adapter_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """y_b = x_b weight^T + scale (x_b A_b^T) B_b^T + bias, the layout of nn.Linear and PEFT.
 
     Shapes: x [B, S, D] or packed [N, D] with cu_seqlens [B + 1]; weight [E, D] or None; A [b, r, D]; B [b, E, r];
@@ -52,8 +83,17 @@ def lora_linear_ref(x, weight, A, B, scale=1.0, bias=None, *, adapter_index=None
 
 
 def factored_modulated_linear_ref(
-    x, context, weight, in_factor, context_factor, out_factor, bias=None, *, context_index=None, cu_seqlens=None
-):
+    x: Tensor,
+    context: Tensor,
+    weight: Tensor | None,
+    in_factor: Tensor,
+    context_factor: Tensor,
+    out_factor: Tensor,
+    bias: Tensor | None = None,
+    *,
+    context_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """y = x weight + ((x in_factor) ∘ (c context_factor)) out_factor + bias: `modulated_linear` with the CP-factored
     bilinear[d, e, k] = sum_r in_factor[d, r] out_factor[r, e] context_factor[k, r].
 

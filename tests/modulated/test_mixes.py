@@ -1,4 +1,4 @@
-"""Every mix of dtypes that the contract allows: a half next to float32 in either place, each operand in its own dtype."""
+"""Every mix of dtypes that the contract allows: a half next to float32 in either place, each operand in its own."""
 
 import itertools
 
