@@ -175,7 +175,7 @@ def test_merged_layers_train():
 
 @pytest.mark.parametrize("size", [K - 1, K + 1, 0])
 def test_a_context_of_another_size(model, size):
-    with pytest.raises(ValueError, match=f"context has {size} entries, layer 'attention' takes {K}"):
+    with pytest.raises(ValueError, match=f"context has {size} entries; it must have {K} for layer 'attention'"):
         ctxkern.merge(model, torch.zeros(size))
 
 
