@@ -41,7 +41,9 @@ def swap(model: nn.Module, mapping: dict[type[nn.Module], Convert] | None = None
 
     Example:
         >>> model = nn.ModuleDict({"attention": EinsumContextModulatedAttention(8, 4), "head": nn.Linear(8, 6)})
-        >>> swap(model, {nn.Linear: lambda layer, name: ModulatedLinear.from_linear(layer, context_dim=4)})
+        >>> def convert(layer, name):
+        ...     return ModulatedLinear.from_linear(layer, context_dim=4) if name == "head" else layer
+        >>> swap(model, {nn.Linear: convert})
         ['attention', 'head']
     """
     mapping = _checked(model, mapping)
