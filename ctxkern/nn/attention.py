@@ -39,9 +39,9 @@ class ContextAttention(nn.Module):
         op = type(self).__name__
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         for name, value in (("d_model", d_model), ("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
-            if not isinstance(value, Integral) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ValueError(f"{op}: {name} is {value!r}; it must be a positive integer")
-        if not isinstance(context_dim, Integral) or context_dim < 0:
+        if not _is_integer(context_dim) or context_dim < 0:
             raise ValueError(f"{op}: context_dim is {context_dim!r}; it must be an integer of at least 0")
         if d_model % n_heads:
             raise ValueError(f"{op}: n_heads is {n_heads}; it must divide d_model = {d_model}")
@@ -49,8 +49,13 @@ class ContextAttention(nn.Module):
             raise ValueError(f"{op}: n_kv_heads is {n_kv_heads}; it must divide n_heads = {n_heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"{op}: dropout is {dropout!r}; it must be at least 0 and less than 1")
-        self.d_model, self.context_dim, self.n_heads, self.n_kv_heads = d_model, context_dim, n_heads, n_kv_heads
-        self.is_causal, self.dropout, self.init = is_causal, dropout, init
+        self.d_model = d_model
+        self.context_dim = context_dim
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.is_causal = is_causal
+        self.dropout = dropout
+        self.init = init
         kv_dim = n_kv_heads * (d_model // n_heads)
         self.W_q_base = _Base(d_model, d_model, bias, device, dtype)
         self.W_k_base = _Base(d_model, kv_dim, bias, device, dtype)
@@ -131,6 +136,10 @@ class ContextAttention(nn.Module):
         return y if self.W_o is None else self.W_o(y)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
 class _Base(nn.Module):
     """The shared part of a modulated projection: weight [D, E], used as x @ weight, and a bias."""
 
@@ -170,7 +179,8 @@ class EinsumContextModulatedAttention(ContextAttention):
     """
 
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
-        return reference.modulated_qkv_ref(x, context, *self.projections(), context_index=context_index)
+        q, k, v = reference.modulated_qkv_ref(x, context, *self.projections(), context_index=context_index)
+        return q, k, v
 
 
 class ContextModulatedAttention(ContextAttention):

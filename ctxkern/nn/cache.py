@@ -11,8 +11,8 @@ _SPARE = 32
 class KVCache:
     """Keys and values of the tokens so far, one cache per attention layer.
 
-    Tokens are written into a buffer with spare room, so a step of decoding copies only its own tokens. Where gradients
-    flow into the keys or values they are concatenated instead, which keeps every earlier graph valid.
+    Under torch.no_grad or inference_mode, tokens are written into a buffer with spare room, so that a step of decoding
+    copies only its own tokens. In grad mode they are concatenated, as autograd may need what earlier steps returned.
 
     Args:
         max_length: the most tokens it will hold; the buffer is then allocated once. None lets it grow.
@@ -88,25 +88,26 @@ class KVCache:
             ):
                 takes = [*expected.shape[:2], k.shape[2], expected.shape[3]]
                 raise ValueError(f"KVCache.append: {name} has shape {list(new.shape)}; it must be {takes}")
-        self._k = _extended(self._k, self._length, k, self.max_length)
-        self._v = _extended(self._v, self._length, v, self.max_length)
+        k = self._k = _extended(self._k, self._length, k, self.max_length)
+        v = self._v = _extended(self._v, self._length, v, self.max_length)
         self._length = total
-        return self._k[:, :, :total], self._v[:, :, :total]
+        return k[:, :, :total], v[:, :, :total]
 
 
 def _extended(buffer: torch.Tensor | None, length: int, new: torch.Tensor, max_length: int | None) -> torch.Tensor:
     """A buffer with `new` after the first `length` tokens of this one: the same one where there is room."""
-    past = None if buffer is None else buffer[:, :, :length]
-    if new.requires_grad or (past is not None and past.requires_grad):
-        return new if past is None else torch.cat((past, new), 2)
     total = length + new.shape[2]
-    if past is None:
-        if max_length is None:
+    if buffer is None:
+        if max_length is None or torch.is_grad_enabled():
             return new
         past = new[:, :, :0]
-    elif total <= buffer.shape[2] and buffer.dtype is new.dtype and _writable(buffer):
-        buffer[:, :, length:total] = new
-        return buffer
+    else:
+        past = buffer[:, :, :length]
+        if torch.is_grad_enabled():
+            return torch.cat((past, new), 2)
+        if total <= buffer.shape[2] and buffer.dtype is new.dtype and _writable(buffer):
+            buffer[:, :, length:total] = new
+            return buffer
     capacity = total + max(_SPARE, total // 2) if max_length is None else max_length
     grown = new.new_empty((*new.shape[:2], capacity, new.shape[3]), dtype=torch.promote_types(past.dtype, new.dtype))
     grown[:, :, :length] = past

@@ -86,10 +86,9 @@ class ModulatedLinear(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        with torch.no_grad():
-            new.weight.copy_(weight.mT).requires_grad_(weight.requires_grad)
-            if bias is not None:
-                new.bias.copy_(bias).requires_grad_(bias.requires_grad)
+        new.weight = nn.Parameter(weight.detach().mT.clone(memory_format=torch.contiguous_format), weight.requires_grad)
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return new
 
     def reset_parameters(self) -> None:

@@ -132,7 +132,8 @@ class _Merging:
 
     def linear(self, layer: ModulatedLinear) -> nn.Linear:
         new = self._projection(MergedLinear, layer.weight, layer.bilinear, layer.bias)
-        return self._finished(new, layer)
+        self._finish(new, layer)
+        return new
 
     def attention(self, layer: ContextAttention) -> MergedAttention:
         tensors = zip(*layer.projections(), strict=True)
@@ -146,13 +147,13 @@ class _Merging:
             is_causal=layer.is_causal,
             dropout=layer.dropout,
         )
-        return self._finished(new, layer)
+        self._finish(new, layer)
+        return new
 
-    def _finished(self, new: nn.Module, layer: nn.Module) -> nn.Module:
+    def _finish(self, new: nn.Module, layer: nn.Module) -> None:
         new.training = layer.training
         for name, buffer in layer.named_buffers(recurse=False):
             new.register_buffer(name, copy.deepcopy(buffer, self.memo))
-        return new
 
     def _projection(
         self,
@@ -168,7 +169,8 @@ class _Merging:
             self.weights[key] = nn.Parameter(made, requires_grad=needs_grad), (weight, bilinear)
         merged = self.weights[key][0]
         # nothing is allocated or drawn for parameters that are replaced
-        new = cls(*bilinear.shape[:2], bias=False, device="meta")
+        d_in, d_out, _ = bilinear.shape
+        new = cls(d_in, d_out, bias=False, device="meta")
         new.weight = merged
         if bias is not None:
             new.bias = self._bias(bias, merged.dtype)

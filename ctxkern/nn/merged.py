@@ -62,8 +62,10 @@ class MergedAttention(nn.Module):
         super().__init__()
         self.q, self.k, self.v = projections
         self.W_o = out_proj
-        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
-        self.is_causal, self.dropout = is_causal, dropout
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.is_causal = is_causal
+        self.dropout = dropout
 
     def forward(
         self,

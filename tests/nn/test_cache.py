@@ -16,6 +16,13 @@ def tokens(n, seed=0, dtype=torch.float32):
     return torch.randn(2, B, H, n, HEAD, generator=generator).to(dtype).unbind()
 
 
+@pytest.fixture(params=[torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def any_mode(request):
+    with request.param():
+        yield
+
+
+@pytest.mark.usefixtures("any_mode")
 @pytest.mark.parametrize("max_length", [None, 9, 20])
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_holds_what_was_appended(chunks, max_length):
@@ -32,6 +39,7 @@ def test_holds_what_was_appended(chunks, max_length):
             assert torch.equal(b, whole[:, :, :end])
 
 
+@torch.no_grad()
 def test_appending_is_amortised():
     cache, buffers = KVCache(), set()
     one = tokens(1)
@@ -44,6 +52,7 @@ def test_appending_is_amortised():
     assert len({bounded.append(*one)[0].untyped_storage().data_ptr() for _ in range(50)}) == 1
 
 
+@pytest.mark.usefixtures("any_mode")
 def test_views_of_earlier_steps_keep_their_values():
     cache, whole = KVCache(), tokens(40)
     seen = [cache.append(*(t[:, :, i : i + 1] for t in whole))[0] for i in range(40)]
@@ -74,6 +83,22 @@ def test_steps_without_gradients_leave_an_earlier_graph_alone():
     assert torch.equal(k.grad, v)
 
 
+def test_queries_alone_learn():
+    """Keys without gradients, which the graph of the queries holds while later steps append."""
+    k, v = tokens(4)
+    q, cache, losses = torch.randn(B, H, 1, HEAD, requires_grad=True), KVCache(20), []
+    with torch.no_grad():
+        cache.append(k[:, :, :2], v[:, :, :2])
+    for i in range(2, 4):
+        keys, _ = cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        losses.append((q @ keys.mT).sum())
+    with torch.no_grad():
+        cache.append(k[:, :, :1], v[:, :, :1])
+    (got,) = torch.autograd.grad(sum(losses), q)
+    torch.testing.assert_close(got, (k[:, :, :3].sum(2) + k.sum(2))[:, :, None])
+
+
+@pytest.mark.usefixtures("any_mode")
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("max_length", [None, 60])
 def test_copies_are_apart(copied, max_length):
@@ -91,6 +116,7 @@ def test_copies_are_apart(copied, max_length):
     assert torch.equal(cache.k[:, :, :3], other.k[:, :, :3])
 
 
+@pytest.mark.usefixtures("any_mode")
 def test_rows_of_a_beam_search():
     cache = KVCache()
     for seed in range(4):
@@ -108,12 +134,14 @@ def test_made_in_inference_mode_and_continued_outside():
     with torch.inference_mode():
         for i in range(3):
             cache.append(*(t[:, :, i : i + 1].clone() for t in whole))
-    for i in range(3, 6):
-        cache.append(*(t[:, :, i : i + 1] for t in whole))
+    with torch.no_grad():
+        for i in range(3, 6):
+            cache.append(*(t[:, :, i : i + 1] for t in whole))
     assert torch.equal(cache.k, whole[0])
     assert torch.equal(cache.v, whole[1])
 
 
+@pytest.mark.usefixtures("any_mode")
 def test_a_wider_dtype_widens_it():
     cache = KVCache()
     for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):
@@ -122,6 +150,7 @@ def test_a_wider_dtype_widens_it():
     assert torch.equal(cache.k[:, :, 2:], tokens(1)[0])
 
 
+@pytest.mark.usefixtures("any_mode")
 @pytest.mark.parametrize(
     ("k", "v", "message"),
     [

@@ -1,5 +1,7 @@
 """merge: a plain copy for one context, which needs nothing of ctxkern to run."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -181,6 +183,16 @@ def test_a_quantised_copy_is_called_as_before():
     quantised = torch.ao.quantization.quantize_dynamic(merged, {nn.Linear}, dtype=torch.qint8)
     assert not any(type(m) is nn.Linear for m in quantised.modules())
     torch.testing.assert_close(quantised(x, context[None]), merged(x), atol=0.05, rtol=0.05)
+
+
+def test_a_copy_can_be_saved_and_copied(model):
+    x, context = inputs()
+    merged = ctxkern.merge(model, context)
+    for other in (pickle.loads(pickle.dumps(merged)), copy.deepcopy(merged)):
+        assert torch.equal(other(x, None), merged(x, None))
+    fresh = ctxkern.merge(model, torch.randn(K))
+    fresh.load_state_dict(merged.state_dict())
+    assert torch.equal(fresh(x, None), merged(x, None))
 
 
 @pytest.mark.parametrize("frozen", [("weight",), ("bilinear",), ("bias",), ("weight", "bilinear", "bias"), ()], ids=str)
