@@ -105,8 +105,8 @@ class ContextAttention(nn.Module):
 
         Args:
             x: [B, S, D].
-            context: [F, K], one row per sequence (F == B) or rows picked by `context_index`; or [B, S, K], one per
-                token.
+            context: [F, K], one row per sequence (F == B), one for all (F == 1), or rows picked by `context_index`; or
+                [B, S, K], one per token.
             context_index: [B] int64, the row of `context` that each sequence uses.
             key_padding_mask: [B, T] bool, True at padding, as in nn.MultiheadAttention; T = S, or with a cache all
                 tokens so far.
@@ -179,6 +179,8 @@ class EinsumContextModulatedAttention(ContextAttention):
     """
 
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
+        if x.dim() != 3:
+            raise ValueError(f"attention: x has shape {list(x.shape)}; it must be [B, S, D]")
         q, k, v = reference.modulated_qkv_ref(x, context, *self.projections(), context_index=context_index)
         return q, k, v
 
@@ -221,7 +223,8 @@ class ContextModulatedAttention(ContextAttention):
     backend: str | None = None
 
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
-        return modulated_qkv(
+        x, context, context_index = _broadcast(x, context, context_index)
+        q, k, v = modulated_qkv(
             x,
             context,
             *self.projections(),
@@ -229,3 +232,27 @@ class ContextModulatedAttention(ContextAttention):
             workspace_bytes=self.workspace_bytes,
             backend=self.backend,
         )
+        return q, k, v
+
+
+def _broadcast(
+    x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The arguments with sizes of 1 repeated, as the einsums repeat them; what does not fit stays, to be named."""
+    given = (x, context) if context_index is None else (x, context, context_index)
+    if not all(isinstance(t, torch.Tensor) for t in given) or x.dim() != 3:
+        return x, context, context_index
+    if context.dim() == 3:
+        # x [B, S, D], context [B, S, K]
+        if all(m == n or 1 in (m, n) for m, n in zip(x.shape[:2], context.shape[:2], strict=True)):
+            sizes = torch.broadcast_shapes(x.shape[:2], context.shape[:2])
+            return x.expand(*sizes, -1), context.expand(*sizes, -1), context_index
+        return x, context, context_index
+    batch, rows = x.shape[0], (context if context_index is None else context_index).shape[0]
+    if rows == batch:
+        return x, context, context_index
+    if rows == 1:
+        # one context for all sequences
+        index = torch.zeros(1, dtype=torch.int64, device=x.device) if context_index is None else context_index
+        return x, context, index.expand(batch)
+    return (x.expand(rows, -1, -1) if batch == 1 else x), context, context_index

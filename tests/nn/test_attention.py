@@ -202,6 +202,30 @@ def test_dtype_under_autocast_is_that_of_the_einsum_layer(how, parameters, conte
             assert got.dtype is want.dtype
 
 
+@pytest.mark.parametrize(
+    ("x", "context", "index"),
+    [
+        ((B, S, D), (1, K), None),
+        ((B, S, D), (3, K), (2,)),
+        ((1, S, D), (3, K), None),
+        ((1, S, D), (3, K), (2, 0, 2, 1)),
+        ((B, S, D), (B, 1, K), None),
+        ((B, S, D), (1, S, K), None),
+        ((1, S, D), (B, S, K), None),
+        ((B, 1, D), (1, S, K), None),
+    ],
+    ids=str,
+)
+def test_sizes_of_one_are_repeated_as_in_the_einsum_layer(x, context, index):
+    fused, einsum = (layer.double() for layer in layers(n_heads=2, is_causal=True))
+    index = None if index is None else torch.tensor(index)
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (x, context)]
+    got, want = (layer(*tensors, context_index=index) for layer in (fused, einsum))
+    torch.testing.assert_close(got, want)
+    dout = torch.randn(want.shape, dtype=torch.float64)
+    torch.testing.assert_close(*(torch.autograd.grad(y, tensors, dout) for y in (got, want)))
+
+
 @pytest.mark.parametrize("cls", [ContextModulatedAttention, EinsumContextModulatedAttention])
 def test_an_input_that_the_output_projection_cannot_take(cls):
     layer, cache = cls(D, K, 2, is_causal=True), KVCache()

@@ -175,6 +175,22 @@ def test_export_with_other_sizes(kind, strict):
         torch.testing.assert_close(program.module()(*args, **how), model(*args, **how))
 
 
+@pytest.mark.parametrize("per_token", [False, True], ids=["a-context-per-sequence", "a-context-per-token"])
+@pytest.mark.parametrize("kind", [("fused", True), ("einsum", True)], ids=str)
+def test_export_of_contexts_without_an_index(kind, per_token):
+    model = made(kind)
+    B, S = (torch.export.Dim(name, min=2) for name in "BS")
+    shapes = {"x": {0: B, 1: S}, "context": {0: B, 1: S} if per_token else {0: B}}
+
+    def example(b, s):
+        return torch.randn(b, s, D), torch.randn((b, s, K) if per_token else (b, K))
+
+    program = torch.export.export(model, example(4, 5), dynamic_shapes=shapes)
+    for size in ((2, 9), (6, 3)):
+        args = example(*size)
+        torch.testing.assert_close(program.module()(*args), model(*args))
+
+
 LOADER = """
 import sys
 import torch

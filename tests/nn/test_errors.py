@@ -104,8 +104,17 @@ CALLS = {
         r"weight has shape \[6, 4, 5\]",
     ),
     "attention-x": (lambda: attention()(zeros(7, 8), AC), ValueError, r"x has shape \[7, 8\]"),
+    "einsum-x": (
+        lambda: EinsumContextModulatedAttention(8, K)(zeros(7, 8), AC),
+        ValueError,
+        r"x has shape \[7, 8\]; it must be \[B, S, D\]",
+    ),
+    "attention-rows": (lambda: attention()(AX, zeros(3, K)), ValueError, "context has 3 rows"),
+    "attention-per-token": (lambda: attention()(AX, zeros(B, 2, K)), ValueError, r"context has shape \[2, 2, 5\]"),
+    "attention-context-type": (lambda: attention()(AX, [0.0]), TypeError, "context is a list"),
     "attention-width": (lambda: attention()(zeros(B, S, 4), AC), ValueError, r"bilinear.*\[4, 8, 5\]"),
     "attention-index": (attend(context_index=torch.tensor([0, 5])), ValueError, r"context_index\[1\] is 5"),
+    "attention-index-type": (attend(context_index=[0, 1]), TypeError, "context_index is a list"),
     "padding-dtype": (
         attend(key_padding_mask=PADDING.float()),
         TypeError,
