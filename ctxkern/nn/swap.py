@@ -37,7 +37,7 @@ def swap(model: nn.Module, mapping: dict[type[nn.Module], Convert] | None = None
     Raises:
         TypeError: model is no module, mapping no {class: callable}, or convert returned no module.
         ValueError: the model itself is of a class of the mapping: there is no parent to put the new layer into.
-        Whatever convert raises. The model is then as it was.
+        Whatever convert raises, and the warning where warnings are errors. The model is then as it was.
 
     Example:
         >>> model = nn.ModuleDict({"attention": EinsumContextModulatedAttention(8, 4), "head": nn.Linear(8, 6)})
@@ -65,6 +65,10 @@ def swap(model: nn.Module, mapping: dict[type[nn.Module], Convert] | None = None
                 parent = model.get_submodule(path)
                 replaced.append((parent, last, layer))
                 setattr(parent, last, new)
+        left += conversion.left
+        if left:
+            reasons = "; ".join(f"{name!r} {reason}" if name else f"the model {reason}" for name, reason in left)
+            warnings.warn(f"swap: left as they are: {reasons}", stacklevel=2)
     except BaseException:
         for parent, last, layer in reversed(replaced):
             setattr(parent, last, layer)
@@ -72,10 +76,6 @@ def swap(model: nn.Module, mapping: dict[type[nn.Module], Convert] | None = None
     for _, layer in layers:
         if type(layer) not in mapping:
             layer.__class__ = ContextModulatedAttention
-    left += conversion.left
-    if left:
-        reasons = "; ".join(f"{name!r} {reason}" if name else f"the model {reason}" for name, reason in left)
-        warnings.warn(f"swap: left as they are: {reasons}", stacklevel=2)
     return [name for name, layer in layers if conversion.new.get(layer) is not layer]
 
 

@@ -300,6 +300,18 @@ def test_an_exception_leaves_the_model_as_it_was(error):
     assert not any(m.training for m in after.values())
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_as_an_error_leaves_the_model_as_it_was():
+    class Mine(EinsumContextModulatedAttention):
+        pass
+
+    model = Model(einsum_layer(), UserAttention(D, K), Mine(D, K))
+    with pytest.raises(UserWarning, match="'blocks.2.attention' is a Mine"):
+        ctxkern.swap(model, {UserAttention: fused})
+    classes = [EinsumContextModulatedAttention, UserAttention, Mine]
+    assert [type(b.attention) for b in model.blocks] == classes
+
+
 def test_nested_layers_of_a_mapping():
     model = nn.ModuleDict({"outer": Block(UserAttention(D, K)), "other": nn.Sequential(Block(einsum_layer()))})
 
