@@ -85,7 +85,7 @@ def test_many_lengths_compile_at_most_twice(kind):
     assert counters["stats"]["unique_graphs"] <= 2
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[0] != "whole-einsum"], ids=str)
 def test_training_with_many_sizes_compiles_at_most_twice(kind):
     model = made(kind)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
