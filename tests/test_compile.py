@@ -1,4 +1,4 @@
-"""torch.compile without graph breaks: same numbers, dynamic shapes, and a backward that calls the operators."""
+"""Compiled functions without graph breaks: same numbers, dynamic shapes, a backward that calls the operators."""
 
 from functools import partial
 
@@ -9,7 +9,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import ctxkern
-from ctxkern.nn import ContextModulatedAttention
 from ctxkern.testing.cases import Case
 from ctxkern.testing.families import (
     by_projection,
@@ -107,50 +106,6 @@ def test_other_indices_and_bounds_compile_nothing_anew():
     assert counter.frame_count == 2
 
 
-def train_step(layer, x, context, **how):
-    layer.zero_grad()
-    y = layer(x, context, **how)
-    y.square().mean().backward()
-    return [y.detach(), *(p.grad.clone() for p in layer.parameters())]
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_attention(dynamic):
-    layer = ContextModulatedAttention(8, 3, 4, n_kv_heads=2, is_causal=True, bias=True)
-    recorder = Recorder()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=recorder.backend)
-    for S in (5, 7):
-        x, context = torch.randn(4, S, 8), torch.randn(3, 3)
-        how = {
-            "context_index": torch.tensor([2, 0, 2, 1]),
-            "key_padding_mask": torch.arange(S) >= torch.tensor([[S], [3], [2], [1]]),
-        }
-        torch.testing.assert_close(train_step(compiled, x, context, **how), train_step(layer, x, context, **how))
-    assert set(recorder.forward) == {"modulated_forward"}
-    assert set(recorder.backward) == {"modulated_backward"}
-
-
-def test_attention_under_autocast():
-    layer, x, context = ContextModulatedAttention(8, 3, 2), torch.randn(2, 5, 8), torch.randn(2, 3)
-
-    def step(layer):
-        with torch.autocast("cpu", torch.bfloat16):
-            return train_step(layer, x, context)
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for got, want in zip(step(compiled), step(layer), strict=True):
-        assert got.dtype is want.dtype
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.slow
-def test_inductor():
-    layer = ContextModulatedAttention(8, 3, 2, is_causal=True)
-    x, context = torch.randn(2, 5, 8), torch.randn(2, 3)
-    compiled = torch.compile(layer, fullgraph=True)
-    torch.testing.assert_close(train_step(compiled, x, context), train_step(layer, x, context))
-
-
 def test_strides_of_the_compiled_gradients():
     arguments, dout = modulated_arguments(Case("permuted", 3, 4, 6, 8, 4, bilinear_layout="permuted"))
     arguments["x"] = arguments["x"].transpose(0, 1).contiguous().transpose(0, 1)
@@ -174,14 +129,3 @@ def test_values_of_an_index_are_checked_by_the_operator():
     arguments["context_index"][1] = 4
     with pytest.raises(ValueError, match=r"context_index\[1\] is 4, takes 0 to 3"):
         compiled(**arguments)
-
-
-def test_export_keeps_the_operator():
-    layer = ContextModulatedAttention(8, 3, 2).eval()
-    args = (torch.randn(2, 5, 8), torch.randn(2, 3))
-    batch, seq = torch.export.Dim("batch", min=2), torch.export.Dim("seq", min=2)
-    shapes = {"x": {0: batch, 1: seq}, "context": {0: batch}}
-    program = torch.export.export(layer, args, dynamic_shapes=shapes)
-    assert "torch.ops.ctxkern.modulated_forward" in str(program.graph_module.code)
-    other = (torch.randn(3, 7, 8), torch.randn(3, 3))
-    torch.testing.assert_close(program.module()(*other), layer(*other))

@@ -1,9 +1,9 @@
 """Modules over the public functions."""
 
 from .attention import ContextModulatedAttention, EinsumContextModulatedAttention
+from .cache import KVCache
 from .init import init_bilinear_
 from .linear import Bilinear, DynamicLoraLinear, ModulatedLinear
-from .plain import KVCache
 
 __all__ = [
     "Bilinear",

@@ -1,4 +1,8 @@
-"""Attention whose Q, K and V weights depend on a context, as einsums and fused. Both have one state_dict."""
+"""Attention whose Q, K and V weights depend on a context, as einsums and fused. Both have the same state_dict."""
+
+from __future__ import annotations
+
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -6,80 +10,75 @@ from torch import nn
 from ctxkern import reference
 from ctxkern.functional import modulated_qkv
 
+from .attend import attend, check_dtype
+from .cache import KVCache
 from .init import init_bilinear_
-from .plain import attend
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _ContextAttention(nn.Module):
-    """Multi-head attention with W_b = W_base + Σ_k bilinear[:, :, k] context[b, k] for q, k and v.
-
-    Args:
-        d_model: D, width of x. context_dim: K, width of a context.
-        n_heads: query heads, dividing d_model. n_kv_heads: key and value heads, dividing n_heads (grouped-query
-            attention); None: n_heads.
-        bias: adds W_q_base.bias and so on, shared by all contexts. out_proj: an output projection `W_o`.
-        is_causal: masks later tokens. dropout: of attention weights, in training only.
-        init: how the bilinear tensors start, see `ctxkern.nn.init_bilinear_`.
-
-    Parameters: W_q_base.weight [D, D] and bilinear_q [D, D, K], and so for k and v (second dimension n_kv_heads ·
-    head_dim), W_o.weight [D, D]. Weights are used as y = x @ weight, as the einsum form has it.
-
-    Raises ValueError where the sizes do not divide or are not positive.
-    """
+class ContextAttention(nn.Module):
+    """What the fused layer and the einsum layer share: all but how q, k and v are computed (`qkv`)."""
 
     def __init__(
         self,
-        d_model,
-        context_dim,
-        n_heads=1,
+        d_model: int,
+        context_dim: int,
+        n_heads: int = 1,
         *,
-        n_kv_heads=None,
-        bias=False,
-        out_proj=True,
-        is_causal=False,
-        dropout=0.0,
-        init="normal",
-        device=None,
-        dtype=None,
-    ):
+        n_kv_heads: int | None = None,
+        bias: bool = False,
+        out_proj: bool = True,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+        init: str = "normal",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        op = type(self).__name__
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         for name, value in (("d_model", d_model), ("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, takes a positive integer")
-        if not isinstance(context_dim, int) or context_dim < 0:
-            raise ValueError(f"context_dim is {context_dim!r}, takes an integer of at least 0")
+            if not _is_integer(value) or value < 1:
+                raise ValueError(f"{op}: {name} is {value!r}; it must be a positive integer")
+        if not _is_integer(context_dim) or context_dim < 0:
+            raise ValueError(f"{op}: context_dim is {context_dim!r}; it must be an integer of at least 0")
         if d_model % n_heads:
-            raise ValueError(f"n_heads is {n_heads}, takes a divisor of d_model = {d_model}")
+            raise ValueError(f"{op}: n_heads is {n_heads}; it must divide d_model = {d_model}")
         if n_heads % n_kv_heads:
-            raise ValueError(f"n_kv_heads is {n_kv_heads}, takes a divisor of n_heads = {n_heads}")
+            raise ValueError(f"{op}: n_kv_heads is {n_kv_heads}; it must divide n_heads = {n_heads}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout!r}, takes a number from 0 up to 1")
-        self.d_model, self.context_dim, self.n_heads, self.n_kv_heads = d_model, context_dim, n_heads, n_kv_heads
-        self.is_causal, self.dropout, self.init = is_causal, dropout, init
+            raise ValueError(f"{op}: dropout is {dropout!r}; it must be at least 0 and less than 1")
+        self.d_model = d_model
+        self.context_dim = context_dim
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.is_causal = is_causal
+        self.dropout = dropout
+        self.init = init
         kv_dim = n_kv_heads * (d_model // n_heads)
-        factory = {"device": device, "dtype": dtype}
-        self.W_q_base = _Base(d_model, d_model, bias, **factory)
-        self.W_k_base = _Base(d_model, kv_dim, bias, **factory)
-        self.W_v_base = _Base(d_model, kv_dim, bias, **factory)
-        self.bilinear_q = nn.Parameter(torch.empty(d_model, d_model, context_dim, **factory))
-        self.bilinear_k = nn.Parameter(torch.empty(d_model, kv_dim, context_dim, **factory))
-        self.bilinear_v = nn.Parameter(torch.empty(d_model, kv_dim, context_dim, **factory))
-        self.W_o = nn.Linear(d_model, d_model, bias=bias, **factory) if out_proj else None
+        self.W_q_base = _Base(d_model, d_model, bias, device, dtype)
+        self.W_k_base = _Base(d_model, kv_dim, bias, device, dtype)
+        self.W_v_base = _Base(d_model, kv_dim, bias, device, dtype)
+        self.bilinear_q = nn.Parameter(torch.empty(d_model, d_model, context_dim, device=device, dtype=dtype))
+        self.bilinear_k = nn.Parameter(torch.empty(d_model, kv_dim, context_dim, device=device, dtype=dtype))
+        self.bilinear_v = nn.Parameter(torch.empty(d_model, kv_dim, context_dim, device=device, dtype=dtype))
+        self.W_o = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype) if out_proj else None
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
+        """Draws all parameters again, as at construction."""
         for layer in (self.W_q_base, self.W_k_base, self.W_v_base, self.W_o):
             if layer is not None:
                 layer.reset_parameters()
         for tensor in (self.bilinear_q, self.bilinear_k, self.bilinear_v):
             init_bilinear_(tensor, self.init)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         heads = f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
         return f"d_model={self.d_model}, context_dim={self.context_dim}, {heads}, is_causal={self.is_causal}"
 
-    def projections(self):
+    def projections(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
         """(weights, bilinears, biases) of q, k and v."""
         bases = (self.W_q_base, self.W_k_base, self.W_v_base)
         return (
@@ -88,24 +87,46 @@ class _ContextAttention(nn.Module):
             [b.bias for b in bases],
         )
 
-    def forward(self, x, context, *, context_index=None, key_padding_mask=None, attn_mask=None, cache=None):
+    def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
+        """q [B, S, D], and k and v [B, S, n_kv_heads · head_dim], of x."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        *,
+        context_index: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
         """Attention of x under its contexts.
 
         Args:
-            x: [B, S, D]. context: [F, K] (F == B, or context_index [B] picks its rows), or [B, S, K], one a token.
+            x: [B, S, D].
+            context: [F, K], one row per sequence (F == B), one for all (F == 1), or rows picked by `context_index`; or
+                [B, S, K], one per token.
+            context_index: [B] int64, the row of `context` that each sequence uses.
             key_padding_mask: [B, T] bool, True at padding, as in nn.MultiheadAttention; T = S, or with a cache all
                 tokens so far.
             attn_mask: bool (True where a query may attend) or float (added to scores), broadcast to [B, H, S, T].
-            cache: a KVCache, to which these tokens are added and over all of which they attend.
+            cache: a KVCache to which these tokens are appended; they attend to all its tokens.
 
         Returns:
             [B, S, D]. A query with nothing to attend to gives zeros before the output projection.
 
-        Raises TypeError or ValueError where a shape or dtype does not fit, naming the argument.
+        Raises:
+            TypeError, ValueError: a type, dtype or shape that does not fit; the message names the argument.
         """
+        q, k, v = self.qkv(x, context, context_index)
+        check_dtype(q, self.W_o, "W_o")
         y = attend(
-            *self.qkv(x, context, context_index),
-            self.d_model // self.n_heads,
+            q,
+            k,
+            v,
+            self.n_heads,
+            self.n_kv_heads,
             is_causal=self.is_causal,
             dropout=self.dropout if self.training else 0.0,
             key_padding_mask=key_padding_mask,
@@ -115,43 +136,95 @@ class _ContextAttention(nn.Module):
         return y if self.W_o is None else self.W_o(y)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
 class _Base(nn.Module):
     """The shared part of a modulated projection: weight [D, E], used as x @ weight, and a bias."""
 
-    def __init__(self, d_in, d_out, bias, device=None, dtype=None):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_in, d_out, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         bound = self.weight.shape[0] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, bias={self.bias is not None}"
 
 
-class EinsumContextModulatedAttention(_ContextAttention):
-    __doc__ = (
-        "The layer as users first write it: a weight a sequence, whole, by einsum. The baseline of comparisons.\n\n"
-        + _ContextAttention.__doc__
-    )
+class EinsumContextModulatedAttention(ContextAttention):
+    """The layer as users first write it: the whole weight of every sequence, by einsum. The baseline of comparisons.
 
-    def qkv(self, x, context, context_index):
-        return reference.modulated_qkv_ref(x, context, *self.projections(), context_index=context_index)
+    Arguments, parameters and errors as in `ContextModulatedAttention`, so that a state_dict goes both ways; `swap`
+    turns this layer into that one.
+
+    Example:
+        >>> layer = EinsumContextModulatedAttention(d_model=8, context_dim=4, n_heads=2)
+        >>> layer(torch.randn(3, 5, 8), torch.randn(3, 4)).shape
+        torch.Size([3, 5, 8])
+    """
+
+    def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
+        if x.dim() != 3:
+            raise ValueError(f"attention: x has shape {list(x.shape)}; it must be [B, S, D]")
+        q, k, v = reference.modulated_qkv_ref(x, context, *self.projections(), context_index=context_index)
+        return q, k, v
 
 
-class ContextModulatedAttention(_ContextAttention):
-    __doc__ = "The fused layer: no weight of a context is ever held.\n\n" + _ContextAttention.__doc__
+class ContextModulatedAttention(ContextAttention):
+    """Multi-head attention with W_b = W_base + Σ_k bilinear[:, :, k] context[b, k] for q, k and v, never held whole.
 
-    workspace_bytes = None
-    backend = None
+    Args:
+        d_model: D, width of x.
+        context_dim: K, width of a context.
+        n_heads: number of query heads; it must divide d_model.
+        n_kv_heads: number of key and value heads (grouped-query attention); it must divide n_heads. None: n_heads.
+        bias: whether to add W_q_base.bias and so on, which all contexts share.
+        out_proj: whether there is an output projection `W_o`.
+        is_causal: whether later tokens are masked.
+        dropout: probability of dropping an attention weight, in training only.
+        init: how the bilinear tensors start, see `init_bilinear_`.
+        device, dtype: of the parameters.
 
-    def qkv(self, x, context, context_index):
-        return modulated_qkv(
+    Attributes:
+        W_q_base.weight: [D, D], used as x @ weight; also W_k_base and W_v_base, [D, n_kv_heads · head_dim].
+        bilinear_q: [D, D, K]; also bilinear_k and bilinear_v, [D, n_kv_heads · head_dim, K].
+        W_o: nn.Linear, or None.
+        workspace_bytes, backend: passed to `ctxkern.modulated_qkv`; None, the defaults, may be set on a layer.
+
+    Raises:
+        ValueError: a size that is not positive or does not divide, a dropout outside [0, 1), or an unknown init.
+
+    Works under torch.compile(fullgraph=True), torch.export and AOTInductor. A process that loads an exported program or
+    an AOTInductor package of it must `import ctxkern` first, which registers the operators.
+
+    Example:
+        >>> layer = ContextModulatedAttention(d_model=8, context_dim=4, n_heads=2, is_causal=True)
+        >>> x, contexts = torch.randn(3, 5, 8), torch.randn(2, 4)
+        >>> layer(x, contexts, context_index=torch.tensor([0, 1, 0])).shape
+        torch.Size([3, 5, 8])
+    """
+
+    workspace_bytes: int | None = None
+    backend: str | None = None
+
+    def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
+        x, context, context_index = _broadcast(x, context, context_index)
+        q, k, v = modulated_qkv(
             x,
             context,
             *self.projections(),
@@ -159,3 +232,27 @@ class ContextModulatedAttention(_ContextAttention):
             workspace_bytes=self.workspace_bytes,
             backend=self.backend,
         )
+        return q, k, v
+
+
+def _broadcast(
+    x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The arguments with sizes of 1 repeated, as the einsums repeat them; what does not fit stays, to be named."""
+    given = (x, context) if context_index is None else (x, context, context_index)
+    if not all(isinstance(t, torch.Tensor) for t in given) or x.dim() != 3:
+        return x, context, context_index
+    if context.dim() == 3:
+        # x [B, S, D], context [B, S, K]
+        if all(m == n or 1 in (m, n) for m, n in zip(x.shape[:2], context.shape[:2], strict=True)):
+            sizes = torch.broadcast_shapes(x.shape[:2], context.shape[:2])
+            return x.expand(*sizes, -1), context.expand(*sizes, -1), context_index
+        return x, context, context_index
+    batch, rows = x.shape[0], (context if context_index is None else context_index).shape[0]
+    if rows == batch:
+        return x, context, context_index
+    if rows == 1:
+        # one context for all sequences
+        index = torch.zeros(1, dtype=torch.int64, device=x.device) if context_index is None else context_index
+        return x, context, index.expand(batch)
+    return (x.expand(rows, -1, -1) if batch == 1 else x), context, context_index

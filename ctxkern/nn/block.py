@@ -1,24 +1,39 @@
+"""A transformer block around a context-modulated attention layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import nn
 
-from ctxkern.nn.attention import ContextModulatedAttention
+from .attention import ContextModulatedAttention
+from .cache import KVCache
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block whose attention is modulated by a context.
 
-    ``x = x + attention(norm(x), context)``, then ``x = x + mlp(norm(x))`` with a GELU MLP of ``mlp_ratio * d_model``.
+    x = x + attention(norm(x), context), then x = x + mlp(norm(x)) with a GELU MLP.
 
     Args:
-        d_model: D, the width.
-        context_dim: K.
-        n_heads: a divisor of ``d_model``.
-        mlp_ratio: hidden width of the MLP over ``d_model``.
-        dropout: on attention weights and on both residual branches, in training.
-        attention: the attention layer's class, called as :class:`ctxkern.nn.ContextModulatedAttention` is.
-        attention_kwargs: handed to it, such as ``is_causal`` and ``init``.
+        d_model: D, width of x.
+        context_dim: K, width of a context.
+        n_heads: number of heads; it must divide d_model.
+        mlp_ratio: hidden width of the MLP divided by d_model.
+        dropout: on attention weights and on both residual branches, in training only.
+        attention: the class of the attention layer, called as `ContextModulatedAttention` is.
+        attention_kwargs: its further arguments, such as `is_causal` and `init`.
 
-    Source: the pre-norm order of Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020.
+    Raises:
+        ValueError: as in `ContextModulatedAttention`.
+
+    Source: Xiong et al., On Layer Normalization in the Transformer Architecture (2020), for the pre-norm order.
+
+    Example:
+        >>> block = TransformerBlock(8, 4, n_heads=2, is_causal=True)
+        >>> block(torch.randn(3, 5, 8), torch.randn(3, 4)).shape
+        torch.Size([3, 5, 8])
     """
 
     def __init__(
@@ -29,8 +44,8 @@ class TransformerBlock(nn.Module):
         mlp_ratio: float = 4,
         dropout: float = 0.0,
         attention: type[nn.Module] = ContextModulatedAttention,
-        **attention_kwargs,
-    ):
+        **attention_kwargs: Any,
+    ) -> None:
         super().__init__()
         hidden = int(mlp_ratio * d_model)
         factory = {key: attention_kwargs[key] for key in ("device", "dtype") if key in attention_kwargs}
@@ -49,10 +64,13 @@ class TransformerBlock(nn.Module):
         *,
         context_index: torch.Tensor | None = None,
         key_padding_mask: torch.Tensor | None = None,
-        cache=None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """``x`` [B, S, D]; ``context`` [F, K] with ``context_index`` [B], or [B, K], or [B, S, K]; ``key_padding_mask``
-        [B, S] bool, True at padding; ``cache`` a :class:`ctxkern.nn.KVCache`. Returns [B, S, D]."""
+        """The block under its contexts: arguments and errors as in `ContextModulatedAttention.forward`.
+
+        Returns:
+            [B, S, D].
+        """
         attended = self.attention(
             self.attention_norm(x),
             context,

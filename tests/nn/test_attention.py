@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.func import functional_call
 
 from ctxkern.nn import (
     ContextModulatedAttention,
     EinsumContextModulatedAttention,
     KVCache,
-    ModulatedLinear,
-    init_bilinear_,
 )
-from ctxkern.nn.init import MODES
 from ctxkern.testing.oracle import check_family
 
 B, S, D, K = 4, 6, 8, 3
@@ -194,73 +190,50 @@ class TestState:
             fused(x, context)
 
 
-class TestInit:
-    @staticmethod
-    def spread(layer, context):
-        """Standard deviation of the attention scores of unit-variance tokens."""
-        q, k, _ = layer.qkv(torch.randn(len(context), 32, layer.d_model), context, None)
-        return (q @ k.mT / layer.d_model**0.5).std().item()
-
-    @pytest.mark.parametrize("mode", MODES)
-    def test_scores_start_near_those_of_plain_attention(self, mode):
-        torch.manual_seed(0)
-        layer = ContextModulatedAttention(64, 16, init=mode)
-        plain, modulated = (self.spread(layer, scale * torch.randn(8, 16)) for scale in (0, 1))
-        if mode == "randn":
-            assert modulated > 100 * plain
-        else:
-            assert 0.8 * plain < modulated < 3 * plain
-
-    def test_the_modulated_part_beside_an_ordinary_weight(self):
-        torch.manual_seed(0)
-        made = {mode: init_bilinear_(torch.empty(64, 64, 16), mode) for mode in MODES}
-        ordinary = nn.Linear(64, 64).weight.std().item()
-        context = torch.randn(16, 256)
-        part = {mode: (t @ context).std().item() / ordinary for mode, t in made.items()}
-        assert part["hyperfan"] == pytest.approx(1, rel=0.15)
-        assert part["normal"] == pytest.approx(0.1, rel=0.15)
-        assert part["low_rank"] == pytest.approx(0.1, rel=0.5)
-        assert part["randn"] > 50
-        assert torch.linalg.matrix_rank(made["low_rank"].flatten(1)) == 4
-        assert all(t.abs().max() > 0 for t in made.values())
-
-    def test_context_std_is_divided_out(self):
-        torch.manual_seed(0)
-        one, ten = (init_bilinear_(torch.empty(64, 64, 16), context_std=std).std() for std in (1.0, 10.0))
-        assert one / ten == pytest.approx(10, rel=0.05)
-
-    def test_same_start_under_a_seed(self):
-        starts = []
-        for cls in (ContextModulatedAttention, EinsumContextModulatedAttention):
-            torch.manual_seed(5)
-            starts.append(cls(D, K, 2, bias=True).state_dict())
-        assert all(torch.equal(starts[0][n], starts[1][n]) for n in starts[0])
+@pytest.mark.parametrize("context", [(B, K), (B, S, K)], ids=["a-sequence", "a-token"])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", [{}, {"bias": True}, {"out_proj": False}, {"bias": True, "out_proj": False}], ids=str)
+def test_dtype_under_autocast_is_that_of_the_einsum_layer(how, parameters, context):
+    fused, einsum = (layer.to(parameters) for layer in layers(n_heads=2, **how))
+    for x in (torch.randn(B, S, D), torch.randn(B, S, D, dtype=torch.bfloat16)):
+        for mask in (None, torch.zeros(S, S)):
+            with torch.autocast("cpu", torch.bfloat16):
+                got, want = (m(x, torch.randn(context), attn_mask=mask) for m in (fused, einsum))
+            assert got.dtype is want.dtype
 
 
-class TestModulatedLinear:
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_from_linear_starts_as_the_layer(self, bias):
-        torch.manual_seed(0)
-        linear = nn.Linear(8, 5, bias, dtype=torch.float64)
-        layer = ModulatedLinear.from_linear(linear, 3)
-        x = torch.randn(2, 4, 8, dtype=torch.float64)
-        y = layer(x, torch.zeros(2, 3, dtype=torch.float64))
-        torch.testing.assert_close(y, linear(x))
-        near = layer(x, torch.randn(2, 3, dtype=torch.float64))
-        assert 0 < (near - y).std() < 0.5 * y.std()
-        assert layer.weight.dtype is torch.float64
-        assert layer.weight.data_ptr() != linear.weight.data_ptr()
+@pytest.mark.parametrize(
+    ("x", "context", "index"),
+    [
+        ((B, S, D), (1, K), None),
+        ((B, S, D), (3, K), (2,)),
+        ((1, S, D), (3, K), None),
+        ((1, S, D), (3, K), (2, 0, 2, 1)),
+        ((B, S, D), (B, 1, K), None),
+        ((B, S, D), (1, S, K), None),
+        ((1, S, D), (B, S, K), None),
+        ((B, 1, D), (1, S, K), None),
+    ],
+    ids=str,
+)
+def test_sizes_of_one_are_repeated_as_in_the_einsum_layer(x, context, index):
+    fused, einsum = (layer.double() for layer in layers(n_heads=2, is_causal=True))
+    index = None if index is None else torch.tensor(index)
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (x, context)]
+    got, want = (layer(*tensors, context_index=index) for layer in (fused, einsum))
+    torch.testing.assert_close(got, want)
+    dout = torch.randn(want.shape, dtype=torch.float64)
+    torch.testing.assert_close(*(torch.autograd.grad(y, tensors, dout) for y in (got, want)))
 
-    def test_without_a_shared_weight(self):
-        layer = ModulatedLinear(8, 5, 3, base=False, bias=False)
-        assert {n for n, _ in layer.named_parameters()} == {"bilinear"}
-        assert not layer(torch.randn(2, 4, 8), torch.zeros(2, 3)).any()
 
-    def test_packed_and_indexed(self):
-        layer = ModulatedLinear(8, 5, 3).double()
-        x, table = torch.randn(3, 4, 8).double(), torch.randn(2, 3).double()
-        index, bounds = torch.tensor([1, 0, 1]), torch.tensor([0, 4, 8, 12], dtype=torch.int32)
-        padded = layer(x, table, context_index=index)
-        packed = layer(x.flatten(0, 1), table, context_index=index, cu_seqlens=bounds)
-        torch.testing.assert_close(packed, padded.flatten(0, 1))
-        torch.testing.assert_close(padded, layer(x, table[index]))
+@pytest.mark.parametrize("cls", [ContextModulatedAttention, EinsumContextModulatedAttention])
+def test_an_input_that_the_output_projection_cannot_take(cls):
+    layer, cache = cls(D, K, 2, is_causal=True), KVCache()
+    x, context = torch.randn(B, S, D, dtype=torch.bfloat16), torch.randn(B, K)
+    with pytest.raises(TypeError, match="x is bfloat16; it must be float32 like W_o.weight, unless autocast is on"):
+        layer(x, context, cache=cache)
+    assert len(cache) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, context).dtype is torch.bfloat16
+    alone = cls(D, K, 2, out_proj=False)
+    assert alone(x, context).dtype is torch.bfloat16

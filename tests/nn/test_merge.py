@@ -1,11 +1,16 @@
 """merge: a plain copy for one context, which needs nothing of ctxkern to run."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctxkern
@@ -161,6 +166,230 @@ def test_keeps_mode_dtype_buffers_and_sharing():
     assert torch.equal(merged["a"](x), merged["a"](x))
 
 
+def test_other_tools_see_linear_layers(model):
+    x, context = inputs()
+    merged = ctxkern.merge(model, context)
+    linear = {n for n, m in merged.named_modules() if isinstance(m, nn.Linear)}
+    assert linear == {"attention.q", "attention.k", "attention.v", "attention.W_o", "head"}
+    assert {type(m) for n, m in merged.attention.named_children()} == {nn.Linear}
+    assert (merged.head.in_features, merged.head.out_features, merged.head.weight.shape) == (D, 6, (6, D))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize")
+def test_a_quantised_copy_is_called_as_before():
+    torch.manual_seed(0)
+    layer, (x, context) = ContextModulatedAttention(D, K, 2), inputs()
+    merged = ctxkern.merge(layer, context)
+    quantised = torch.ao.quantization.quantize_dynamic(merged, {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(m) is nn.Linear for m in quantised.modules())
+    torch.testing.assert_close(quantised(x, context[None]), merged(x), atol=0.05, rtol=0.05)
+
+
+def test_a_copy_can_be_saved_and_copied(model):
+    x, context = inputs()
+    merged = ctxkern.merge(model, context)
+    for other in (pickle.loads(pickle.dumps(merged)), copy.deepcopy(merged)):
+        assert torch.equal(other(x, None), merged(x, None))
+    fresh = ctxkern.merge(model, torch.randn(K))
+    fresh.load_state_dict(merged.state_dict())
+    assert torch.equal(fresh(x, None), merged(x, None))
+
+
+@pytest.mark.parametrize("frozen", [("weight",), ("bilinear",), ("bias",), ("weight", "bilinear", "bias"), ()], ids=str)
+def test_what_was_frozen_stays_frozen(frozen):
+    layer = ModulatedLinear(D, 6, K)
+    attention = ContextModulatedAttention(D, K, 2, bias=True)
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+        (attention.bilinear_k if name == "bilinear" else getattr(attention.W_k_base, name)).requires_grad_(False)
+    merged, context = ctxkern.merge(nn.ModuleList([layer, attention]), torch.randn(K)), {"weight", "bias"}
+    for new in (merged[0], merged[1].k):
+        assert {n for n, p in new.named_parameters() if not p.requires_grad} == context & set(frozen)
+    assert all(p.requires_grad for p in merged[1].q.parameters())
+    alone = ModulatedLinear(D, 6, K, base=False)
+    alone.bilinear.requires_grad_("bilinear" not in frozen)
+    assert ctxkern.merge(alone, torch.randn(K)).weight.requires_grad == alone.bilinear.requires_grad
+
+
+def test_ties_between_layers_stay():
+    a, b = (ContextModulatedAttention(D, K, 2, bias=True) for _ in range(2))
+    other = nn.Linear(D, D)
+    b.W_q_base, b.bilinear_q, b.W_v_base.bias = a.W_q_base, a.bilinear_q, a.W_v_base.bias
+    b.W_o, other.weight = a.W_o, a.W_o.weight
+    merged = ctxkern.merge(nn.ModuleList([other, a, b]), torch.randn(K))
+    other, a, b = merged
+    assert a.q.weight is b.q.weight
+    assert a.q.bias is b.q.bias
+    assert a.v.bias is b.v.bias
+    assert a.v.weight is not b.v.weight
+    assert a.W_o is b.W_o
+    assert other.weight is a.W_o.weight
+
+
+def test_buffers_and_modes_of_parts_stay():
+    layer = ContextModulatedAttention(D, K, 2)
+    layer.register_buffer("steps", torch.tensor(3))
+    layer.W_o.eval()
+    merged = ctxkern.merge(layer, torch.randn(K))
+    assert merged.steps == 3
+    assert merged.steps is not layer.steps
+    assert [m.training for m in (merged, merged.q, merged.W_o)] == [True, True, False]
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_are_those_of_the_model(parameters):
+    layers = nn.ModuleList([ModulatedLinear(D, 6, K), ContextModulatedAttention(D, K, 2)]).to(parameters)
+    merged = ctxkern.merge(layers, torch.randn(K))
+    for dtype in {parameters, torch.bfloat16}:
+        x = torch.randn(B, S, D).to(dtype)
+        assert merged[0](x).dtype is layers[0](x, torch.randn(B, K).to(dtype)).dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            for new, old in zip(merged, layers, strict=True):
+                assert new(x).dtype is old(x, torch.randn(B, K).to(dtype)).dtype
+    if parameters is torch.float32:
+        with pytest.raises(TypeError, match="x is bfloat16; it must be float32 like q.weight, unless autocast is on"):
+            merged[1](x.bfloat16())
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+class TestSameFunctionOrRefused:
+    """What could make a layer compute something else than its class does: kept in the copy, or named."""
+
+    @staticmethod
+    def layer(kind):
+        torch.manual_seed(0)
+        return ModulatedLinear(D, D, K) if kind == "linear" else ContextModulatedAttention(D, K, 2, bias=True)
+
+    @staticmethod
+    def check_same(model, call):
+        x, context = inputs()
+        model.eval()
+        torch.testing.assert_close(call(ctxkern.merge(model, context), x), call(model, x))
+
+    @pytest.mark.parametrize("kind", ["linear", "attention"])
+    @pytest.mark.parametrize("with_kwargs", [False, True])
+    @pytest.mark.parametrize(
+        ("register", "words"),
+        [
+            ("register_forward_hook", "a forward hook"),
+            ("register_forward_pre_hook", "a forward pre-hook"),
+            ("register_full_backward_hook", "a backward hook"),
+            ("register_full_backward_pre_hook", "a backward pre-hook"),
+        ],
+    )
+    def test_hooks(self, register, words, with_kwargs, kind):
+        model = nn.Sequential(self.layer(kind))
+        how = {"with_kwargs": True} if with_kwargs and "forward" in register else {}
+        handle = getattr(model[0], register)(lambda *args: None, **how)
+        with pytest.raises(ValueError, match=f"layer '0' has {words}; it must have none"):
+            ctxkern.merge(model, torch.randn(K))
+        handle.remove()
+        ctxkern.merge(model, torch.randn(K))
+
+    def test_hooks_of_other_modules_stay(self, model):
+        x, context = inputs()
+        for module in (model, model.norm, model.attention.W_o):
+            module.register_forward_hook(lambda module, args, y: 3 * y)
+        torch.testing.assert_close(ctxkern.merge(model, context)(x, None), model(x, context.expand(B, K)))
+
+    @pytest.mark.parametrize(
+        ("base", "method"),
+        [
+            (base, method)
+            for base in (ContextModulatedAttention, EinsumContextModulatedAttention, ModulatedLinear)
+            for method in ("forward", "qkv", "__call__", "__getattr__")
+            if hasattr(base, method)
+        ],
+    )
+    def test_a_subclass_with_another_method(self, base, method):
+        def replaced(self, *args, **how):
+            return getattr(base, method)(self, *args, **how)
+
+        layer = type("Mine", (base,), {method: replaced})(D, *((D, K) if base is ModulatedLinear else (K,)))
+        with pytest.raises(ValueError, match=f"layer '0' is a Mine, which overrides {method}"):
+            ctxkern.merge(nn.Sequential(layer), torch.randn(K))
+
+    @pytest.mark.parametrize("base", [ContextModulatedAttention, EinsumContextModulatedAttention, ModulatedLinear])
+    def test_a_subclass_that_computes_the_same(self, base):
+        class Mine(base):
+            def extra_repr(self):
+                return "mine"
+
+        layer = Mine(D, *((D, K) if base is ModulatedLinear else (K,)))
+        self.check_same(layer, lambda m, x: m(x, inputs()[1].expand(B, K)))
+
+    def test_a_subclass_with_other_weights(self):
+        class Mine(ContextModulatedAttention):
+            def projections(self):
+                weights, bilinears, biases = super().projections()
+                return [w / 2 for w in weights], bilinears, biases
+
+        self.check_same(Mine(D, K, 2, bias=True), lambda m, x: m(x, inputs()[1].expand(B, K)))
+
+    @pytest.mark.parametrize("method", ["forward", "qkv"])
+    def test_a_method_patched_on_the_instance(self, method):
+        layer = self.layer("attention")
+        old = getattr(layer, method)
+        setattr(layer, method, lambda *args, **how: old(*args, **how))
+        with pytest.raises(ValueError, match=f"the layer has its own {method}"):
+            ctxkern.merge(layer, torch.randn(K))
+
+    def test_a_class_changed_afterwards(self):
+        class Mine(ModulatedLinear):
+            def forward(self, x, context):
+                return 2 * super().forward(x, context)
+
+        layer = self.layer("linear")
+        layer.__class__ = Mine
+        with pytest.raises(ValueError, match="is a Mine, which overrides forward"):
+            ctxkern.merge(layer, torch.randn(K))
+
+    @pytest.mark.parametrize("path", ["bilinear_q", "W_q_base.weight", "W_k_base.bias", "W_o.weight", "W_o.bias"])
+    def test_a_parametrized_tensor(self, path):
+        layer = self.layer("attention")
+        where, _, name = path.rpartition(".")
+        parametrize.register_parametrization(layer.get_submodule(where), name, Doubled())
+        if not where.startswith("W_o"):
+            with pytest.raises(ValueError, match="the layer is parametrized and in training mode"):
+                ctxkern.merge(layer, torch.randn(K))
+        self.check_same(layer, lambda m, x: m(x, inputs()[1].expand(B, K)))
+
+    @pytest.mark.parametrize("name", ["weight", "bilinear", "bias"])
+    def test_a_parametrized_tensor_of_a_linear_layer(self, name):
+        layer = self.layer("linear")
+        parametrize.register_parametrization(layer, name, Doubled())
+        self.check_same(layer, lambda m, x: m(x, inputs()[1].expand(B, K)))
+        assert ctxkern.merge(layer, torch.randn(K)).weight.requires_grad
+
+    @pytest.mark.parametrize("path", ["W_q_base.weight", "W_k_base.bias", "W_o.weight", "W_o.bias"])
+    def test_a_pruned_tensor(self, path):
+        layer = self.layer("attention")
+        where, _, name = path.rpartition(".")
+        prune.l1_unstructured(layer.get_submodule(where), name, 0.5)
+        model = nn.ModuleDict({"layer": layer, "other": prune.l1_unstructured(nn.Linear(D, D), "weight", 0.5)})
+        self.check_same(model, lambda m, x: m["other"](m["layer"](x, inputs()[1].expand(B, K))))
+
+    @pytest.mark.parametrize("how", [lambda m: prune.l1_unstructured(m, "weight", 0.5), nn.utils.spectral_norm])
+    def test_a_weight_that_a_hook_computes(self, how):
+        layer = how(self.layer("linear"))
+        with pytest.raises(ValueError, match="the layer has a forward pre-hook"):
+            ctxkern.merge(layer, torch.randn(K))
+
+    def test_sharded_parameters(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            model = nn.Sequential(self.layer("attention"))
+            fully_shard(model)
+            with pytest.raises(TypeError, match="bilinear_q of layer '0' is a DTensor; it must be a plain tensor"):
+                ctxkern.merge(model, torch.randn(K))
+        finally:
+            dist.destroy_process_group()
+
+
 def test_merged_layers_train():
     torch.manual_seed(0)
     layer, (x, context) = ModulatedLinear(D, 6, K), inputs()
@@ -175,7 +404,7 @@ def test_merged_layers_train():
 
 @pytest.mark.parametrize("size", [K - 1, K + 1, 0])
 def test_a_context_of_another_size(model, size):
-    with pytest.raises(ValueError, match=f"context has {size} entries, layer 'attention' takes {K}"):
+    with pytest.raises(ValueError, match=f"context has {size} entries; it must have {K} for layer 'attention'"):
         ctxkern.merge(model, torch.zeros(size))
 
 

@@ -58,6 +58,16 @@ class MultiFileConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {choices}")
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=_EMBEDDING_STD)
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=_HEAD_STD)
+
+
 class MultiFileTransformer(nn.Module):
     """Token and position embeddings, ``n_layers`` blocks of context-modulated attention, a norm and a head.
 
@@ -69,8 +79,8 @@ class MultiFileTransformer(nn.Module):
         super().__init__()
         # a copy: add_file changes it
         self.config = c = replace(config)
-        self.token_embeddings = nn.Embedding(c.vocab_size, c.d_model)
-        self.position_embeddings = nn.Embedding(c.seq_len, c.d_model)
+        self.token_embeddings = _Embedding(c.vocab_size, c.d_model)
+        self.position_embeddings = _Embedding(c.seq_len, c.d_model)
         self.context_embeddings = nn.Embedding(c.num_files, c.context_dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(
@@ -87,10 +97,13 @@ class MultiFileTransformer(nn.Module):
             for _ in range(c.n_layers)
         )
         self.norm = nn.LayerNorm(c.d_model)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        nn.init.normal_(self.token_embeddings.weight, std=_EMBEDDING_STD)
-        nn.init.normal_(self.position_embeddings.weight, std=_EMBEDDING_STD)
-        nn.init.normal_(self.head.weight, std=_HEAD_STD)
+        self.head = _Head(c.d_model, c.vocab_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters again, as at construction."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
 
     def get_file_context(self, file_ids: torch.Tensor) -> torch.Tensor:
         """The vectors [B, K] of ``file_ids`` [B] int64; differentiable."""
