@@ -10,7 +10,6 @@ differentiation and torch.func take the reference, also where they are entered b
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -68,47 +67,26 @@ def _resolved(arg):
 
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-# raw dispatch key sets of plain tensors and of others, as they are met
-_PLAIN_KEYS: dict[int, bool] = {}
 
 
 def is_plain(t):
-    """Whether kernels may read the memory of a tensor through its pointer."""
-    if type(t) not in _PLAIN_TYPES:
-        return False
-    keys = _dispatch_keys(t).raw_repr()
-    plain = _PLAIN_KEYS.get(keys)
-    if plain is None:
-        plain = _PLAIN_KEYS[keys] = keys in _plain_keys(t.device.type)
-    return plain
-
-
-@cache
-def _plain_keys(device_type):
-    """The key sets of ordinary tensors of a device, made in and outside of inference mode."""
-    if device_type not in ("cpu", "cuda"):
-        return frozenset()
-    made = []
-    for mode in (False, True):
-        with torch.inference_mode(mode):
-            made.append(_dispatch_keys(torch.empty(0, device=device_type)).raw_repr())
-    return frozenset(made)
+    """Whether kernels may read the memory of a tensor through its pointer. Of transforms `call` and backward ask."""
+    return type(t) in _PLAIN_TYPES and not t.is_neg() and not t._is_zerotensor()
 
 
 class _Operator(NamedTuple):
     kernel: Callable
     dispatched: Callable
 
-    def over(self, *flat):
+    def over(self, tensors):
         """The kernel itself where all tensors are plain and nothing else must see the call; else the dispatcher's.
 
         Passing the dispatcher by saves 13 of 75 µs at B=4, S=32, d=64, K=16."""
         if torch.compiler.is_compiling():
             return self.dispatched
-        for tensors in flat:
-            for t in tensors:
-                if t is not None and not is_plain(t):
-                    return self.dispatched
+        for t in tensors:
+            if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg() or t._is_zerotensor()):
+                return self.dispatched
         if torch._C._len_torch_dispatch_stack() or _profiler_enabled():
             return self.dispatched
         return self.kernel
@@ -136,12 +114,12 @@ def _spread(grads, needs):
 
 
 class Family(NamedTuple):
-    """How autograd calls the operators of a family. All take `Operands` and `Options` and give a tuple of outputs."""
+    """How autograd calls the operators of a family; flat: what `Operands.flat` gives."""
 
     operands: Any
-    forward: Callable
-    backward: Callable  # (douts, operands, options, needs) → the needed gradients
-    reference: Callable
+    forward: Callable  # (operands, flat, options) → a tuple of outputs
+    backward: Callable  # (douts, flat, options, needs) → the needed gradients
+    reference: Callable  # (operands, options) → a tuple of outputs
 
 
 # index and bounds, which end every family's operands and have no gradient
@@ -156,7 +134,7 @@ def differentiable(family):
         def forward(ctx, options, *flat):
             ctx.options = options
             ctx.save_for_backward(*flat)
-            return family.forward(family.operands.of(flat), options)
+            return family.forward(family.operands.of(flat), flat, options)
 
         @staticmethod
         def backward(ctx, *douts):
@@ -168,7 +146,7 @@ def differentiable(family):
                 if torch.is_grad_enabled():
                     grads = Backward.apply(ctx.options, needs, len(douts), *douts, *flat)
                     return None, *_spread(grads, needs), None, None
-            grads = family.backward(douts, family.operands.of(flat), ctx.options, needs)
+            grads = family.backward(douts, flat, ctx.options, needs)
             return None, *_spread(grads, needs), None, None
 
     class Backward(torch.autograd.Function):
@@ -178,7 +156,7 @@ def differentiable(family):
         def forward(ctx, options, needs, n, *tensors):
             ctx.options, ctx.needs, ctx.n = options, needs, n
             ctx.save_for_backward(*tensors)
-            return tuple(family.backward(tensors[:n], family.operands.of(tensors[n:]), options, needs))
+            return tuple(family.backward(tensors[:n], tensors[n:], options, needs))
 
         @staticmethod
         def backward(ctx, *seconds):
@@ -236,9 +214,15 @@ def transformed():
 def is_transformed(t):
     """Whether a tensor is batched or wrapped by a transform, that of an outer call included."""
     keys = _dispatch_keys(t)
-    return any(keys.has(key) for key in _TRANSFORMS)
+    raw = keys.raw_repr()
+    found = _TRANSFORMED.get(raw)
+    if found is None:
+        found = _TRANSFORMED[raw] = any(keys.has(key) for key in _TRANSFORMS)
+    return found
 
 
+# by raw key set, as they are met
+_TRANSFORMED: dict[int, bool] = {}
 _TRANSFORMS = (
     torch._C.DispatchKey.FuncTorchBatched,
     torch._C.DispatchKey.FuncTorchGradWrapper,
@@ -256,11 +240,11 @@ def readable(t):
 
 def call(family, function, operands, options):
     """The outputs of a family for operands, differentiable; function: that of `differentiable`."""
-    if options.backend == "reference" or transformed() or _tracing():
+    if options.backend == "reference" or takes_reference():
         return family.reference(operands, options)
+    flat = operands.flat()
     if torch.is_grad_enabled():
-        flat = operands.flat()
         for t in flat:
             if t is not None and t.requires_grad:
                 return function.apply(options, *flat)
-    return family.forward(operands, options)
+    return family.forward(operands, flat, options)

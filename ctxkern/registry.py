@@ -10,6 +10,7 @@ import shutil
 import sysconfig
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -152,11 +153,23 @@ def resolve(name, device, dtype, family):
 
     Raises ValueError for a name that no backend has, RuntimeError for one that cannot run here or does not take this.
     """
-    name = name or forced.backend
+    if name is not None and name not in NAMES:
+        raise ValueError(f"backend is {name!r}; it must be None or one of {', '.join(map(repr, NAMES))}")
+    key = family, name or forced.backend, device, dtype
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _resolve(key[1], device, dtype, family)
+    return found
+
+
+# by what was asked for: family, name, device, dtype
+_chosen: dict[tuple, str] = {}
+_modules: dict[tuple, ModuleType] = {}
+
+
+def _resolve(name, device, dtype, family):
     if name is None:
         return _best(device, dtype, family)
-    if name not in NAMES:
-        raise ValueError(f"backend is {name!r}; it must be None or one of {', '.join(map(repr, NAMES))}")
     status = statuses[name]
     if not status:
         raise RuntimeError(f"backend {name!r} cannot run here: {status}")
@@ -166,22 +179,18 @@ def resolve(name, device, dtype, family):
     return name
 
 
-# (family, name asked for, device, dtype) → module
-_resolved: dict = {}
-
-
 def forget():
     """What was found out is found out again, for tests that change what is there."""
     statuses.clear()
-    _resolved.clear()
+    _chosen.clear()
+    _modules.clear()
     _too_old.cache_clear()
 
 
 def implementation(family, name, x):
     """The module with the kernels of a family that run for activations like x; `name` as in `resolve`."""
-    key = family, name or forced.backend, x.device, x.dtype
-    found = _resolved.get(key)
-    if found is None:
-        module = importlib.import_module(f"{__package__}.{family}.{resolve(name, x.device, x.dtype, family)}")
-        found = _resolved[key] = module
-    return found
+    key = family, resolve(name, x.device, x.dtype, family)
+    module = _modules.get(key)
+    if module is None:
+        module = _modules[key] = importlib.import_module(f"{__package__}.{family}.{key[1]}")
+    return module

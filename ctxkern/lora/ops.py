@@ -59,14 +59,14 @@ def _lora_backward_flops(dout, x, weight, A, B, *_, out_shape=None, **__):
     return 2 * _lora_flops(x, weight, A, B)
 
 
-def _forward(operands, options):
-    run = lora_forward.over(operands.flat())
+def _forward(operands, flat, options):
+    run = lora_forward.over(flat)
     return (run(*operands, options.scale, options.workspace_bytes, options.backend),)
 
 
-def _backward(douts, operands, options, needs):
-    run = lora_backward.over(operands.flat(), douts)
-    return run(douts[0], *operands, options.scale, options.workspace_bytes, options.backend, needs)
+def _backward(douts, flat, options, needs):
+    run = lora_backward.over((*flat, *douts))
+    return run(douts[0], *flat, options.scale, options.workspace_bytes, options.backend, needs)
 
 
 def _reference(operands, options):

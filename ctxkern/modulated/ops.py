@@ -68,14 +68,14 @@ def _modulated_backward_flops(douts, x, context, weights, bilinears, biases, ind
     return 2 * _modulated_flops(x, context, bilinears, index)
 
 
-def _forward(operands, options):
-    run = modulated_forward.over(operands.flat())
+def _forward(operands, flat, options):
+    run = modulated_forward.over(flat)
     return tuple(run(*operands, options.workspace_bytes, options.backend))
 
 
-def _backward(douts, operands, options, needs):
-    run = modulated_backward.over(operands.flat(), douts)
-    return run(list(douts), *operands, options.workspace_bytes, options.backend, needs)
+def _backward(douts, flat, options, needs):
+    run = modulated_backward.over((*flat, *douts))
+    return run(list(douts), *Operands.of(flat), options.workspace_bytes, options.backend, needs)
 
 
 def _reference(operands, _options):

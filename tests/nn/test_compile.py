@@ -221,7 +221,7 @@ def test_an_inductor_package_in_another_process(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("kind", [k for k in KINDS if k[0] in ("einsum", "merged")], ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[0] in ("fused", "einsum", "merged")], ids=str)
 def test_jit_trace(kind):
     model = made(kind)
     (x, context), how = inputs(model, *SIZES[0])
