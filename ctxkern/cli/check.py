@@ -11,7 +11,7 @@ def add_parser(subparsers):
         description="Prints versions, devices, instruction sets and backends (with the reason where one is not there), "
         "then compares every backend that is there with a float64 oracle. Exit status 1 if any is wrong.",
     )
-    parser.set_defaults(command="check")
+    parser.set_defaults(run=run)
 
 
 def run(args):

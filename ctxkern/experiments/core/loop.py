@@ -1,6 +1,6 @@
 """The training loop: progress, logs, validation, checkpoints, and a resume that ends in the same bits.
 
-All randomness of a step is seeded from ``(seed, step)``, batches are a function of the step, and the checkpoint holds
+All randomness of a step is seeded from `(seed, step)`, batches are a function of the step, and the checkpoint holds
 model, optimizer and step: so a run that was killed and resumed computes what an uninterrupted one computes.
 """
 
@@ -19,6 +19,7 @@ from torch import nn
 from ctxkern.experiments.core import checkpoint as ckpt
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers
+from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.runlog import RunLog
 from ctxkern.experiments.core.seeding import derive_seed
 
@@ -26,7 +27,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss or its gradient is not finite."""
+    """Training cannot continue: the loss or its gradient is not finite."""
 
 
 class BatchSource(Protocol):
@@ -36,7 +37,7 @@ class BatchSource(Protocol):
 
 
 class StepBatches:
-    """The batches ``batch_at(step)`` of a function."""
+    """The batches `batch_at(step)` of a function."""
 
     def __init__(self, batch_at: Callable[[int], Batch]):
         self.batch_at = batch_at
@@ -49,15 +50,16 @@ class StepBatches:
 
 
 class LoaderBatches:
-    """The batches of a ``DataLoader`` whose ``batch_sampler`` has ``set_epoch(epoch, start_batch)``, epoch after epoch.
+    """The batches of a `DataLoader` whose `batch_sampler` has `set_epoch(epoch, start_batch)`, epoch after epoch.
 
     Raises:
-        TypeError: the batch sampler has no ``set_epoch``.
+        TypeError: the batch sampler has no `set_epoch`.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader):
         if not hasattr(loader.batch_sampler, "set_epoch"):
-            raise TypeError(f"loader: its batch_sampler {type(loader.batch_sampler).__name__} has no set_epoch")
+            kind = type(loader.batch_sampler).__name__
+            raise TypeError(f"the batch_sampler of loader is a {kind}; it must have a method set_epoch")
         self.loader = loader
 
     def iterate(self, start_step: int) -> Iterator[Batch]:
@@ -71,7 +73,7 @@ class LoaderBatches:
 
 @dataclass
 class LoopConfig:
-    """Settings of :func:`fit`.
+    """Settings of `fit`.
 
     Attributes:
         steps: the step to train to.
@@ -79,9 +81,9 @@ class LoopConfig:
         seed: of everything random in a step.
         grad_clip: largest norm of all gradients together; None does not clip.
         log_every, eval_every, checkpoint_every: steps between; None: at the end only.
-        config: JSON-able; a checkpoint of another ``config`` is refused.
-        resume: go on from the last checkpoint, or from the start where there is none.
-        progress: a bar on a terminal, a line an evaluation.
+        config: JSON-able; a checkpoint of another `config` is refused.
+        resume: continue from the last checkpoint, or from the start where there is none.
+        progress: a bar on a terminal, a line per evaluation.
     """
 
     steps: int
@@ -99,18 +101,18 @@ class LoopConfig:
         for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, takes at least 1")
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.grad_clip is not None and self.grad_clip <= 0:
-            raise ValueError(f"grad_clip: got {self.grad_clip}, takes a positive number or None")
+            raise ValueError(f"grad_clip is {self.grad_clip}; it must be above 0, or None")
 
 
 @dataclass
 class FitResult:
-    """How a call of :func:`fit` ended.
+    """How a call of `fit` ended.
 
-    ``step`` of ``steps`` are done; ``interrupted`` is the signal that ended it early, or None; ``first`` and ``last``
-    are the validation losses by name of the first and the last evaluation (empty without one); ``best_loss`` is the
-    lowest mean of an evaluation, at ``best_step``.
+    `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `first` and `last`
+    are the validation losses by name of the first and the last evaluation (empty without one); `best_loss` is the
+    lowest mean of an evaluation, at `best_step`.
     """
 
     step: int
@@ -123,7 +125,7 @@ class FitResult:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
-    """Factor of the learning rate at ``step``: linear over ``warmup`` steps, then a half cosine down to ``floor``."""
+    """Factor of the learning rate at `step`: linear over `warmup` steps, then a half cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -157,7 +159,18 @@ def _count_tokens(batch: Batch) -> int:
 
 
 class _Run:
-    def __init__(self, model, optimizer, batches, config, loss_fn, evaluate, lr_factor):
+    """One call of `fit`: its arguments, its logs, and how far it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: BatchSource | Callable[[int], Batch],
+        config: LoopConfig,
+        loss_fn: Callable[[nn.Module, Batch], torch.Tensor],
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
+        lr_factor: Callable[[int], float],
+    ):
         self.model, self.optimizer, self.config = model, optimizer, config
         self.batches = batches if hasattr(batches, "iterate") else StepBatches(batches)
         self.loss_fn, self.evaluate_fn, self.lr_factor = loss_fn, evaluate, lr_factor
@@ -177,7 +190,9 @@ class _Run:
         result, path = self.result, self.run_dir / ckpt.LAST
         state = ckpt.load_checkpoint(path, self.model, self.optimizer, config=self.config.config)
         if state.step > self.config.steps:
-            raise ckpt.CheckpointError(f"steps: got {self.config.steps}, but {path} is at step {state.step}")
+            raise ckpt.CheckpointError(
+                f"steps is {self.config.steps}; it must be at least {state.step}, the step of {printable(path)}"
+            )
         result.step = self.saved_step = state.step
         result.best_step, result.best_loss = state.extra["best_step"], state.extra["best_loss"]
 
@@ -200,7 +215,7 @@ class _Run:
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise TrainingError(
                         f"step {step}: the loss is {loss}, its gradient norm {norm}: lower the learning rate "
-                        f"(checkpoints in {self.run_dir} are from before)"
+                        f"(checkpoints in {printable(self.run_dir)} are from before)"
                     )
                 row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
                 self.log.write(row, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr})
@@ -308,25 +323,25 @@ def fit(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     lr_factor: Callable[[int], float] = lambda step: 1.0,
 ) -> FitResult:
-    """Train ``model`` to ``config.steps`` steps and leave logs and checkpoints in ``config.run_dir``.
+    """Train `model` to `config.steps` steps and leave logs and checkpoints in `config.run_dir`.
 
-    Writes ``last.safetensors`` every ``checkpoint_every`` steps, at the end, and on SIGINT or SIGTERM (which end the
-    call early; a second one acts at once); ``best.safetensors`` at the lowest mean validation loss; ``metrics.jsonl``,
-    a row a step and a row an evaluation; TensorBoard events in ``logs``. A resumed run ends in the same bits as one
+    Writes `last.safetensors` every `checkpoint_every` steps, at the end, and on SIGINT or SIGTERM (which end the
+    call early; a second one acts at once); `best.safetensors` at the lowest mean validation loss; `metrics.jsonl`,
+    a row per step and a row per evaluation; TensorBoard events in `logs`. A resumed run ends in the same bits as one
     that was never stopped, given the same machine, thread count and arguments.
 
     Args:
         model: trained in place, on the device of its first parameter.
-        optimizer: over parameters of ``model``; each group's ``lr`` is multiplied by ``lr_factor(step)``.
-        batches: a function of the step, counted from 0, or an object with ``iterate(start_step)``. Batches are mappings
+        optimizer: over parameters of `model`; each group's `lr` is multiplied by `lr_factor(step)`.
+        batches: a function of the step, counted from 0, or an object with `iterate(start_step)`. Batches are mappings
             of tensors and are moved to the model's device.
         config: the settings.
-        loss_fn: ``(model, batch)`` to a scalar; torch's random draws in it are seeded from ``(seed, step)``.
-        evaluate: ``(model)``, in eval mode without gradients, to a loss by name (nan: no data); called before the first
-            step, every ``eval_every`` steps and after the last.
+        loss_fn: `(model, batch)` to a scalar; torch's random draws in it are seeded from `(seed, step)`.
+        evaluate: `(model)`, in eval mode without gradients, to a loss by name (nan: no data); called before the first
+            step, every `eval_every` steps and after the last.
 
     Raises:
-        CheckpointError: see :func:`ctxkern.experiments.core.checkpoint.load_checkpoint`; the run is past ``steps``.
+        CheckpointError: see `load_checkpoint`; the run is past `steps`.
         TrainingError: the loss or its gradient is not finite; the checkpoint of before stays.
     """
     return _Run(model, optimizer, batches, config, loss_fn, evaluate, lr_factor).run()

@@ -1,4 +1,4 @@
-"""What a run leaves behind as it goes: ``metrics.jsonl`` and TensorBoard events."""
+"""What a run leaves behind as it goes: `metrics.jsonl` and TensorBoard events."""
 
 import json
 from collections.abc import Mapping
@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_text_atomic
+from ctxkern.experiments.core.names import printable
 
 METRICS, LOGS = "metrics.jsonl", "logs"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The rows of ``metrics.jsonl``, up to a line that a kill cut off."""
+    """The rows of `metrics.jsonl`, up to a line that a kill cut off."""
     path = Path(run_dir) / METRICS
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -23,7 +24,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 class RunLog:
-    """Both logs, cut back to ``start_step`` so that a resumed run leaves no row twice.
+    """Both logs, cut back to `start_step` so that a resumed run leaves no row twice.
 
     Args:
         run_dir: existing folder.
@@ -38,16 +39,18 @@ class RunLog:
         self._board = writer(str(run_dir / LOGS), purge_step=start_step + 1 if start_step else 0)
 
     def write(self, row: dict, scalars: Mapping[str, float]) -> None:
-        """Append ``row`` (with its ``step``) to the file and ``scalars`` to TensorBoard."""
+        """Append `row` (with its `step`) to the file and `scalars` to TensorBoard."""
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, row["step"])
+            self._board.add_scalar(printable(name), value, row["step"])
 
     def flush(self) -> None:
+        """Hand both logs' rows to the operating system."""
         self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
+        """Flush and close both logs."""
         self._file.close()
         self._board.close()

@@ -20,6 +20,7 @@ def describe(job: Job) -> str:
     threads = f", threads: {torch.get_num_threads()}" if job.device.type == "cpu" else ""
     lines = [
         f"files       {job.dataset.num_files}: {_join(job.dataset.file_names)}",
+        *_notes(job),
         f"tokens      {tokens:,} to train on in {len(job.train_data):,} windows of up to {config.seq_len}, "
         f"{held:,} for validation",
         f"vocabulary  {job.tokenizer.vocab_size - specials} {kind}",
@@ -31,7 +32,7 @@ def describe(job: Job) -> str:
     ]
     missing = [f"{name} ({status})" for name, status in ctxkern.backends().items() if not status]
     if missing:
-        lines.append(f"not here    {'; '.join(missing)}")
+        lines.append(f"missing     {'; '.join(missing)}")
     return "\n".join(lines)
 
 
@@ -40,9 +41,19 @@ def _join(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _notes(job: Job) -> list[str]:
+    """What of the files is not used: each note once, with the files that it is about."""
+    names: dict[str, list[str]] = {}
+    for name, notes in zip(job.dataset.file_names, job.dataset.notes, strict=True):
+        for note in notes:
+            names.setdefault(note, []).append(name)
+    lines = [f"skipped     {file}" for file in job.dataset.skipped]
+    return lines + [f"note        {_join(files, 3)}: {note}" for note, files in names.items()]
+
+
 def _plan(job: Job) -> str:
     if job.config.attention == "einsum":
-        return "einsum: every sequence's weights whole, the form to compare with"
+        return "einsum: the whole weight of every sequence is made, the form to compare with"
     batch = job.batch_at(0)
     layer = job.model.blocks[0].attention
     weight = layer.W_q_base.weight
@@ -64,7 +75,7 @@ def loss_table(first: Mapping[str, float], last: Mapping[str, float], windows: M
         before, after = (sum(losses[name] for name in measured) / len(measured) for losses in (first, last))
         lines.append(_row("mean over files", width, f"{sum(windows.values()):,}", before, after))
     if len(measured) < len(first):
-        lines.append("-: a file of one example has none set apart")
+        lines.append("-: no examples of this file are set apart")
     return "\n".join(lines)
 
 
@@ -75,7 +86,7 @@ def _row(name: str, width: int, windows: str, before: float, after: float) -> st
 
 
 def timing_line(times: StepTimes, steps: int) -> str:
-    """The step's cost beside the einsum's, in one line."""
+    """The cost of a step compared with the einsum's, in one line."""
     return (
         f"training step {times.fused * 1e3:.1f} ms, with the einsum module {times.einsum * 1e3:.1f} ms: "
         f"{times.ratio:.2f} times as long (medians of {steps}, interleaved; losses within {times.loss_difference:.0e})"

@@ -1,46 +1,18 @@
 import json
 import os
 import random
+import re
 import signal
-import subprocess
 import sys
 import time
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import TINY, failed, finish, start, wait_for_step
 from safetensors.torch import load_file as load_tensors
 
-import ctxkern
 from ctxkern.cli import main
-from ctxkern.cli.train import FLAGS
 from ctxkern.experiments.core.runlog import read_metrics
-from ctxkern.experiments.multifile.config import TrainConfig
-
-SIZES = {"d-model": 16, "n-heads": 2, "n-layers": 1, "context-dim": 4, "seq-len": 16, "batch-size": 4, "dropout": 0.1}
-TINY = [*(part for name, value in SIZES.items() for part in (f"--{name}", str(value))), "--quiet"]
-PACKAGE = Path(ctxkern.__file__).parent.parent
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for i in range(3):
-        rows = ({"input": f"{j} {i}", "target": "abc"[i] * (1 + j % 3)} for j in range(20 + 10 * i))
-        (folder / f"f{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def failed(capsys, *argv):
-    """The one line on stderr of a command that must exit with 2."""
-    assert main([str(arg) for arg in argv]) == 2
-    out, err = capsys.readouterr()
-    assert err.endswith("\n")
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
-    return err
 
 
 def tensors(run_dir):
@@ -53,14 +25,6 @@ def assert_same_bits(first, second):
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
     assert read_metrics(first) == read_metrics(second)
-
-
-def test_every_setting_has_a_flag_and_the_help_says_its_default():
-    names = {name: text for _, name, _, text in FLAGS}
-    assert {*names, "balanced"} == set(TrainConfig.names())
-    for field in fields(TrainConfig):
-        if field.default is not None and field.name != "balanced":
-            assert f"(default: {field.default})" in names[field.name], field.name
 
 
 def test_a_run_says_what_it_does_and_leaves_its_files(corpus, tmp_path, capsys):
@@ -87,11 +51,15 @@ def test_a_run_says_what_it_does_and_leaves_its_files(corpus, tmp_path, capsys):
         "logs",
         "loss.png",
         "metrics.jsonl",
+        "result.json",
         "tokenizer.json",
     ]
     assert sorted(os.listdir(run_dir)) == left
     means = [row["mean"] for row in read_metrics(run_dir) if "mean" in row]
     assert means[-1] < 0.8 * means[0]
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["step"], result["interrupted"], result["best_loss"]) == (40, None, min(means))
+    assert result["last"] == read_metrics(run_dir)[-1]["validation"]
 
 
 def test_no_comparison_where_it_is_not_wanted(corpus, tmp_path, capsys):
@@ -123,17 +91,24 @@ def test_without_paths_it_trains_on_the_standard_library(tmp_path, capsys):
 
 
 ERRORS = {
-    "path": (["nothing.txt"], "there is no file, folder or match of nothing.txt"),
-    "heads": (["{corpus}", "--n-heads", "3"], "n_heads: got 3, takes a divisor of d_model"),
-    "init": (["{corpus}", "--init", "ones"], "init: got 'ones', takes one of"),
-    "tokens": (["{corpus}", "--tokens", "words"], "tokens: got 'words'"),
-    "device": (["{corpus}", "--device", "abacus"], "device: got 'abacus'"),
-    "preset": (["{corpus}", "--preset", "huge"], "preset: got 'huge', takes one of ('debug',)"),
-    "files": (["{corpus}", "--num-files", "9"], "num_files: got 9, but 3 paths"),
+    "path": (["nothing.txt"], "nothing.txt: there is no file, folder or match of this name"),
+    "heads": (["{corpus}", "--n-heads", "3"], "n_heads is 3; it must be a divisor of d_model = 128"),
+    "init": (["{corpus}", "--init", "ones"], "init is 'ones'; it must be one of normal, hyperfan, low_rank, randn"),
+    "tokens": (["{corpus}", "--tokens", "words"], "tokens is 'words'; it must be one of chars, bytes"),
+    "lr": (["{corpus}", "--lr", "nan"], "lr is nan; it must be a number above 0"),
+    "device": (["{corpus}", "--device", "abacus"], "device is 'abacus', which torch cannot use here"),
+    "meta": (["{corpus}", "--device", "meta"], "device is 'meta', which torch cannot use here"),
+    "preset": (["{corpus}", "--preset", "huge"], "preset is 'huge'; it must be one of debug"),
+    "files": (["{corpus}", "--num-files", "9"], "num_files is 9; it must be at most 3, the number of files"),
     "number": (["--steps", "many"], "argument --steps/--training-steps: invalid int value: 'many'"),
     "flag": (["--stepz", "3"], "unrecognized arguments: --stepz"),
-    "resume": (["--resume"], "--resume: takes --run-dir"),
+    "resume": (["--resume"], "--resume needs --run-dir"),
     "no run": (["--resume", "--run-dir", "{corpus}"], "holds no run"),
+    "large": (["{corpus}", "--context-dim", "1" + "0" * 8], "the model is too large: .* it needs about .* GiB"),
+    "larger": (["{corpus}", "--context-dim", "1" + "0" * 15], "the model is too large"),
+    "largest": (["{corpus}", "--context-dim", "1" + "0" * 40], "the model is too large"),
+    "long": (["{corpus}", "--seq-len", "1" + "0" * 15], "the model is too large"),
+    "wide": (["{corpus}", "--d-model", "4000000"], "the model is too large"),
 }
 
 
@@ -141,20 +116,13 @@ ERRORS = {
 def test_errors_are_one_line(corpus, tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     argv, message = ERRORS[name]
-    assert message in failed(capsys, "train", *(arg.format(corpus=corpus) for arg in argv))
+    assert re.search(message, failed(capsys, "train", *(arg.format(corpus=corpus) for arg in argv)))
     assert not (tmp_path / "runs").exists()
 
 
 def test_unreadable_files_are_named_in_one_line(corpus, capsys):
     (corpus / "bad.jsonl").write_bytes(b'{"text": "\xff"}')
-    assert "bad.jsonl: not UTF-8 text" in failed(capsys, "train", corpus)
-
-
-def test_commands_are_asked_for(capsys):
-    assert main([]) == 2
-    assert main(["fly"]) == 2
-    assert main(["--version"]) == 0
-    assert ctxkern.__version__ in capsys.readouterr()[0]
+    assert "bad.jsonl: not UTF-8 text (byte 0xff at offset 10)" in failed(capsys, "train", corpus)
 
 
 @pytest.mark.parametrize("missing", ["tqdm", "safetensors.torch", "matplotlib"])
@@ -171,13 +139,12 @@ def test_a_run_is_neither_overwritten_nor_mixed(corpus, tmp_path, capsys):
     capsys.readouterr()
     assert "already holds a run" in failed(capsys, *base, "--steps", "5")
     resume = ["train", "--resume", "--run-dir", run_dir]
-    assert "--lr: got 0.5, but the run in" in failed(capsys, *resume, "--lr", "0.5")
-    assert "has 0.002" in failed(capsys, *resume, "--lr", "0.5")
-    assert "--num-files: got 2, but" in failed(capsys, *resume, "--preset", "debug")
-    assert "--balanced: got True" in failed(capsys, *resume, "--balanced")
+    assert "--lr is 0.5; it must be 0.002, as in the run in" in failed(capsys, *resume, "--lr", "0.5")
+    assert "--num-files is 2; it must be left out, as in" in failed(capsys, *resume, "--preset", "debug")
+    assert "--balanced is True; it must be False" in failed(capsys, *resume, "--balanced")
     assert "other files" in failed(capsys, *resume[:1], corpus / "f1.jsonl", *resume[1:])
     stored = (run_dir / "config.json").read_bytes()
-    assert "--steps: got 3, but" in failed(capsys, *resume, "--steps", "3")
+    assert "--steps is 3; it must be at least 5, the step of the run in" in failed(capsys, *resume, "--steps", "3")
     assert (run_dir / "config.json").read_bytes() == stored
     assert main([*map(str, resume), "--steps", "7", "--no-compare-einsum", "--lr", "0.002"]) == 0
     assert "step 0 and step 7" in capsys.readouterr()[0]
@@ -189,40 +156,18 @@ def test_a_run_is_neither_overwritten_nor_mixed(corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"train": {"colour": 1}, "files": []}'])
-def test_a_broken_config_is_told(corpus, tmp_path, capsys, content):
+def test_a_broken_config_is_named(corpus, tmp_path, capsys, content):
     (tmp_path / "config.json").write_bytes(content)
     failed(capsys, "train", "--resume", "--run-dir", tmp_path)
 
 
-def test_a_damaged_checkpoint_is_told(corpus, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named(corpus, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert main(["train", str(corpus), *TINY, "--steps", "3", "--run-dir", str(run_dir), "--no-compare-einsum"]) == 0
     capsys.readouterr()
     path = run_dir / "last.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     assert "last.safetensors is damaged" in failed(capsys, "train", "--resume", "--run-dir", run_dir, "--steps", "5")
-
-
-def start(*argv):
-    env = os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ctxkern", "train", *map(str, argv)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process, status=0):
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == status, out
-    return out
-
-
-def wait_for_step(process, run_dir, step):
-    """Until the log of the run has reached ``step``."""
-    while process.poll() is None:
-        rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-        if rows and rows[-1]["step"] >= step:
-            return
-        time.sleep(0.005)
-    pytest.fail(f"ended before step {step}: {process.communicate()[0]}")
 
 
 def kill_and_resume(corpus, tmp_path, kills, steps, seed):
