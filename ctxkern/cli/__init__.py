@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _escape_what_it_cannot_encode(stream: TextIO) -> None:
     """File names and symbols that the terminal's encoding lacks are written as escapes, not raised as errors."""
-    if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+    if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
 
 

@@ -3,16 +3,20 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from run_helpers import TINY, failed, finish, start, wait_for_step
+from run_helpers import TINY, error_of, failed, finish, start, wait_for_step
 from safetensors.torch import load_file as load_tensors
 
 from ctxkern.cli import main
+from ctxkern.experiments.core import command
 from ctxkern.experiments.core.runlog import read_metrics
+
+ODD_NAME = os.fsdecode(b"caf\xe9 $x_1$ %\n'q'")
 
 
 def tensors(run_dir):
@@ -206,3 +210,93 @@ def test_sigterm_ends_the_command_with_the_way_to_resume(corpus, tmp_path):
     assert f"ctxkern train --resume --run-dir {run_dir}" in out
     assert "Traceback" not in out
     assert (run_dir / "last.safetensors").exists()
+
+
+def test_all_bad_files_are_listed_at_once_or_skipped(corpus, tmp_path, capsys):
+    (corpus / "g.json").write_text("{")
+    (corpus / "h.txt").symlink_to("gone")
+    (corpus / "i.txt").write_text("")
+    (corpus / "j.json").write_text('[{"question": "a", "answer": "b", "id": 1}]')
+    err = error_of(capsys, "train", corpus, "--run-dir", tmp_path / "run")
+    lines = err.splitlines()
+    assert lines[0] == "ctxkern train: 2 files cannot be read (--skip-bad goes on without them):"
+    assert lines[1] == f"  {corpus}/h.txt: a symbolic link to gone, which does not exist"
+    assert lines[2].startswith(f"  {corpus}/g.json: line 1, column 2: not JSON")
+    assert not (tmp_path / "run").exists()
+    argv = ["train", str(corpus), *TINY, "--steps", "2", "--no-compare-einsum", "--run-dir", str(tmp_path / "run")]
+    assert main([*argv, "--skip-bad", "--num-files", "9"]) == 2
+    assert "num_files is 9; it must be at most 6" in capsys.readouterr()[1]
+    assert main([*argv, "--skip-bad", "--num-files", "5"]) == 0
+    out = capsys.readouterr()[0]
+    for expected in (
+        "files       4: f0.jsonl, f1.jsonl, f2.jsonl, j.json",
+        f"skipped     {lines[1].strip()}",
+        f"skipped     {lines[2].strip()}",
+        "note        j.json: fields not used: id",
+        f"left out    {corpus}/i.txt: it is empty",
+    ):
+        assert expected in out
+    # the files that are left are those of the run
+    assert main(["train", "--resume", "--run-dir", str(tmp_path / "run"), "--steps", "3", "--no-compare-einsum"]) == 0
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "qtagg", "module://nowhere"])
+def test_any_plot_backend_and_any_names(tmp_path, backend):
+    """In one run: unusable backend, ASCII terminal, names of any bytes for files and folder, then another locale."""
+    folder, run_dir = tmp_path / "data", tmp_path / ODD_NAME
+    folder.mkdir()
+    rows = "".join(json.dumps({"input": str(i), "target": "ab"}) + "\n" for i in range(20))
+    for name in (b"caf\xe9.jsonl", b"two\nlines.jsonl", b"$x_1$ 100%.jsonl", b"$\\frac{.jsonl", "é中.jsonl".encode()):
+        (folder / os.fsdecode(name)).write_text(rows)
+    ascii_only = {"MPLBACKEND": backend, "PYTHONIOENCODING": "ascii"}
+    out = finish(start(folder, *TINY, "--steps", 3, "--no-compare-einsum", "--run-dir", run_dir, **ascii_only))
+    for shown in (r"caf\xe9.jsonl", r"two\nlines.jsonl", "$x_1$ 100%.jsonl", r"$\frac{.jsonl", r"\xe9\u4e2d.jsonl"):
+        assert shown in out
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(run_dir / "logs")
+    no_utf8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    again = finish(start("--resume", "--run-dir", run_dir, "--steps", 5, "--no-compare-einsum", **no_utf8))
+    assert "step 0 and step 5" in again
+    assert set(read_metrics(run_dir)[-1]["validation"]) == set(read_metrics(run_dir)[0]["validation"])
+
+
+def test_the_command_to_resume_can_be_pasted(corpus, tmp_path):
+    run_dir = tmp_path / ODD_NAME
+    process = start(corpus, *TINY, "--steps", 100_000, "--eval-every", 50_000, "--run-dir", run_dir)
+    wait_for_step(process, run_dir, 5)
+    process.send_signal(signal.SIGINT)
+    out = finish(process, 128 + signal.SIGINT)
+    command = out.partition("continue with:\n")[2].splitlines()[0].strip()
+    words = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {command}"]).split(b"\0")
+    assert words[:-1] == [b"ctxkern", b"train", b"--resume", b"--run-dir", os.fsencode(run_dir)]
+    assert json.loads((run_dir / "result.json").read_text())["interrupted"] == "SIGINT"
+
+
+def test_a_failing_plot_is_a_warning_after_all_numbers(corpus, tmp_path, capsys, monkeypatch):
+    run_dir = tmp_path / "run"
+
+    def fail(*args, **kwargs):
+        assert {"result.json", "last.safetensors", "metrics.jsonl", "config.json"} <= set(os.listdir(run_dir))
+        raise RuntimeError("no\nfont")
+
+    monkeypatch.setattr(command, "plot_losses", fail)
+    assert main(["train", str(corpus), *TINY, "--steps", "2", "--run-dir", str(run_dir)]) == 0
+    out, err = capsys.readouterr()
+    assert err == "ctxkern train: warning: no plot was drawn: no font\n"
+    assert "mean over files" in out
+    assert "training step" in out
+    assert "loss.png" not in out
+
+
+def test_memory_that_runs_out_in_training_is_one_line(corpus, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory: tried to allocate\n9 GiB")
+
+    monkeypatch.setattr(command, "train", fail)
+    err = failed(capsys, "train", corpus, *TINY, "--run-dir", tmp_path / "run")
+    assert "memory ran out: out of memory: tried to allocate 9 GiB" in err
+
+
+def test_a_run_of_another_experiment_is_not_resumed(corpus, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"experiment": "toy", "train": {}, "files": []}')
+    assert "holds a run of `ctxkern toy`" in failed(capsys, "train", "--resume", "--run-dir", tmp_path)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_atomic
-from ctxkern.experiments.core.names import printable
+from ctxkern.experiments.core.names import printable, utf8_alias
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 _FORMAT = "ctxkern-checkpoint-2"
@@ -137,7 +137,7 @@ def _open(path: Path):
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {printable(path)}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with utf8_alias(path.parent) as folder, safetensors.safe_open(folder / path.name, framework="pt") as file:
             yield file
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{printable(path)} is damaged or no safetensors file: {error}") from error

@@ -20,7 +20,7 @@ from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.loop import FitResult, TrainingError
 from ctxkern.experiments.core.memory import is_out_of_memory
-from ctxkern.experiments.core.names import one_line, printable, shell_quote
+from ctxkern.experiments.core.names import one_line, path_from_json, path_to_json, printable, shell_quote
 from ctxkern.experiments.core.plots import plot_losses, require_matplotlib
 from ctxkern.experiments.core.runlog import LOGS, METRICS, read_metrics
 from ctxkern.experiments.core.settings import RunSettings
@@ -62,7 +62,7 @@ def _read_config(name: str, run_dir: Path) -> dict:
     path = run_dir / CONFIG
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        files = [TrainingFile(Path(entry["path"]), entry["sha256"]) for entry in stored["files"]]
+        files = [TrainingFile(path_from_json(entry["path"]), entry["sha256"]) for entry in stored["files"]]
         stored = {"train": dict(stored["train"]), "files": files, "experiment": stored.get("experiment", name)}
     except FileNotFoundError:
         raise CommandError(
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "experiment": args.command,
                 "train": asdict(job.config),
-                "files": [{"path": str(file.path), "sha256": file.sha256} for file in files],
+                "files": [{"path": path_to_json(file.path), "sha256": file.sha256} for file in files],
             },
         )
     print(experiment.describe(job))

@@ -1,7 +1,11 @@
-"""Names of files as text for one line: on a terminal, in a plot, in a log."""
+"""Names of files, which may be any bytes: as one line of text, in JSON, and for libraries that open UTF-8 only."""
 
+import contextlib
 import os
 import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 
 def _escape(character: str) -> str:
@@ -27,6 +31,30 @@ def shell_quote(name: str | os.PathLike) -> str:
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"$'{printable(escaped)}'"
+
+
+def path_to_json(path: str | os.PathLike) -> str:
+    """`path` as a string of JSON that `path_from_json` reads back to the same bytes under any locale."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def path_from_json(text: str) -> Path:
+    """The inverse of `path_to_json`."""
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
+
+
+@contextlib.contextmanager
+def utf8_alias(folder: Path) -> Iterator[Path]:
+    """`folder`, or while the context lasts a symbolic link to it, where its name is not UTF-8."""
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as temporary:
+            link = Path(temporary, "folder")
+            link.symlink_to(os.path.abspath(folder), target_is_directory=True)
+            yield link
+    else:
+        yield folder
 
 
 def one_line(message: object) -> str:

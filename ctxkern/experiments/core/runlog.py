@@ -1,12 +1,13 @@
 """What a run leaves behind as it goes: `metrics.jsonl` and TensorBoard events."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_text_atomic
-from ctxkern.experiments.core.names import printable
+from ctxkern.experiments.core.names import printable, utf8_alias
 
 METRICS, LOGS = "metrics.jsonl", "logs"
 
@@ -36,7 +37,10 @@ class RunLog:
         write_text_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = (run_dir / METRICS).open("a", encoding="utf-8", newline="\n")
         writer = require("torch.utils.tensorboard").SummaryWriter
-        self._board = writer(str(run_dir / LOGS), purge_step=start_step + 1 if start_step else 0)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(utf8_alias(run_dir))
+            self._board = writer(str(folder / LOGS), purge_step=start_step + 1 if start_step else 0)
+            self._alias = stack.pop_all()
 
     def write(self, row: dict, scalars: Mapping[str, float]) -> None:
         """Append `row` (with its `step`) to the file and `scalars` to TensorBoard."""
@@ -54,3 +58,4 @@ class RunLog:
         """Flush and close both logs."""
         self._file.close()
         self._board.close()
+        self._alias.close()

@@ -227,8 +227,9 @@ def prepare(
             memory; see also `MultiFileDataset` and `RunSettings.torch_device`.
     """
     device = config.torch_device()
-    if config.num_files is not None and len(paths) + len(bad) < config.num_files:
-        raise ValueError(f"num_files is {config.num_files}; it must be at most {len(paths)}, the number of files")
+    count = len(paths) + len(bad)
+    if config.num_files is not None and count < config.num_files:
+        raise ValueError(f"num_files is {config.num_files}; it must be at most {count}, the number of files")
     dataset = MultiFileDataset(
         paths,
         val_fraction=config.val_fraction,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ctxkern.experiments.core.data.reading import CHUNK_CHARS, BadFile, read_files
-from ctxkern.experiments.core.names import printable
+from ctxkern.experiments.core.names import path_to_json, printable
 from ctxkern.experiments.core.seeding import generator
 
 SPLITS = ("train", "validation")
@@ -16,7 +16,8 @@ SPLITS = ("train", "validation")
 
 def _display_names(paths: Sequence[Path]) -> list[str]:
     # as many trailing folders as it takes to tell them apart
-    resolved = [Path(os.path.abspath(path)) for path in paths]
+    # decoded alike under any locale: a resumed run knows files by these names
+    resolved = [Path(path_to_json(os.path.abspath(path))) for path in paths]
     for depth in range(1, 1 + max((len(path.parts) for path in resolved), default=0)):
         names = [printable("/".join(path.parts[-depth:])) for path in resolved]
         if len(set(names)) == len(set(resolved)):
