@@ -22,10 +22,20 @@ def trained_net(optimizer=torch.optim.AdamW, steps=3):
     model = make_net()
     optimizer = optimizer(model.parameters(), lr=0.1)
     for step in range(steps):
-        optimizer.zero_grad()
-        net_loss(model, batch_at(step)).backward()
-        optimizer.step()
+        step_once(model, optimizer, step)
     return model, optimizer
+
+
+def step_once(model, optimizer, step):
+    """A step on the batch of `step`, with a closure, which LBFGS calls several times."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net_loss(model, batch_at(step))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
 
 
 OPTIMIZERS = {
@@ -33,4 +43,8 @@ OPTIMIZERS = {
     "momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
+    # lists of tensors, and one of None, in its state
+    "lbfgs": lambda params, lr: torch.optim.LBFGS(params, lr=lr, max_iter=3, history_size=4),
+    "asgd": torch.optim.ASGD,
+    "adafactor": torch.optim.Adafactor,
 }

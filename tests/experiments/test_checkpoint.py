@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from nets import OPTIMIZERS, batch_at, make_net, net_loss, trained_net
+from nets import OPTIMIZERS, make_net, step_once, trained_net
 from torch import nn
 
 from ctxkern.experiments.core import checkpoint as ckpt
@@ -24,9 +24,7 @@ def test_checkpoint_restores_every_bit(tmp_path, name):
     assert_same_bits(model, other)
     for net, opt in ((model, optimizer), (other, other_optimizer)):
         net.eval()
-        opt.zero_grad()
-        net_loss(net, batch_at(7)).backward()
-        opt.step()
+        step_once(net, opt, 7)
     assert_same_bits(model, other)
 
 
@@ -110,3 +108,73 @@ def test_death_between_write_and_replace_keeps_the_previous_checkpoint(tmp_path)
     assert ckpt.load_checkpoint(path, nn.Linear(3, 3)).step == 1
     files.remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+class Counting(nn.Linear):
+    """A layer whose extra state is nested: containers, tensors, keys and values of several types."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.extra = {}
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+EXTRA = {
+    "scale": torch.tensor([1.5, 2.5], dtype=torch.float16),
+    "history": [torch.arange(3), None, [torch.zeros(0), 1.0]],
+    "pair": (1, "two", {3: float("inf"), "kind": False}),
+    4: {"shared": None},
+}
+
+
+def assert_equal_trees(first, second):
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert list(first) == list(second)
+        for key, value in first.items():
+            assert_equal_trees(value, second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for pair in zip(first, second, strict=True):
+            assert_equal_trees(*pair)
+    else:
+        assert first == second
+
+
+def test_extra_state_of_nested_values(tmp_path):
+    model, other = nn.Sequential(Counting(), Counting()), nn.Sequential(Counting(), Counting())
+    model[0].extra = EXTRA | {4: {"shared": model[0].weight}}
+    # a state that is a tensor, as torch's quantisation has it
+    model[1].extra = torch.ones(2)
+    other[1].extra = torch.ones(5)
+    path = tmp_path / "a.safetensors"
+    ckpt.save_checkpoint(path, model, step=1)
+    ckpt.load_checkpoint(path, other)
+    assert_equal_trees(other[0].extra, {**model[0].extra, 4: {"shared": model[0].weight.detach()}})
+    assert torch.equal(other[1].extra, torch.ones(2))
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_a_state_that_cannot_be_saved_is_named_and_nothing_is_written(tmp_path):
+    model = Counting()
+    model.extra = {"when": [object()]}
+    with pytest.raises(ckpt.CheckpointError, match=r"model\._extra_state\.when\.0 is of the type object; it must be a"):
+        ckpt.save_checkpoint(tmp_path / "a.safetensors", model, step=1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_tensors_that_share_memory(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    model, other = Counting(), Counting()
+    model.extra = {"rows": [whole[0], whole[:2], whole[1:]], "again": whole}
+    ckpt.save_checkpoint(tmp_path / "a.safetensors", model, step=1)
+    ckpt.load_checkpoint(tmp_path / "a.safetensors", other)
+    assert_equal_trees(other.extra, model.extra)
