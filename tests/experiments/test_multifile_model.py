@@ -265,6 +265,20 @@ def test_the_first_loss_is_that_of_a_uniform_guess(init):
     assert batch_loss(model, batch).item() == pytest.approx(math.log(VOCAB), rel=0.05)
 
 
+def test_a_model_made_without_memory_starts_like_any_other():
+    expected = make_model()
+    with torch.device("meta"):
+        model = make_model()
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name in ("token_embeddings", "position_embeddings", "context_embeddings", "head"):
+        stds = [getattr(m, name).weight.std().item() for m in (model, expected)]
+        # the smallest, [3, 4], has a spread of about a fifth
+        assert stds[0] == pytest.approx(stds[1], rel=0.2 if name != "context_embeddings" else 1), name
+
+
 def test_add_file_leaves_the_others_bit_for_bit():
     model, batch = make_model(), make_batch()
     config, before = model.config, {name: value.clone() for name, value in model.state_dict().items()}

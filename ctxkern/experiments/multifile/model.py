@@ -54,6 +54,16 @@ class MultiFileConfig(ModelSettings):
     mlp_ratio: float = field(default=4, kw_only=True)
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=_EMBEDDING_STD)
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=_HEAD_STD)
+
+
 class MultiFileTransformer(nn.Module):
     """Token and position embeddings, `n_layers` blocks of context-modulated attention, a norm and a head.
 
@@ -65,8 +75,8 @@ class MultiFileTransformer(nn.Module):
         super().__init__()
         # a copy: add_file changes it
         self.config = c = replace(config)
-        self.token_embeddings = nn.Embedding(c.vocab_size, c.d_model)
-        self.position_embeddings = nn.Embedding(c.seq_len, c.d_model)
+        self.token_embeddings = _Embedding(c.vocab_size, c.d_model)
+        self.position_embeddings = _Embedding(c.seq_len, c.d_model)
         self.context_embeddings = nn.Embedding(c.num_files, c.context_dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(
@@ -83,10 +93,7 @@ class MultiFileTransformer(nn.Module):
             for _ in range(c.n_layers)
         )
         self.norm = nn.LayerNorm(c.d_model)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        nn.init.normal_(self.token_embeddings.weight, std=_EMBEDDING_STD)
-        nn.init.normal_(self.position_embeddings.weight, std=_EMBEDDING_STD)
-        nn.init.normal_(self.head.weight, std=_HEAD_STD)
+        self.head = _Head(c.d_model, c.vocab_size, bias=False)
 
     def get_file_context(self, file_ids: torch.Tensor) -> torch.Tensor:
         """The vectors [B, K] of `file_ids` [B] int64; differentiable."""
