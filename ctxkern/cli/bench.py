@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+from typing import Any
 
 
-def add_parser(subparsers):
+def add_parser(subparsers: Any) -> None:
+    """Register `bench`."""
     parser = subparsers.add_parser(
         "bench",
         help="time the fused layer against its peers at your own shape",
@@ -39,14 +41,15 @@ def add_parser(subparsers):
     parser.set_defaults(run=run)
 
 
-def _positive(text):
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"it is {value}; it must be at least 1")
     return value
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0."""
     import torch
 
     from ctxkern.cli import CommandError
