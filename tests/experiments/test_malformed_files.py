@@ -112,6 +112,12 @@ MALFORMED = [
         f"line 1: it has the keys input, target (null); {KEYS}",
     ),
     (
+        "choices without labels",
+        "a.jsonl",
+        '{"question": "a", "choices": {"text": ["x", "y"], "label": ["A"]}, "answer": "A"}',
+        "line 1: its choices have 1 labels and 2 texts; they must be as many",
+    ),
+    (
         "a chat that ends with the user",
         "a.jsonl",
         chat(("assistant", "r"), ("user", "q")),

@@ -53,10 +53,10 @@ def test_links_and_what_is_left_out_of_a_folder(tmp_path):
         "loop.txt": "a symbolic link that leads nowhere: Too many levels of symbolic links",
     }
     assert found.notes == [
-        f"{folder}/sub/back: a link to a folder that is read already",
-        f"{folder}/empty.txt: it is empty",
-        f"{folder}: files of other kinds (1 .png, 2 no suffix)",
-        f"{folder}/twin.txt: the same file as {folder}/a.txt",
+        (f"{folder}/sub/back", "a link to a folder that is read already"),
+        (f"{folder}/empty.txt", "it is empty"),
+        (f"{folder}", "files of other kinds (1 .png, 2 no suffix)"),
+        (f"{folder}/twin.txt", f"the same file as {folder}/a.txt"),
     ]
     # named, they are bad
     named = find_files([folder / "dangling.txt", folder / "loop.txt", folder / "a.txt"])

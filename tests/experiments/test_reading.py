@@ -46,6 +46,7 @@ RECORDS = {
         ("a\nP. x\nQ. y", "Q"),
     ),
     "options": ({"question": "a", "options": {"A": "x", "B": "y"}, "answer": "B"}, ("a\nA. x\nB. y", "B")),
+    "empty-fields": ({"system": "", "context": "", "instruction": "a", "response": "b"}, ("a", "b")),
     "instruction-text": ({"instruction": "say", "text": "t"}, ("say", "t")),
     "messages-parts": (
         {

@@ -4,9 +4,10 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,7 +133,7 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _open(path: Path):
+def _open(path: Path) -> Iterator[Any]:
     safetensors = require("safetensors")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {printable(path)}")

@@ -20,12 +20,22 @@ from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.loop import FitResult, TrainingError
 from ctxkern.experiments.core.memory import is_out_of_memory
-from ctxkern.experiments.core.names import one_line, path_from_json, path_to_json, printable, shell_quote
+from ctxkern.experiments.core.names import (
+    group_notes,
+    join_names,
+    one_line,
+    path_from_json,
+    path_to_json,
+    printable,
+    shell_quote,
+)
 from ctxkern.experiments.core.plots import plot_losses, require_matplotlib
 from ctxkern.experiments.core.runlog import LOGS, METRICS, read_metrics
 from ctxkern.experiments.core.settings import RunSettings
 
 CONFIG, RESULT, PLOT = "config.json", "result.json", "loss.png"
+# left out for one reason
+_MOST_NAMES = 20
 _EXTRAS = ("numpy", "safetensors.torch", "tqdm", "torch.utils.tensorboard")
 
 
@@ -155,6 +165,11 @@ def run(args: argparse.Namespace) -> int:
     for module in _EXTRAS:
         require(module)
     require_matplotlib()
+    # torchrun and its like: each process would train a whole copy into the same folder
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise CommandError(
+            f"it is started as {os.environ['WORLD_SIZE']} processes (WORLD_SIZE); it must be started as one"
+        )
     experiment = args.experiment
     with _as_command_errors():
         config, inputs, run_dir = _resumed(args) if args.resume else _fresh(args)
@@ -172,8 +187,8 @@ def run(args: argparse.Namespace) -> int:
             },
         )
     print(experiment.describe(job))
-    for note in inputs.found.notes:
-        print(f"left out    {note}")
+    for reason, names in group_notes(inputs.found.notes).items():
+        print(f"left out    {join_names(names, _MOST_NAMES)}: {reason}")
     print(f"run         {printable(run_dir)}\n", flush=True)
     with _as_command_errors():
         digests = [file.sha256 for file in files]

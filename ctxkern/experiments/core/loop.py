@@ -33,7 +33,8 @@ class TrainingError(RuntimeError):
 class BatchSource(Protocol):
     """Endless batches from any step on."""
 
-    def iterate(self, start_step: int) -> Iterator[Batch]: ...
+    def iterate(self, start_step: int) -> Iterator[Batch]:
+        """The batches from `start_step` on."""
 
 
 class StepBatches:
@@ -43,6 +44,7 @@ class StepBatches:
         self.batch_at = batch_at
 
     def iterate(self, start_step: int) -> Iterator[Batch]:
+        """The batches from `start_step` on."""
         step = start_step
         while True:
             yield self.batch_at(step)
@@ -63,6 +65,7 @@ class LoaderBatches:
         self.loader = loader
 
     def iterate(self, start_step: int) -> Iterator[Batch]:
+        """The batches from `start_step` on."""
         sampler = self.loader.batch_sampler
         epoch, position = divmod(start_step, len(sampler))
         while True:
@@ -97,7 +100,7 @@ class LoopConfig:
     resume: bool = False
     progress: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -135,7 +138,7 @@ def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> flo
 class _Signals:
     """Remembers the first SIGINT or SIGTERM; a second one acts as if unhandled."""
 
-    def __enter__(self):
+    def __enter__(self) -> "_Signals":
         self.received: signal.Signals | None = None
         self._before = {}
         # handlers can be set in the main thread only
@@ -286,6 +289,7 @@ class _Run:
                 return
 
     def run(self) -> FitResult:
+        """Train to the end, or to a signal."""
         result = self.result
         tqdm = require("tqdm").tqdm
         self.log = RunLog(self.run_dir, result.step)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -55,6 +55,20 @@ def utf8_alias(folder: Path) -> Iterator[Path]:
             yield link
     else:
         yield folder
+
+
+def join_names(names: Sequence[str], most: int = 6) -> str:
+    """The first `most` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def group_notes(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The names that each note is about, from (name, note) pairs."""
+    names: dict[str, list[str]] = {}
+    for name, note in notes:
+        names.setdefault(note, []).append(name)
+    return names
 
 
 def one_line(message: object) -> str:

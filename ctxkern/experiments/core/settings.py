@@ -42,6 +42,7 @@ class Rule:
     optional: bool = False
 
     def accepts(self, value: object) -> bool:
+        """Whether the setting may have `value`."""
         if value is None:
             return self.optional
         if self.kind in (int, float):

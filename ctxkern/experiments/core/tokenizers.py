@@ -38,6 +38,7 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many ids there are, specials included."""
         return len(self.specials) + len(self.characters)
 
     def encode(self, text: str) -> list[int]:

@@ -1,11 +1,12 @@
 """What a run says on the terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 import ctxkern
+from ctxkern.experiments.core.names import group_notes, join_names
 from ctxkern.experiments.multifile.compare import StepTimes
 from ctxkern.experiments.multifile.train import Job, autocast
 
@@ -19,7 +20,7 @@ def describe(job: Job) -> str:
     ratio = counts["bilinear"] / max(1, counts["base"])
     threads = f", threads: {torch.get_num_threads()}" if job.device.type == "cpu" else ""
     lines = [
-        f"files       {job.dataset.num_files}: {_join(job.dataset.file_names)}",
+        f"files       {job.dataset.num_files}: {join_names(job.dataset.file_names)}",
         *_notes(job),
         f"tokens      {tokens:,} to train on in {len(job.train_data):,} windows of up to {config.seq_len}, "
         f"{held:,} for validation",
@@ -36,19 +37,12 @@ def describe(job: Job) -> str:
     return "\n".join(lines)
 
 
-def _join(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _notes(job: Job) -> list[str]:
     """What of the files is not used: each note once, with the files that it is about."""
-    names: dict[str, list[str]] = {}
-    for name, notes in zip(job.dataset.file_names, job.dataset.notes, strict=True):
-        for note in notes:
-            names.setdefault(note, []).append(name)
-    lines = [f"skipped     {file}" for file in job.dataset.skipped]
-    return lines + [f"note        {_join(files, 3)}: {note}" for note, files in names.items()]
+    data = job.dataset
+    pairs = [(name, note) for name, notes in zip(data.file_names, data.notes, strict=True) for note in notes]
+    lines = [f"skipped     {file}" for file in data.skipped]
+    return lines + [f"note        {join_names(names, 3)}: {note}" for note, names in group_notes(pairs).items()]
 
 
 def _plan(job: Job) -> str:

@@ -170,6 +170,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.token_embeddings.weight.device
 
     def batch_at(self, step: int) -> Batch:

@@ -87,6 +87,7 @@ class MultiFileDataset(Dataset):
 
     @property
     def num_files(self) -> int:
+        """How many files the items are from."""
         return len(self.file_paths)
 
     def indices(self, split: str) -> list[int]:

@@ -24,11 +24,11 @@ _HIDDEN = (".", "__pycache__")
 
 @dataclass
 class FoundFiles:
-    """What `find_files` found: files in order, bad entries, and notes on entries that are left out."""
+    """What `find_files` found: files in order, bad entries, and notes (name, reason) on entries that are left out."""
 
     files: list[Path] = field(default_factory=list)
     bad: list[BadFile] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _identity(path: str | os.PathLike) -> tuple[int, int]:
@@ -51,7 +51,7 @@ def _walk(folder: Path, found: FoundFiles) -> Iterator[Path]:
                 continue
             identity = _identity(path)
             if identity in seen:
-                found.notes.append(f"{printable(path)}: a link to a folder that is read already")
+                found.notes.append((printable(path), "a link to a folder that is read already"))
             else:
                 seen.add(identity)
                 below.append(name)
@@ -69,12 +69,12 @@ def _in_folder(folder: Path, found: FoundFiles) -> list[Path]:
             if path.stat().st_size:
                 files.append(path)
             else:
-                found.notes.append(f"{printable(path)}: it is empty")
+                found.notes.append((printable(path), "it is empty"))
         except OSError as error:
             found.bad.append(BadFile(path, _link_problem(path) or error.strerror))
     if others:
         kinds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in sorted(others.items()))
-        found.notes.append(f"{printable(folder)}: files of other kinds ({kinds})")
+        found.notes.append((printable(folder), f"files of other kinds ({kinds})"))
     return files
 
 
@@ -123,7 +123,7 @@ def find_files(paths: Sequence[str | os.PathLike]) -> FoundFiles:
             if first is file:
                 found.files.append(file)
             elif os.path.abspath(first) != os.path.abspath(file):
-                found.notes.append(f"{printable(file)}: the same file as {printable(first)}")
+                found.notes.append((printable(file), f"the same file as {printable(first)}"))
     return found
 
 

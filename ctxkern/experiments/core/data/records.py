@@ -93,7 +93,10 @@ def _choices_to_text(choices: object, answer: object) -> str:
     ):
         labelled = [(choice["label"], choice["text"]) for choice in choices]
     elif isinstance(choices, Mapping) and all(isinstance(choices.get(key), list) for key in ("label", "text")):
-        labelled = list(zip(choices["label"], choices["text"], strict=True))
+        labels, texts = choices["label"], choices["text"]
+        if len(labels) != len(texts):
+            raise ValueError(f"its choices have {len(labels)} labels and {len(texts)} texts; they must be as many")
+        labelled = list(zip(labels, texts, strict=True))
     elif isinstance(choices, Mapping):
         labelled = list(choices.items())
     elif isinstance(choices, list):
@@ -160,14 +163,14 @@ def record_to_item(record: object, preamble: Sequence[str] = ()) -> Item:
         raise ValueError(f"it is of the type {type(record).__name__}; it must be an object with the keys {ACCEPTED}")
     fields = {str(key).lower(): value for key, value in record.items() if value is not None}
     pair = next((pair for pair in PAIRS if pair[0] in fields and pair[1] in fields), None)
-    used = {key for key in PREAMBLE if key in fields}
+    used = {key for key in PREAMBLE if fields.get(key)}
     before = [*preamble, *(to_text(fields[key]) for key in PREAMBLE if key in used and (not pair or key != pair[0]))]
     if "messages" in fields:
         item = _from_messages(fields, before)
         used.add("messages")
     elif pair:
         prompt_key, target_key = pair
-        parts = [to_text(fields[key]) for key in _PASSAGES if key in fields]
+        parts = [to_text(fields[key]) for key in _PASSAGES if fields.get(key)]
         parts.append(to_text(fields[prompt_key]))
         used |= {*pair, *_PASSAGES}
         # Alpaca's input comes after the instruction

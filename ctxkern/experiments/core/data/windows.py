@@ -117,6 +117,7 @@ class EncodedDataset(Dataset):
 
     @property
     def num_tokens(self) -> int:
+        """How many ids there are in all sequences."""
         return len(self._ids)
 
     def __len__(self) -> int:
