@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:
-        return stop.code
+        return int(stop.code or 0)
     try:
         return args.run(args) or 0
     except (CommandError, MissingExtraError) as error:

@@ -219,7 +219,7 @@ def test_all_bad_files_are_listed_at_once_or_skipped(corpus, tmp_path, capsys):
     (corpus / "j.json").write_text('[{"question": "a", "answer": "b", "id": 1}]')
     err = error_of(capsys, "train", corpus, "--run-dir", tmp_path / "run")
     lines = err.splitlines()
-    assert lines[0] == "ctxkern train: 2 files cannot be read (--skip-bad goes on without them):"
+    assert lines[0] == "ctxkern train: 2 files cannot be read (--skip-bad leaves them out):"
     assert lines[1] == f"  {corpus}/h.txt: a symbolic link to gone, which does not exist"
     assert lines[2].startswith(f"  {corpus}/g.json: line 1, column 2: not JSON")
     assert not (tmp_path / "run").exists()

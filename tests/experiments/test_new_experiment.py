@@ -1,5 +1,6 @@
 """A new experiment is its package and one line: this is one, with flags, help, run folder, kill and resume."""
 
+import ast
 import json
 import os
 import random
@@ -117,3 +118,15 @@ def test_a_new_experiment_is_killed_and_resumed(toy, tmp_path):
     whole, parts = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_core_knows_no_experiment():
+    core = PACKAGE / "ctxkern" / "experiments" / "core"
+    files = list(core.rglob("*.py"))
+    assert len(files) > 15
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert not name.startswith("ctxkern.experiments") or name.startswith("ctxkern.experiments.core"), path

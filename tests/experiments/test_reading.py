@@ -195,7 +195,7 @@ def test_all_bad_files_are_listed_or_skipped(tmp_path):
     with pytest.raises(BadFilesError) as error:
         read_files(mixed)
     lines = str(error.value).split("\n")
-    assert lines[0] == "3 files cannot be read (--skip-bad goes on without them):"
+    assert lines[0] == "3 files cannot be read (--skip-bad leaves them out):"
     assert lines[1].startswith(f"  {bad[0]}: line 1, column 2: not JSON: ")
     assert lines[2:] == [f"  {bad[1]}: No such file or directory", f"  {bad[2]}: it is empty"]
     contents, skipped = read_files(mixed, skip_bad=True)

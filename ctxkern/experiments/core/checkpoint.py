@@ -72,7 +72,7 @@ class _Packer:
         return {_KIND: "tensor", "name": name}
 
 
-def _unpack(value: object, tensors: Mapping[str, torch.Tensor]) -> object:
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """The inverse of `_Packer.pack`."""
     if isinstance(value, list):
         return [_unpack(entry, tensors) for entry in value]

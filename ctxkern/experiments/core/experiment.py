@@ -18,20 +18,28 @@ from ctxkern.experiments.core.data.paths import FoundFiles
 from ctxkern.experiments.core.loop import Batch, BatchSource, FitResult, LoopConfig, fit, warmup_cosine
 from ctxkern.experiments.core.settings import RunSettings
 
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
+Evaluate = Callable[[Any], Mapping[str, float]]
 
 
 class Job(Protocol):
-    """What is trained. `config` holds the settings."""
+    """What is trained."""
 
-    config: RunSettings
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    @property
+    def config(self) -> RunSettings:
+        """The settings."""
+
+    @property
+    def model(self) -> nn.Module:
+        """On its device, ready to train."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Over the model's parameters."""
 
     def batches(self) -> BatchSource | Callable[[int], Batch]:
         """The batches, see `fit`."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The scalar to minimise."""
 
     def evaluator(self) -> Evaluate | None:
@@ -48,7 +56,7 @@ class TrainingFile:
 
 @dataclass
 class Inputs:
-    """What the command line says beyond the settings: the files, and whether to go on without bad ones."""
+    """What the command line says beyond the settings: the files, and whether to leave out bad ones."""
 
     found: FoundFiles = field(default_factory=FoundFiles)
     skip_bad: bool = False

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -59,17 +59,16 @@ class LoaderBatches:
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader):
-        if not hasattr(loader.batch_sampler, "set_epoch"):
-            kind = type(loader.batch_sampler).__name__
+        self.loader, self.sampler = loader, cast(Any, loader.batch_sampler)
+        if not hasattr(self.sampler, "set_epoch"):
+            kind = type(self.sampler).__name__
             raise TypeError(f"the batch_sampler of loader is a {kind}; it must have a method set_epoch")
-        self.loader = loader
 
     def iterate(self, start_step: int) -> Iterator[Batch]:
         """The batches from `start_step` on."""
-        sampler = self.loader.batch_sampler
-        epoch, position = divmod(start_step, len(sampler))
+        epoch, position = divmod(start_step, len(self.sampler))
         while True:
-            sampler.set_epoch(epoch, position)
+            self.sampler.set_epoch(epoch, position)
             yield from self.loader
             epoch, position = epoch + 1, 0
 
@@ -226,6 +225,8 @@ class _Run:
         self.log.flush()
 
     def _evaluate(self) -> None:
+        if self.evaluate_fn is None:
+            return
         self._flush()
         result, training = self.result, self.model.training
         self.model.eval()
@@ -237,15 +238,15 @@ class _Run:
         finite = [loss for loss in values.values() if loss is not None]
         mean = sum(finite) / len(finite) if finite else None
         scalars = {f"validation/{name}": loss for name, loss in values.items() if loss is not None}
-        if finite:
+        if mean is not None:
             scalars["validation_mean"] = mean
         self.log.write({"step": result.step, "mean": mean, "validation": values}, scalars)
         self.log.flush()
-        if finite and (result.best_loss is None or mean < result.best_loss):
+        if mean is not None and (result.best_loss is None or mean < result.best_loss):
             result.best_step, result.best_loss = result.step, mean
             path = self.run_dir / ckpt.BEST
             ckpt.save_checkpoint(path, self.model, step=result.step, config=self.config.config, extra={"mean": mean})
-        if finite and self.config.progress:
+        if mean is not None and self.config.progress:
             self.bar.write(f"step {result.step}: mean validation loss {mean:.4f}")
 
     def _step(self, batch: Batch) -> None:
@@ -281,7 +282,7 @@ class _Run:
                 self._flush()
                 rate = tokens / (time.perf_counter() - began)
                 self.bar.set_postfix_str(f"loss {self.latest_loss:.3f}, {rate:,.0f} tokens/s")
-            if self.evaluate_fn and self._due(config.eval_every):
+            if self._due(config.eval_every):
                 self._evaluate()
             if self._due(config.checkpoint_every):
                 self._save()
@@ -299,7 +300,7 @@ class _Run:
         self.bar = tqdm(total=result.steps, initial=result.step, unit="step", dynamic_ncols=True, disable=disable)
         try:
             with self.bar, _Signals() as signals:
-                if self.evaluate_fn and result.step == 0:
+                if result.step == 0:
                     self._evaluate()
                 if result.step < result.steps:
                     self._train(signals)

@@ -1,4 +1,4 @@
-"""Whether a model fits, asked before its memory is taken: on Linux a process that takes too much is killed unsaid."""
+"""Whether a model fits, asked before its memory is taken: Linux kills a process that takes too much, without a word."""
 
 import re
 from collections.abc import Callable

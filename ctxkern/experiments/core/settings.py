@@ -17,10 +17,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
+AnySettings = TypeVar("AnySettings", bound="Settings")
 _KEY = "setting"
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -41,7 +42,7 @@ class Rule:
     kind: type = str
     optional: bool = False
 
-    def accepts(self, value: object) -> bool:
+    def accepts(self, value: Any) -> bool:
         """Whether the setting may have `value`."""
         if value is None:
             return self.optional
@@ -141,7 +142,7 @@ class Settings:
         return list(cls.rules())
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> "Settings":
+    def preset(cls: type[AnySettings], name: str, **changes: Any) -> AnySettings:
         """The settings of the preset `name` with `changes`.
 
         Raises:

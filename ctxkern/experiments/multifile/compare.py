@@ -28,7 +28,7 @@ def time_against_einsum(job: Job, *, steps: int = 5) -> StepTimes:
 
     Both start from equal weights and fresh optimizers and see the same batches; one step before them is not counted.
     """
-    runs = {}
+    runs: dict[str, tuple] = {}
     for kind in ("fused", "einsum"):
         model = job.model.with_attention(kind)
         runs[kind] = (model, build_optimizer(model, job.config), [], [])

@@ -1,6 +1,5 @@
 """Settings of a multi-file training run."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -65,7 +64,3 @@ class TrainConfig(ModelSettings, RunSettings):
         """The model's share of the settings."""
         sizes = {name: getattr(self, name) for name in ModelSettings.names()}
         return MultiFileConfig(vocab_size, num_files, **sizes)
-
-    def replace(self, **changes: Any) -> "TrainConfig":
-        """A copy with `changes`."""
-        return dataclasses.replace(self, **changes)

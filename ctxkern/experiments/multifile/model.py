@@ -132,6 +132,8 @@ class MultiFileTransformer(nn.Module):
         B, S = inputs.shape
         if start + S > self.config.seq_len:
             raise ValueError(f"inputs reaches position {start + S}; it must be at most seq_len = {self.config.seq_len}")
+        context: torch.Tensor | None
+        index: torch.Tensor | None
         if contexts is not None:
             if contexts.shape != (B, self.config.context_dim):
                 expected = [B, self.config.context_dim]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def describe(job: Job) -> str:
         f"vocabulary  {job.tokenizer.vocab_size - specials} {kind}",
         f"parameters  {counts['total']:,}: base {counts['base']:,}, bilinear {counts['bilinear']:,} "
         f"({ratio:.1f} times the base), contexts {counts['context']:,}",
-        f"batches     {job.sampler.batch_size} windows, {len(job.sampler):,} batches an epoch",
+        f"batches     {job.sampler.batch_size} windows, {len(job.sampler):,} batches per epoch",
         f"device      {job.device}, {config.dtype}{threads}",
         f"attention   {_plan(job)}",
     ]
@@ -49,7 +50,7 @@ def _plan(job: Job) -> str:
     if job.config.attention == "einsum":
         return "einsum: the whole weight of every sequence is made, the form to compare with"
     batch = job.batch_at(0)
-    layer = job.model.blocks[0].attention
+    layer: Any = job.model.blocks[0].attention
     weight = layer.W_q_base.weight
     x = torch.empty(*batch["input"].shape, job.config.d_model, device=job.device, dtype=weight.dtype)
     context = job.model.context_embeddings.weight

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ def parameter_groups(
     return [{"params": params, **settings[kind]} for kind, params in kinds.items() if params]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: MultiFileTransformer, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`."""
     groups = parameter_groups(
         model,
@@ -241,7 +241,7 @@ def prepare(
         bad=bad,
     )
     if config.num_files is not None:
-        config = config.replace(num_files=dataset.num_files)
+        config = replace(config, num_files=dataset.num_files)
     tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
     model_config = config.model_config(tokenizer.vocab_size, dataset.num_files)
 

@@ -1,13 +1,14 @@
 """ARC tasks: pairs of grids, alone or many in one file."""
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from ctxkern.experiments.core.data.records import grid_to_text, is_grid
 
 _GRID = "a grid: rows of equal length of the integers 0 to 9"
 
 
-def is_arc(value: object) -> bool:
+def is_arc(value: object) -> TypeGuard[Mapping]:
     """Whether `value` is an object with a list `train` (and `test`) of pairs whose input is a list of lists."""
     if not isinstance(value, Mapping) or not isinstance(value.get("train"), list):
         return False

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ctxkern.experiments.core.data.reading import BadFile, BadFilesError
-from ctxkern.experiments.core.names import printable
+from ctxkern.experiments.core.names import one_line, printable
 
 SUFFIXES = (
     *(".json", ".jsonl", ".ndjson", ".txt", ".text", ".md", ".rst", ".tex", ".csv", ".tsv", ".html", ".xml"),
@@ -60,7 +60,8 @@ def _walk(folder: Path, found: FoundFiles) -> Iterator[Path]:
 
 
 def _in_folder(folder: Path, found: FoundFiles) -> list[Path]:
-    files, others = [], Counter()
+    files: list[Path] = []
+    others: Counter[str] = Counter()
     for path in sorted(_walk(folder, found)):
         if path.suffix.lower() not in SUFFIXES:
             others[path.suffix.lower() or "no suffix"] += 1
@@ -71,7 +72,7 @@ def _in_folder(folder: Path, found: FoundFiles) -> list[Path]:
             else:
                 found.notes.append((printable(path), "it is empty"))
         except OSError as error:
-            found.bad.append(BadFile(path, _link_problem(path) or error.strerror))
+            found.bad.append(BadFile(path, _link_problem(path) or one_line(error.strerror or error)))
     if others:
         kinds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in sorted(others.items()))
         found.notes.append((printable(folder), f"files of other kinds ({kinds})"))

@@ -41,7 +41,7 @@ class BadFilesError(ValueError):
         self.files = list(files)
         lines = [str(file) for file in self.files]
         if len(lines) > 1 or heading:
-            lines.insert(0, heading or f"{len(lines)} files cannot be read (--skip-bad goes on without them):")
+            lines.insert(0, heading or f"{len(lines)} files cannot be read (--skip-bad leaves them out):")
         super().__init__("\n  ".join(lines))
 
 
@@ -87,7 +87,8 @@ def _parse(text: str, line: int = 1) -> object:
 
 def _read_records(numbered: Iterable[tuple[str, object]], preamble: Sequence[str] = ()) -> tuple[list[dict], list[str]]:
     """Items of (place, record) pairs, and a note on the keys that no item uses."""
-    items, unused = [], set()
+    items: list[dict] = []
+    unused: set[str] = set()
     for place, record in numbered:
         try:
             item = record_to_item(record, preamble)
@@ -221,13 +222,14 @@ def read_files(
         paths: the files.
         chunk_chars: as for `load_file`.
         limit: how many to read; None reads all.
-        skip_bad: go on without bad files.
+        skip_bad: leave out bad files.
         bad: files already known to be bad, listed before those found here.
 
     Raises:
         BadFilesError: bad files without `skip_bad` (all are listed), or no other files with it.
     """
-    found, bad = [], list(bad)
+    found: list[FileContent] = []
+    bad = list(bad)
     for path in map(Path, paths):
         if limit is not None and len(found) == limit:
             break

@@ -4,6 +4,7 @@ import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 PAIRS = (
     ("input", "target"),
@@ -47,7 +48,7 @@ class Item:
         return {"input": self.input, "target": self.target}
 
 
-def is_grid(value: object) -> bool:
+def is_grid(value: object) -> TypeGuard[list[list[int]]]:
     """Whether `value` is a list of rows of equal length of the integers 0 to 9, as ARC has it."""
     return (
         isinstance(value, list)
@@ -183,12 +184,11 @@ def record_to_item(record: object, preamble: Sequence[str] = ()) -> Item:
                 used.add(key)
         item = Item("\n".join([*before, *parts]), to_text(fields[target_key]))
     else:
-        key = next((key for key in _TEXTS if key in fields), None)
-        if key is None:
+        text_key = next((key for key in _TEXTS if key in fields), None)
+        if text_key is None:
             keys = ", ".join(sorted(f"{key} (null)" if value is None else str(key) for key, value in record.items()))
             raise ValueError(f"it has the keys {keys or 'of an empty object'}; it must have {ACCEPTED}")
-        item = Item("\n".join(before), to_text(fields[key]))
-        used.add(key)
-    empty = ("", [], {})
-    item.unused += tuple(key for key in sorted(fields) if key not in used and fields[key] not in empty)
+        item = Item("\n".join(before), to_text(fields[text_key]))
+        used.add(text_key)
+    item.unused += tuple(key for key in sorted(fields) if key not in used and fields[key] not in ("", [], {}))
     return item
