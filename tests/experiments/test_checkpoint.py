@@ -62,7 +62,7 @@ def test_bad_checkpoints_are_told_apart(tmp_path):
             ckpt.load_checkpoint(path, model)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     ckpt.require("safetensors.torch").save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(ckpt.CheckpointError, match="no ctxkern checkpoint"):
+    with pytest.raises(ckpt.CheckpointError, match="no checkpoint of this version"):
         ckpt.load_checkpoint(path, model)
 
 

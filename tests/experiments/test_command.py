@@ -159,7 +159,18 @@ def test_a_run_is_neither_overwritten_nor_mixed(corpus, tmp_path, capsys):
     assert "f1.jsonl is gone" in failed(capsys, *resume)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"train": {"colour": 1}, "files": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"train": {"colour": 1}, "files": []}',
+        b'{"train": {"d_model": "wide"}, "files": []}',
+        b'{"train": {}, "files": [{"path": null, "sha256": ""}]}',
+        b"\xff",
+    ],
+)
 def test_a_broken_config_is_named(corpus, tmp_path, capsys, content):
     (tmp_path / "config.json").write_bytes(content)
     failed(capsys, "train", "--resume", "--run-dir", tmp_path)

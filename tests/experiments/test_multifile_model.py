@@ -374,6 +374,9 @@ def test_sampling_is_seeded_and_eos_ends():
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
     greedy = generate(model, prompts[:1], files[:1], max_new_tokens=8)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        narrowed = generate(model, prompts[:1], files[:1], max_new_tokens=8, temperature=1.0, **narrow)
+        assert torch.equal(narrowed, greedy)
     eos = int(greedy[0, 4])
     assert generate(model, prompts[:1], files[:1], max_new_tokens=8, eos_id=eos).shape == (1, 5)
     with pytest.raises(ValueError, match="temperature is -1; it must be at least 0"):

@@ -58,6 +58,7 @@ def test_links_and_what_is_left_out_of_a_folder(tmp_path):
         (f"{folder}", "files of other kinds (1 .png, 2 no suffix)"),
         (f"{folder}/twin.txt", f"the same file as {folder}/a.txt"),
     ]
+    assert find_files([folder / "*.txt"]).bad == found.bad
     # named, they are bad
     named = find_files([folder / "dangling.txt", folder / "loop.txt", folder / "a.txt"])
     assert len(named.bad) == 2

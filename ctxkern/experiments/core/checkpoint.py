@@ -148,8 +148,9 @@ def _read_meta(path: Path) -> dict:
     with _open(path) as file:
         meta = json.loads((file.metadata() or {}).get("ctxkern", "{}"))
     if meta.get("format") != _FORMAT:
+        found = meta.get("format")
         raise CheckpointError(
-            f"{printable(path)} is no ctxkern checkpoint: format {meta.get('format')!r}, not {_FORMAT!r}"
+            f"{printable(path)} is no checkpoint of this version: its format is {found!r}; it must be {_FORMAT!r}"
         )
     return meta
 

@@ -78,7 +78,7 @@ def _read_config(name: str, run_dir: Path) -> dict:
         raise CommandError(
             f"--resume: {printable(run_dir)} holds no run ({CONFIG} is missing); start it without --resume"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"--resume: {printable(path)} cannot be read: {one_line(repr(error))}") from error
     if stored["experiment"] != name:
         raise CommandError(f"--resume: {printable(run_dir)} holds a run of `ctxkern {stored['experiment']}`")
@@ -114,12 +114,13 @@ def _resumed(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:
             raise CommandError(f"{kind.flag(name)} is {value}; it must be {there}, as in the run in {where}")
     if args.experiment.paths_help:
         _check_same_paths(args, stored["files"])
+    config = kind(**settings)
     if (args.run_dir / LAST).exists():
         done = read_step(args.run_dir / LAST)
-        if settings["training_steps"] < done:
-            flag, steps = kind.flag("training_steps"), settings["training_steps"]
+        if config.training_steps < done:
+            flag, steps = kind.flag("training_steps"), config.training_steps
             raise CommandError(f"{flag} is {steps}; it must be at least {done}, the step of the run in {where}")
-    return kind(**settings), Inputs(FoundFiles([file.path for file in stored["files"]])), args.run_dir
+    return config, Inputs(FoundFiles([file.path for file in stored["files"]])), args.run_dir
 
 
 def _fresh(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:

@@ -1,7 +1,8 @@
 """What an experiment is: settings, a job built from them, and how the job is trained.
 
 A package makes an experiment with a `RunSettings` dataclass and a subclass of `Experiment`; one line in
-`ctxkern.experiments.EXPERIMENTS` makes it a subcommand, with its flags, help, run folder and resume.
+`ctxkern.experiments.EXPERIMENTS` makes it a subcommand, with its flags, help, run folder and resume. The smallest one
+is in `tests/experiments/test_new_experiment.py`.
 """
 
 import argparse

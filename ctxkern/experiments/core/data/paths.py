@@ -114,8 +114,10 @@ def find_files(paths: Sequence[str | os.PathLike]) -> FoundFiles:
         elif os.path.lexists(path):
             found.bad.append(BadFile(path, _link_problem(path)))
         elif glob.has_magic(entry):
-            files = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if os.path.isfile(match)]
-            if not files:
+            matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True)) if not os.path.isdir(match)]
+            files = [match for match in matches if match.exists()]
+            found.bad += [BadFile(match, _link_problem(match)) for match in matches if not match.exists()]
+            if not matches:
                 found.bad.append(BadFile(path, "no file matches this pattern"))
         else:
             found.bad.append(BadFile(path, "there is no file, folder or match of this name"))
