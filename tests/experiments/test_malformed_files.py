@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import ctxkern
 from ctxkern.experiments.core.data.dataset import MultiFileDataset
 from ctxkern.experiments.core.data.paths import find_files
 from ctxkern.experiments.core.data.reading import BadFilesError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have other words for these")
 
-README = Path(ctxkern.__file__).parent / "experiments" / "core" / "data" / "README.md"
+README = Path(__file__).parents[2] / "ctxkern" / "experiments" / "core" / "data" / "README.md"
 
 
 def link(target):
