@@ -9,6 +9,7 @@ dispatcher, which resolves it or tells a mode, a compiler, a tracer or the profi
 differentiation and torch.func take the reference, also where they are entered between the forward and the backward.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch._C import _dispatch_keys, _get_tracing_state
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 from torch.library import Library
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .checks import autocast_enabled, is_readable
 
@@ -87,9 +89,41 @@ class _Operator(NamedTuple):
         for t in tensors:
             if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg() or t._is_zerotensor()):
                 return self.dispatched
-        if torch._C._len_torch_dispatch_stack() or _profiler_enabled():
+        if torch._C._len_torch_dispatch_stack():
+            _tell_flop_counters()
+            return self.dispatched
+        if _profiler_enabled():
             return self.dispatched
         return self.kernel
+
+
+_FLOPS: dict[str, Callable] = {}
+
+
+def flop_formula(name):
+    """Decorator: the function is the formula of an operator for torch.utils.flop_counter, of shapes for tensors."""
+
+    def register(fn):
+        _FLOPS[name] = fn
+        return fn
+
+    return register
+
+
+def _tell_flop_counters():
+    """FLOP formulas are registered when a mode sees a call: torch.utils.flop_counter imports Triton, `import ctxkern`
+    does not. Counters take a copy of the registry when they are made, so those that are active are told too."""
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    for name, formula in _FLOPS.items():
+        packet = getattr(torch.ops.ctxkern, name)
+        if packet not in module.flop_registry:
+            module.register_flop_formula(packet)(formula)
+        for mode in _get_current_dispatch_mode_stack():
+            registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+            if registry is not None:
+                registry.setdefault(packet, module.flop_registry[packet])
 
 
 def like(t):

@@ -1,52 +1,61 @@
-"""The command ``ctxkern``: each subcommand is a module here with ``add_parser(subparsers)`` and ``run(args)``."""
+"""The command `ctxkern`: the modules here with `add_parser(subparsers)`, and the experiments."""
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn, TextIO
 
 import ctxkern
+from ctxkern.experiments import EXPERIMENTS
+from ctxkern.experiments.core.command import CommandError, add_experiment
 from ctxkern.experiments.core.extras import MissingExtraError
 
-COMMANDS = ("train", "bench", "check")
+__all__ = ["COMMANDS", "CommandError", "build_parser", "main"]
+
+COMMANDS = ("bench", "check")
 # 128 + SIGINT, as shells have it
 _INTERRUPTED = 130
 
 
-class CommandError(Exception):
-    """The command cannot be done as asked: said in one line, exit status 2."""
-
-
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands that are installed."""
+    """The parser of all subcommands."""
     parser = _Parser(prog="ctxkern", description=ctxkern.__doc__)
     parser.add_argument("--version", action="version", version=f"ctxkern {ctxkern.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, place in EXPERIMENTS.items():
+        module, _, attribute = place.partition(":")
+        add_experiment(subparsers, name, getattr(importlib.import_module(module), attribute)())
     for name in COMMANDS:
-        if importlib.util.find_spec(f"{__name__}.{name}"):
-            importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
+        importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (None: the process's) and return the exit status.
+def _escape_what_it_cannot_encode(stream: TextIO) -> None:
+    """File names and symbols that the terminal's encoding lacks are written as escapes, not raised as errors."""
+    if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
-    0: done. 2: the arguments or the files do not do, told in one line on stderr. 128 + n: stopped by signal n.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: the process's) and return the exit status.
+
+    0: done. 2: the arguments or the files are unusable, as one line on stderr says (one per file where several files
+    are). 128 + n: stopped by signal n.
     """
+    _escape_what_it_cannot_encode(sys.stdout)
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:
-        return stop.code
+        return int(stop.code or 0)
     try:
-        module = importlib.import_module(f"{__name__}.{args.command}")
-        return module.run(args) or 0
+        return args.run(args) or 0
     except (CommandError, MissingExtraError) as error:
         print(f"ctxkern {args.command}: {error}", file=sys.stderr)
         return 2

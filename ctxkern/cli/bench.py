@@ -1,19 +1,21 @@
-"""`ctxkern bench`: the fused layer beside its peers at a shape of the caller's own, as a readable table."""
+"""`ctxkern bench`: the fused layer compared with its peers at a shape you choose, as a readable table."""
 
 import argparse
 import dataclasses
+from typing import Any
 
 
-def add_parser(subparsers):
+def add_parser(subparsers: Any) -> None:
+    """Register `bench`."""
     parser = subparsers.add_parser(
         "bench",
-        help="time the fused layer beside its peers at your own shape",
-        description="Times modulated_linear beside the einsum, the best PyTorch form and a plain linear layer, "
-        "interleaved, after its result was found right; prints medians, memory and the price over the linear layer.",
+        help="time the fused layer against its peers at your own shape",
+        description="Times modulated_linear against the einsum, the best PyTorch form and a plain linear layer, "
+        "interleaved, after checking its result; prints medians, memory and the price over the linear layer.",
     )
     size = _positive
     parser.add_argument("--batch", type=size, default=16, metavar="B", help="sequences (default: %(default)s)")
-    parser.add_argument("--seq", type=size, default=128, metavar="S", help="tokens a sequence (default: %(default)s)")
+    parser.add_argument("--seq", type=size, default=128, metavar="S", help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--d-model", type=size, default=256, metavar="D", help="input width (default: %(default)s)")
     parser.add_argument(
         "--d-out", type=size, default=None, metavar="E", help="output width (default: that of the input)"
@@ -22,7 +24,10 @@ def add_parser(subparsers):
     parser.add_argument("--contexts", type=size, default=None, metavar="U", help="distinct contexts (default: B)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     parser.add_argument(
-        "--param-dtype", default=None, choices=("float32",), help="of parameters beside half activations"
+        "--param-dtype",
+        default=None,
+        choices=("float32",),
+        help="of the parameters, when activations are half precision",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pass", dest="passes", default="both", choices=("forward", "backward", "both"))
@@ -33,17 +38,18 @@ def add_parser(subparsers):
     parser.add_argument(
         "--csv", default=None, metavar="FILE", help="append rows here (default: bench/results, if there)"
     )
-    parser.set_defaults(command="bench")
+    parser.set_defaults(run=run)
 
 
-def _positive(text):
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}, takes a positive integer")
+        raise argparse.ArgumentTypeError(f"it is {value}; it must be at least 1")
     return value
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0."""
     import torch
 
     from ctxkern.cli import CommandError
@@ -53,7 +59,7 @@ def run(args):
     from ctxkern.testing.measure import ceilings, device_name
 
     if args.contexts is not None and args.contexts > args.batch:
-        raise CommandError(f"--contexts is {args.contexts}, takes at most --batch = {args.batch}")
+        raise CommandError(f"--contexts is {args.contexts}; it must be at most --batch = {args.batch}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise CommandError(f"--device is {args.device}, and torch finds no GPU here")
     case = Case("yours", args.batch, args.seq, args.d_model, args.d_out or args.d_model, args.context_dim)

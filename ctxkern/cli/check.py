@@ -1,20 +1,26 @@
 """`ctxkern check`: what is installed, what can run, and whether its numbers are right. For a bug report."""
 
+import argparse
 import platform
 import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 
-def add_parser(subparsers):
+def add_parser(subparsers: Any) -> None:
+    """Register `check`."""
     parser = subparsers.add_parser(
         "check",
         help="versions, devices, backends, and a numerical self-test",
         description="Prints versions, devices, instruction sets and backends (with the reason where one is not there), "
         "then compares every backend that is there with a float64 oracle. Exit status 1 if any is wrong.",
     )
-    parser.set_defaults(command="check")
+    parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
+    """Print what is installed and test it; 1 if a number is wrong."""
     import torch
 
     import ctxkern
@@ -37,7 +43,7 @@ def run(args):
     return 1 if wrong else 0
 
 
-def _versions(ctxkern, torch):
+def _versions(ctxkern: ModuleType, torch: ModuleType) -> Iterator[tuple[str, str]]:
     yield "ctxkern", ctxkern.__version__
     yield "python", f"{platform.python_version()} ({sys.executable})"
     yield "platform", platform.platform()
@@ -50,7 +56,7 @@ def _versions(ctxkern, torch):
         yield "triton", "not installed"
 
 
-def _devices(torch):
+def _devices(torch: ModuleType) -> Iterator[tuple[str, str]]:
     from ctxkern import plan as planner
     from ctxkern.testing.measure import device_name
 
@@ -62,7 +68,7 @@ def _devices(torch):
         yield f"gpu {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
 
 
-def _compiled():
+def _compiled() -> Iterator[tuple[str, str]]:
     from ctxkern.runtime import cpu as cpu_runtime
 
     if not cpu_runtime.available():

@@ -1,9 +1,8 @@
 """The low-rank operators as torch.library knows them: schema, fake, FLOPs and what autograd calls."""
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from ctxkern.ops import Family, Options, call, contiguous, differentiable, like, needed, operator
+from ctxkern.ops import Family, Options, call, contiguous, differentiable, flop_formula, like, needed, operator
 from ctxkern.reference import lora_linear_ref
 from ctxkern.registry import implementation
 
@@ -49,12 +48,12 @@ def _lora_flops(x, weight, A, B):
     return 2 * tokens * (rank * (A[2] + B[1]) + (0 if weight is None else weight[0] * weight[1]))
 
 
-@register_flop_formula(torch.ops.ctxkern.lora_forward)
+@flop_formula("lora_forward")
 def _lora_forward_flops(x, weight, A, B, *_, out_shape=None, **__):
     return _lora_flops(x, weight, A, B)
 
 
-@register_flop_formula(torch.ops.ctxkern.lora_backward)
+@flop_formula("lora_backward")
 def _lora_backward_flops(dout, x, weight, A, B, *_, out_shape=None, **__):
     return 2 * _lora_flops(x, weight, A, B)
 

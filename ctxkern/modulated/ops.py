@@ -2,9 +2,19 @@
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import register_flop_formula
 
-from ctxkern.ops import Family, Options, call, contiguous, differentiable, is_plain, like, needed, operator
+from ctxkern.ops import (
+    Family,
+    Options,
+    call,
+    contiguous,
+    differentiable,
+    flop_formula,
+    is_plain,
+    like,
+    needed,
+    operator,
+)
 from ctxkern.reference import modulated_linear_ref
 from ctxkern.registry import implementation
 
@@ -58,12 +68,12 @@ def _modulated_flops(x, context, bilinears, index):
     return made + sum(2 * tokens * d_in * d_out for d_in, d_out, _ in bilinears)
 
 
-@register_flop_formula(torch.ops.ctxkern.modulated_forward)
+@flop_formula("modulated_forward")
 def _modulated_forward_flops(x, context, weights, bilinears, biases, index, *_, out_shape=None, **__):
     return _modulated_flops(x, context, bilinears, index)
 
 
-@register_flop_formula(torch.ops.ctxkern.modulated_backward)
+@flop_formula("modulated_backward")
 def _modulated_backward_flops(douts, x, context, weights, bilinears, biases, index, *_, out_shape=None, **__):
     return 2 * _modulated_flops(x, context, bilinears, index)
 

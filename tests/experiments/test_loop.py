@@ -1,34 +1,18 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from torch import nn
+from nets import OPTIMIZERS, batch_at, make_net, net_loss
+from run_helpers import KilledError, stop_at
 from torch.utils.data import DataLoader
 
 from ctxkern.experiments.core import checkpoint as ckpt
-from ctxkern.experiments.core import files
 from ctxkern.experiments.core.loop import LoaderBatches, LoopConfig, TrainingError, fit, warmup_cosine
 from ctxkern.experiments.core.runlog import read_metrics
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.testing.oracle import assert_same_bits
-
-
-def make_net(seed=0, dropout=0.3):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 2))
-
-
-def batch_at(step):
-    rng = torch.Generator().manual_seed(step)
-    return {"x": torch.randn(4, 6, generator=rng), "y": torch.randint(0, 2, (4,), generator=rng)}
-
-
-def net_loss(model, batch):
-    return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
 
 
 def net_evaluate(model):
@@ -48,145 +32,12 @@ def run_fit(run_dir, steps=20, *, optimizer=torch.optim.AdamW, loss_fn=net_loss,
     return model, result
 
 
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
-def stop_at(step, error=KilledError):
-    calls = iter(range(10**6))
-
-    def loss_fn(model, batch):
-        if next(calls) == step:
-            raise error
-        return net_loss(model, batch)
-
-    return loss_fn
-
-
-def trained_net(optimizer=torch.optim.AdamW, steps=3):
-    model = make_net()
-    optimizer = optimizer(model.parameters(), lr=0.1)
-    for step in range(steps):
-        optimizer.zero_grad()
-        net_loss(model, batch_at(step)).backward()
-        optimizer.step()
-    return model, optimizer
-
-
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "momentum": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-    "sgd": torch.optim.SGD,
-    "adagrad": torch.optim.Adagrad,
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_checkpoint_restores_every_bit(tmp_path, name):
-    model, optimizer = trained_net(OPTIMIZERS[name])
-    path = tmp_path / "a.safetensors"
-    ckpt.save_checkpoint(path, model, optimizer, step=3, config={"a": (1, 2)}, extra={"best": 0.5})
-    other = make_net(seed=9)
-    other_optimizer = OPTIMIZERS[name](other.parameters(), lr=0.1)
-    state = ckpt.load_checkpoint(path, other, other_optimizer, config={"a": (1, 2)})
-    assert (state.step, state.extra) == (3, {"best": 0.5})
-    assert_same_bits(model, other)
-    for net, opt in ((model, optimizer), (other, other_optimizer)):
-        net.eval()
-        opt.zero_grad()
-        net_loss(net, batch_at(7)).backward()
-        opt.step()
-    assert_same_bits(model, other)
-
-
-def test_checkpoint_of_tied_and_half_weights(tmp_path):
-    def make():
-        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
-        net[1].weight = net[0].weight
-        return net
-
-    model, other = make(), make()
-    ckpt.save_checkpoint(tmp_path / "a.safetensors", model, step=0)
-    ckpt.load_checkpoint(tmp_path / "a.safetensors", other)
-    assert_same_bits(model, other)
-
-
-def test_bad_checkpoints_are_told_apart(tmp_path):
-    model, optimizer = trained_net()
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(ckpt.CheckpointError, match=r"no checkpoint at .*a\.safetensors"):
-        ckpt.load_checkpoint(path, model)
-    ckpt.save_checkpoint(path, model, step=3, config={"d_model": 8, "seed": 0})
-    with pytest.raises(ckpt.CheckpointError, match="d_model is 8 there and 16 here"):
-        ckpt.load_checkpoint(path, model, config={"d_model": 16, "seed": 0})
-    with pytest.raises(ckpt.CheckpointError, match="holds no optimizer state"):
-        ckpt.load_checkpoint(path, model, optimizer)
-    with pytest.raises(ckpt.CheckpointError, match=r"0\.bias is \(8,\) there and \(3,\) in the model"):
-        ckpt.load_checkpoint(path, nn.Sequential(nn.Linear(6, 3)))
-    good = path.read_bytes()
-    flipped = bytearray(good)
-    flipped[-3] ^= 1
-    for content, message in ((good[:-5], "damaged"), (b"", "damaged"), (bytes(flipped), "checksum")):
-        path.write_bytes(content)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(ckpt.CheckpointError, match=message):
-            ckpt.load_checkpoint(path, model)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    ckpt.require("safetensors.torch").save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(ckpt.CheckpointError, match="no ctxkern checkpoint"):
-        ckpt.load_checkpoint(path, model)
-
-
-def test_optimizer_of_other_groups_is_refused(tmp_path):
-    model, optimizer = trained_net()
-    ckpt.save_checkpoint(tmp_path / "a.safetensors", model, optimizer, step=3)
-    parts = torch.optim.AdamW([{"params": list(model[0].parameters())}, {"params": list(model[3].parameters())}])
-    with pytest.raises(ckpt.CheckpointError, match=r"groups of \[4\] there and \[2, 2\] here"):
-        ckpt.load_checkpoint(tmp_path / "a.safetensors", model, parts)
-
-
-def test_failure_before_the_replace_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    model, _ = trained_net()
-    path = tmp_path / "a.safetensors"
-    ckpt.save_checkpoint(path, model, step=1)
-    good = path.read_bytes()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(files.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        ckpt.save_checkpoint(path, make_net(seed=5), step=2)
-    assert path.read_bytes() == good
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-
-
-CRASH = """
-import os, sys, torch
-from ctxkern.experiments.core import checkpoint, files
-files.os.replace = lambda *_: os._exit(9)
-checkpoint.save_checkpoint(sys.argv[1], torch.nn.Linear(3, 3), step=2)
-"""
-
-
-def test_death_between_write_and_replace_keeps_the_previous_checkpoint(tmp_path):
-    model = nn.Linear(3, 3)
-    path = tmp_path / "a.safetensors"
-    ckpt.save_checkpoint(path, model, step=1)
-    done = subprocess.run([sys.executable, "-c", CRASH, str(path)], check=False)
-    assert done.returncode == 9
-    assert len(os.listdir(tmp_path)) == 2
-    assert ckpt.load_checkpoint(path, nn.Linear(3, 3)).step == 1
-    files.remove_leftovers(tmp_path)
-    assert os.listdir(tmp_path) == ["a.safetensors"]
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
 @pytest.mark.parametrize("stop", [0, 1, 4, 7, 18])
 def test_resume_ends_in_the_same_bits(tmp_path, stop, optimizer):
     whole, whole_result = run_fit(tmp_path / "whole", optimizer=OPTIMIZERS[optimizer])
     with pytest.raises(KilledError):
-        run_fit(tmp_path / "parts", optimizer=OPTIMIZERS[optimizer], loss_fn=stop_at(stop))
+        run_fit(tmp_path / "parts", optimizer=OPTIMIZERS[optimizer], loss_fn=stop_at(net_loss, stop))
     torch.manual_seed(123)
     parts, result = run_fit(tmp_path / "parts", optimizer=OPTIMIZERS[optimizer], resume=True)
     assert_same_bits(whole, parts)
@@ -237,7 +88,7 @@ def test_tensorboard_is_cut_back_on_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with pytest.raises(KilledError):
-        run_fit(tmp_path, loss_fn=stop_at(11))
+        run_fit(tmp_path, loss_fn=stop_at(net_loss, 11))
     run_fit(tmp_path, resume=True)
     events = EventAccumulator(str(tmp_path / "logs"), purge_orphaned_data=True)
     events.Reload()
@@ -269,7 +120,7 @@ def test_signals_save_and_end_the_run(tmp_path, number):
 
 def test_a_cut_last_row_is_dropped(tmp_path):
     with pytest.raises(KilledError):
-        run_fit(tmp_path, loss_fn=stop_at(9))
+        run_fit(tmp_path, loss_fn=stop_at(net_loss, 9))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')
     run_fit(tmp_path, resume=True)
@@ -291,19 +142,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
 
 def test_fewer_steps_than_done_and_other_configs_are_refused(tmp_path):
     run_fit(tmp_path)
-    with pytest.raises(ckpt.CheckpointError, match="steps: got 10, but .* is at step 20"):
+    with pytest.raises(
+        ckpt.CheckpointError, match=r"steps is 10; it must be at least 20, the step of .*last\.safetensors"
+    ):
         run_fit(tmp_path, steps=10, resume=True)
     with pytest.raises(ckpt.CheckpointError, match="width is 8 there and 9 here"):
         run_fit(tmp_path, resume=True, config={"width": 9})
     _, result = run_fit(tmp_path, steps=24, resume=True)
     assert result.step == 24
     for name in ("log_every", "eval_every", "checkpoint_every"):
-        with pytest.raises(ValueError, match=f"{name}: got 0"):
+        with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
             LoopConfig(1, tmp_path, **{name: 0})
 
 
 def test_loader_needs_a_sampler_that_can_start_anywhere():
-    with pytest.raises(TypeError, match="has no set_epoch"):
+    with pytest.raises(TypeError, match="it must have a method set_epoch"):
         LoaderBatches(DataLoader(torch.zeros(4), batch_size=2))
 
 

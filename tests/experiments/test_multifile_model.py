@@ -72,20 +72,29 @@ def test_a_merged_model_is_called_as_before_and_without_contexts():
 def test_exactly_one_route_is_taken():
     model, batch = make_model(), make_batch()
     contexts = model.get_file_context(batch["file_id"])
-    with pytest.raises(ValueError, match="contexts, file_ids: got neither"):
+    with pytest.raises(ValueError, match="neither contexts nor file_ids is given"):
         model(batch["input"])
-    with pytest.raises(ValueError, match="contexts, file_ids: got both"):
+    with pytest.raises(ValueError, match="both contexts and file_ids are given"):
         model(batch["input"], contexts, file_ids=batch["file_id"])
 
 
 BAD_CALLS = {
-    "flat": (lambda b: ((b["input"][0],), {"file_ids": b["file_id"][:1]}), r"inputs: got the shape \(12,\)"),
+    "flat": (
+        lambda b: ((b["input"][0],), {"file_ids": b["file_id"][:1]}),
+        r"inputs has the shape \[12\]; it must be \[B, S\]",
+    ),
     "long": (
         lambda b: ((b["input"].repeat(1, 2),), {"file_ids": b["file_id"]}),
-        "24 positions, the model has seq_len 12",
+        "inputs reaches position 24; it must be at most seq_len = 12",
     ),
-    "ids": (lambda b: ((b["input"],), {"file_ids": b["file_id"][:2]}), r"file_ids: got the shape \(2,\), takes \[5\]"),
-    "contexts": (lambda b: ((b["input"], torch.zeros(5, 3)), {}), r"contexts: got the shape \(5, 3\), takes \[5, 4\]"),
+    "ids": (
+        lambda b: ((b["input"],), {"file_ids": b["file_id"][:2]}),
+        r"file_ids has the shape \[2\]; it must be \[B\] = \[5\]",
+    ),
+    "contexts": (
+        lambda b: ((b["input"], torch.zeros(5, 3)), {}),
+        r"contexts has the shape \[5, 3\]; it must be \[B, K\] = \[5, 4\]",
+    ),
 }
 
 
@@ -100,11 +109,11 @@ def test_bad_inputs_are_named(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_heads": 3}, "n_heads: got 3"),
-        ({"d_model": 0}, "d_model: got 0"),
-        ({"dropout": 1.0}, "dropout: got 1.0"),
-        ({"init": "ones"}, "init: got 'ones', takes one of"),
-        ({"attention": "flash"}, "attention: got 'flash'"),
+        ({"n_heads": 3}, "n_heads is 3; it must be a divisor"),
+        ({"d_model": 0}, "d_model is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"init": "ones"}, "init is 'ones'; it must be one of normal, hyperfan"),
+        ({"attention": "flash"}, "attention is 'flash'"),
     ],
 )
 def test_bad_sizes_are_named(changes, message):
@@ -256,6 +265,20 @@ def test_the_first_loss_is_that_of_a_uniform_guess(init):
     assert batch_loss(model, batch).item() == pytest.approx(math.log(VOCAB), rel=0.05)
 
 
+def test_a_model_made_without_memory_starts_like_any_other():
+    expected = make_model()
+    with torch.device("meta"):
+        model = make_model()
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name in ("token_embeddings", "position_embeddings", "context_embeddings", "head"):
+        stds = [getattr(m, name).weight.std().item() for m in (model, expected)]
+        # the smallest, [3, 4], has a spread of about a fifth
+        assert stds[0] == pytest.approx(stds[1], rel=0.2 if name != "context_embeddings" else 1), name
+
+
 def test_add_file_leaves_the_others_bit_for_bit():
     model, batch = make_model(), make_batch()
     config, before = model.config, {name: value.clone() for name, value in model.state_dict().items()}
@@ -273,9 +296,9 @@ def test_add_file_leaves_the_others_bit_for_bit():
     assert model.add_file(init=torch.ones(4)) == 4
     assert torch.equal(model.context_embeddings.weight[4], torch.ones(4))
     assert model.add_file(init="normal") == 5
-    with pytest.raises(ValueError, match="init: got 'zero'"):
+    with pytest.raises(ValueError, match="init is 'zero'; it must be a tensor or one of"):
         model.add_file(init="zero")
-    with pytest.raises(ValueError, match=r"takes \[4\]"):
+    with pytest.raises(ValueError, match=r"init has the shape \[3\]; it must be \[K\] = \[4\]"):
         model.add_file(init=torch.ones(3))
 
 
@@ -304,7 +327,7 @@ def test_adaptation_touches_only_the_new_vector():
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["head.weight"]
     assert all(parameter.grad is None for parameter in model.parameters())
-    with pytest.raises(ValueError, match="file_id: got 9, the model has files 0 to 3"):
+    with pytest.raises(ValueError, match="file_id is 9; it must be from 0 to 3"):
         adapt_file(model, 9, [batch])
 
 
@@ -351,11 +374,14 @@ def test_sampling_is_seeded_and_eos_ends():
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
     greedy = generate(model, prompts[:1], files[:1], max_new_tokens=8)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        narrowed = generate(model, prompts[:1], files[:1], max_new_tokens=8, temperature=1.0, **narrow)
+        assert torch.equal(narrowed, greedy)
     eos = int(greedy[0, 4])
     assert generate(model, prompts[:1], files[:1], max_new_tokens=8, eos_id=eos).shape == (1, 5)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match="temperature is -1; it must be at least 0"):
         generate(model, prompts, files, max_new_tokens=1, temperature=-1)
-    with pytest.raises(ValueError, match="inputs"):
+    with pytest.raises(ValueError, match="inputs has the shape"):
         generate(model, prompts[:, :0], files, max_new_tokens=1)
 
 
@@ -374,7 +400,7 @@ def test_a_trained_model_answers_by_file():
     prompts = ["q", "q", "a longer prompt than the window, q"]
     assert generate_text(model, tokenizer, prompts[:2], [1, 0], max_new_tokens=6) == ["no", "yes"]
     assert len(generate_text(model, tokenizer, prompts, [2, 1, 0], max_new_tokens=3)) == 3
-    with pytest.raises(ValueError, match="file_ids: got 1"):
+    with pytest.raises(ValueError, match="file_ids has 1 entries"):
         generate_text(model, tokenizer, prompts, [0], max_new_tokens=1)
 
 

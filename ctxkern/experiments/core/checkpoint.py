@@ -4,18 +4,22 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_atomic
+from ctxkern.experiments.core.names import printable, utf8_alias
 
 LAST, BEST = "last.safetensors", "best.safetensors"
-_FORMAT = "ctxkern-checkpoint-1"
+_FORMAT = "ctxkern-checkpoint-2"
+# under this key an object of the JSON stands for what JSON has not
+_KIND = "kind"
 
 
 class CheckpointError(RuntimeError):
@@ -24,35 +28,65 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Checkpoint:
-    """What :func:`load_checkpoint` read: ``step``, the caller's ``config`` and ``extra``."""
+    """What `load_checkpoint` read: `step`, the caller's `config` and `extra`."""
 
     step: int
     config: dict
     extra: dict = field(default_factory=dict)
 
 
-def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    tensors, seen = {}, set()
-    for name, value in model.state_dict().items():
+class _Packer:
+    """Turns values into JSON and collects their tensors, which safetensors wants apart and without shared memory."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._storages: set[int] = set()
+
+    def pack(self, value: object, name: str) -> object:
+        """`value` as JSON: a tensor, number, string, None, or a list, tuple or dict of these. `name` is its place."""
+        if isinstance(value, torch.Tensor):
+            return self._pack_tensor(value, name)
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, list):
+            return [self.pack(entry, f"{name}.{i}") for i, entry in enumerate(value)]
+        if isinstance(value, tuple):
+            return {_KIND: "tuple", "entries": self.pack(list(value), name)}
+        if isinstance(value, Mapping):
+            pairs = [[self.pack(key, name), self.pack(entry, f"{name}.{key}")] for key, entry in value.items()]
+            return {_KIND: "dict", "pairs": pairs}
+        raise CheckpointError(
+            f"{name} is of the type {type(value).__name__}; it must be a tensor, number, string, None, or a list, "
+            "tuple or dict of these"
+        )
+
+    def _pack_tensor(self, value: torch.Tensor, name: str) -> dict[str, str]:
         value = value.detach().cpu().contiguous()
-        # safetensors refuses tied weights
-        if value.numel() and value.untyped_storage().data_ptr() in seen:
+        # tied weights
+        if value.numel() and value.untyped_storage().data_ptr() in self._storages:
             value = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
-        tensors[f"model.{name}"] = value
-    return tensors
+        self._storages.add(value.untyped_storage().data_ptr())
+        while name in self.tensors:
+            name += "+"
+        self.tensors[name] = value
+        return {_KIND: "tensor", "name": name}
 
 
-def _optimizer_parts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
-    state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                scalars.setdefault(str(index), {})[key] = value
-    return tensors, {"scalars": scalars, "sizes": [len(group["params"]) for group in state["param_groups"]]}
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of `_Packer.pack`."""
+    if isinstance(value, list):
+        return [_unpack(entry, tensors) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if value[_KIND] == "tensor":
+        return tensors[value["name"]]
+    if value[_KIND] == "tuple":
+        return tuple(_unpack(value["entries"], tensors))
+    return {_unpack(key, tensors): _unpack(entry, tensors) for key, entry in value["pairs"]}
+
+
+def _group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -76,40 +110,48 @@ def save_checkpoint(
 
     Args:
         path: the file; its folder must exist.
-        model: its ``state_dict`` is saved in the dtypes that it has.
-        optimizer: any ``torch.optim`` optimizer whose state holds tensors and plain numbers; None saves none.
+        model: its `state_dict` is saved in the dtypes that it has, `get_extra_state` included.
+        optimizer: any `torch.optim` optimizer; None saves none.
         step: training steps completed.
-        config: JSON-able; compared by :func:`load_checkpoint`.
-        extra: JSON-able; handed back by :func:`load_checkpoint`.
+        config: JSON-able; compared by `load_checkpoint`.
+        extra: JSON-able; handed back by `load_checkpoint`.
+
+    Raises:
+        CheckpointError: an extra state or optimizer state of objects other than tensors, numbers, strings, None and
+            lists, tuples and dicts of these.
     """
     safetensors = require("safetensors.torch")
-    tensors = _model_tensors(model)
-    meta = {"format": _FORMAT, "step": step, "config": dict(config or {}), "extra": dict(extra or {})}
+    packer = _Packer()
+    meta: dict = {"format": _FORMAT, "step": step, "config": dict(config or {}), "extra": dict(extra or {})}
+    meta["model"] = {name: packer.pack(value, f"model.{name}") for name, value in model.state_dict().items()}
     if optimizer is not None:
-        state, meta["optimizer"] = _optimizer_parts(optimizer)
-        tensors |= state
-    meta["crc32"] = _checksum(tensors)
+        state = packer.pack(optimizer.state_dict()["state"], "optimizer")
+        meta["optimizer"] = {"state": state, "sizes": _group_sizes(optimizer)}
+    meta["crc32"] = _checksum(packer.tensors)
     metadata = {"ctxkern": json.dumps(meta)}
-    write_atomic(path, lambda temporary: safetensors.save_file(tensors, temporary, metadata=metadata))
+    write_atomic(path, lambda temporary: safetensors.save_file(packer.tensors, temporary, metadata=metadata))
 
 
 @contextlib.contextmanager
-def _open(path: Path):
+def _open(path: Path) -> Iterator[Any]:
     safetensors = require("safetensors")
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise CheckpointError(f"no checkpoint at {printable(path)}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with utf8_alias(path.parent) as folder, safetensors.safe_open(folder / path.name, framework="pt") as file:
             yield file
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise CheckpointError(f"{printable(path)} is damaged or no safetensors file: {error}") from error
 
 
 def _read_meta(path: Path) -> dict:
     with _open(path) as file:
         meta = json.loads((file.metadata() or {}).get("ctxkern", "{}"))
     if meta.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no ctxkern checkpoint: format {meta.get('format')!r}, not {_FORMAT!r}")
+        found = meta.get("format")
+        raise CheckpointError(
+            f"{printable(path)} is no checkpoint of this version: its format is {found!r}; it must be {_FORMAT!r}"
+        )
     return meta
 
 
@@ -118,7 +160,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     with _open(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _checksum(tensors) != meta["crc32"]:
-        raise CheckpointError(f"{path} is damaged: the checksum of its tensors differs from the stored one")
+        raise CheckpointError(f"{printable(path)} is damaged: the checksum of its tensors differs from the stored one")
     return tensors, meta
 
 
@@ -132,7 +174,7 @@ def read_step(path: str | os.PathLike) -> int:
 
 
 def check_config(stored: Mapping, given: Mapping, where: object) -> None:
-    """Raise :class:`CheckpointError` naming each key whose values differ, with both values."""
+    """Raise `CheckpointError` naming each key whose values differ, with both values."""
     missing = object()
     differing = [
         f"{key} is {stored.get(key)!r} there and {given.get(key)!r} here"
@@ -150,38 +192,43 @@ def load_checkpoint(
     *,
     config: Mapping | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint into ``model`` (and ``optimizer``) in place, bit for bit.
+    """Read a checkpoint into `model` (and `optimizer`) in place, bit for bit.
 
     Raises:
-        CheckpointError: no such file; damaged; ``config`` is given and differs from the stored one; tensors of other
+        CheckpointError: no such file; damaged; `config` is given and differs from the stored one; tensors of other
             names or shapes than the model has; no optimizer state, or of another number of parameters.
     """
     path = Path(path)
     tensors, meta = _read(path)
     if config is not None:
-        check_config(meta["config"], json.loads(json.dumps(dict(config))), path)
-    states = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        check_config(meta["config"], json.loads(json.dumps(dict(config))), printable(path))
+    states = {name: _unpack(value, tensors) for name, value in meta["model"].items()}
     expected = model.state_dict()
     for name in sorted({*states, *expected}):
-        there, here = (tuple(side[name].shape) if name in side else "absent" for side in (states, expected))
+        there, here = (_describe(side, name) for side in (states, expected))
         if there != here:
-            raise CheckpointError(f"{path} does not fit the model: {name} is {there} there and {here} in the model")
+            raise CheckpointError(
+                f"{printable(path)} does not fit the model: {name} is {there} there and {here} in the model"
+            )
     if optimizer is not None:
         _load_optimizer(path, optimizer, tensors, meta)
     model.load_state_dict(states)
     return Checkpoint(meta["step"], meta["config"], meta["extra"])
 
 
+def _describe(state: Mapping[str, object], name: str) -> object:
+    """The shape of a tensor; an extra state may be of any kind."""
+    if name not in state:
+        return "absent"
+    value = state[name]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) and not name.endswith("_extra_state") else "present"
+
+
 def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, tensors: Mapping, meta: Mapping) -> None:
     if "optimizer" not in meta:
-        raise CheckpointError(f"{path} holds no optimizer state")
-    current = optimizer.state_dict()
-    sizes = [len(group["params"]) for group in current["param_groups"]]
-    if sizes != meta["optimizer"]["sizes"]:
-        raise CheckpointError(f"{path}: parameter groups of {meta['optimizer']['sizes']} there and {sizes} here")
-    state = {int(index): dict(entries) for index, entries in meta["optimizer"]["scalars"].items()}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+        raise CheckpointError(f"{printable(path)} holds no optimizer state")
+    sizes, stored = _group_sizes(optimizer), meta["optimizer"]
+    if sizes != stored["sizes"]:
+        raise CheckpointError(f"{printable(path)}: parameter groups of {stored['sizes']} there and {sizes} here")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": _unpack(stored["state"], tensors), "param_groups": groups})

@@ -1,13 +1,15 @@
+"""Packages that only the experiments need."""
+
 import importlib
 from types import ModuleType
 
 
 class MissingExtraError(ImportError):
-    """A package of the ``train`` extra is not installed."""
+    """A package of the `train` extra is not installed."""
 
 
 def require(module: str) -> ModuleType:
-    """Import ``module``, or raise :class:`MissingExtraError` saying how to install it."""
+    """Import `module`, or raise `MissingExtraError` saying how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

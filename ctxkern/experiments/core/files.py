@@ -19,9 +19,9 @@ def _fsync(path: Path) -> None:
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)`` and move the result to ``path``: readers see the old file or the new, never a part.
+    """Call `write(temporary)` and move the result to `path`: readers see the old file or the new, never a part.
 
-    The temporary lies in the folder of ``path``; file and folder are flushed to the disk. If ``write`` fails, ``path``
+    The temporary lies in the folder of `path`; file and folder are flushed to the disk. If `write` fails, `path`
     is as it was.
     """
     path = Path(path)
@@ -45,16 +45,16 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], object]) -> No
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """:func:`write_atomic` of a UTF-8 text with ``\\n`` line ends."""
+    """`write_atomic` of a UTF-8 text with `\\n` line ends."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_json_atomic(path: str | os.PathLike, value: object) -> None:
-    """:func:`write_atomic` of ``value`` as indented JSON."""
+    """`write_atomic` of `value` as indented JSON."""
     write_text_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Delete the temporaries that killed writers left in ``folder``."""
+    """Delete the temporaries that killed writers left in `folder`."""
     for leftover in Path(folder).glob(TEMP_PREFIX + "*"):
         leftover.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The training loop: progress, logs, validation, checkpoints, and a resume that ends in the same bits.
 
-All randomness of a step is seeded from ``(seed, step)``, batches are a function of the step, and the checkpoint holds
+All randomness of a step is seeded from `(seed, step)`, batches are a function of the step, and the checkpoint holds
 model, optimizer and step: so a run that was killed and resumed computes what an uninterrupted one computes.
 """
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch import nn
 from ctxkern.experiments.core import checkpoint as ckpt
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers
+from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.runlog import RunLog
 from ctxkern.experiments.core.seeding import derive_seed
 
@@ -26,22 +27,24 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss or its gradient is not finite."""
+    """Training cannot continue: the loss or its gradient is not finite."""
 
 
 class BatchSource(Protocol):
     """Endless batches from any step on."""
 
-    def iterate(self, start_step: int) -> Iterator[Batch]: ...
+    def iterate(self, start_step: int) -> Iterator[Batch]:
+        """The batches from `start_step` on."""
 
 
 class StepBatches:
-    """The batches ``batch_at(step)`` of a function."""
+    """The batches `batch_at(step)` of a function."""
 
     def __init__(self, batch_at: Callable[[int], Batch]):
         self.batch_at = batch_at
 
     def iterate(self, start_step: int) -> Iterator[Batch]:
+        """The batches from `start_step` on."""
         step = start_step
         while True:
             yield self.batch_at(step)
@@ -49,29 +52,30 @@ class StepBatches:
 
 
 class LoaderBatches:
-    """The batches of a ``DataLoader`` whose ``batch_sampler`` has ``set_epoch(epoch, start_batch)``, epoch after epoch.
+    """The batches of a `DataLoader` whose `batch_sampler` has `set_epoch(epoch, start_batch)`, epoch after epoch.
 
     Raises:
-        TypeError: the batch sampler has no ``set_epoch``.
+        TypeError: the batch sampler has no `set_epoch`.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader):
-        if not hasattr(loader.batch_sampler, "set_epoch"):
-            raise TypeError(f"loader: its batch_sampler {type(loader.batch_sampler).__name__} has no set_epoch")
-        self.loader = loader
+        self.loader, self.sampler = loader, cast(Any, loader.batch_sampler)
+        if not hasattr(self.sampler, "set_epoch"):
+            kind = type(self.sampler).__name__
+            raise TypeError(f"the batch_sampler of loader is a {kind}; it must have a method set_epoch")
 
     def iterate(self, start_step: int) -> Iterator[Batch]:
-        sampler = self.loader.batch_sampler
-        epoch, position = divmod(start_step, len(sampler))
+        """The batches from `start_step` on."""
+        epoch, position = divmod(start_step, len(self.sampler))
         while True:
-            sampler.set_epoch(epoch, position)
+            self.sampler.set_epoch(epoch, position)
             yield from self.loader
             epoch, position = epoch + 1, 0
 
 
 @dataclass
 class LoopConfig:
-    """Settings of :func:`fit`.
+    """Settings of `fit`.
 
     Attributes:
         steps: the step to train to.
@@ -79,9 +83,9 @@ class LoopConfig:
         seed: of everything random in a step.
         grad_clip: largest norm of all gradients together; None does not clip.
         log_every, eval_every, checkpoint_every: steps between; None: at the end only.
-        config: JSON-able; a checkpoint of another ``config`` is refused.
-        resume: go on from the last checkpoint, or from the start where there is none.
-        progress: a bar on a terminal, a line an evaluation.
+        config: JSON-able; a checkpoint of another `config` is refused.
+        resume: continue from the last checkpoint, or from the start where there is none.
+        progress: a bar on a terminal, a line per evaluation.
     """
 
     steps: int
@@ -95,22 +99,22 @@ class LoopConfig:
     resume: bool = False
     progress: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, takes at least 1")
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.grad_clip is not None and self.grad_clip <= 0:
-            raise ValueError(f"grad_clip: got {self.grad_clip}, takes a positive number or None")
+            raise ValueError(f"grad_clip is {self.grad_clip}; it must be above 0, or None")
 
 
 @dataclass
 class FitResult:
-    """How a call of :func:`fit` ended.
+    """How a call of `fit` ended.
 
-    ``step`` of ``steps`` are done; ``interrupted`` is the signal that ended it early, or None; ``first`` and ``last``
-    are the validation losses by name of the first and the last evaluation (empty without one); ``best_loss`` is the
-    lowest mean of an evaluation, at ``best_step``.
+    `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `first` and `last`
+    are the validation losses by name of the first and the last evaluation (empty without one); `best_loss` is the
+    lowest mean of an evaluation, at `best_step`.
     """
 
     step: int
@@ -123,7 +127,7 @@ class FitResult:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
-    """Factor of the learning rate at ``step``: linear over ``warmup`` steps, then a half cosine down to ``floor``."""
+    """Factor of the learning rate at `step`: linear over `warmup` steps, then a half cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -133,7 +137,7 @@ def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> flo
 class _Signals:
     """Remembers the first SIGINT or SIGTERM; a second one acts as if unhandled."""
 
-    def __enter__(self):
+    def __enter__(self) -> "_Signals":
         self.received: signal.Signals | None = None
         self._before = {}
         # handlers can be set in the main thread only
@@ -157,7 +161,18 @@ def _count_tokens(batch: Batch) -> int:
 
 
 class _Run:
-    def __init__(self, model, optimizer, batches, config, loss_fn, evaluate, lr_factor):
+    """One call of `fit`: its arguments, its logs, and how far it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: BatchSource | Callable[[int], Batch],
+        config: LoopConfig,
+        loss_fn: Callable[[nn.Module, Batch], torch.Tensor],
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
+        lr_factor: Callable[[int], float],
+    ):
         self.model, self.optimizer, self.config = model, optimizer, config
         self.batches = batches if hasattr(batches, "iterate") else StepBatches(batches)
         self.loss_fn, self.evaluate_fn, self.lr_factor = loss_fn, evaluate, lr_factor
@@ -177,7 +192,9 @@ class _Run:
         result, path = self.result, self.run_dir / ckpt.LAST
         state = ckpt.load_checkpoint(path, self.model, self.optimizer, config=self.config.config)
         if state.step > self.config.steps:
-            raise ckpt.CheckpointError(f"steps: got {self.config.steps}, but {path} is at step {state.step}")
+            raise ckpt.CheckpointError(
+                f"steps is {self.config.steps}; it must be at least {state.step}, the step of {printable(path)}"
+            )
         result.step = self.saved_step = state.step
         result.best_step, result.best_loss = state.extra["best_step"], state.extra["best_loss"]
 
@@ -200,7 +217,7 @@ class _Run:
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise TrainingError(
                         f"step {step}: the loss is {loss}, its gradient norm {norm}: lower the learning rate "
-                        f"(checkpoints in {self.run_dir} are from before)"
+                        f"(checkpoints in {printable(self.run_dir)} are from before)"
                     )
                 row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
                 self.log.write(row, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr})
@@ -208,6 +225,8 @@ class _Run:
         self.log.flush()
 
     def _evaluate(self) -> None:
+        if self.evaluate_fn is None:
+            return
         self._flush()
         result, training = self.result, self.model.training
         self.model.eval()
@@ -219,15 +238,15 @@ class _Run:
         finite = [loss for loss in values.values() if loss is not None]
         mean = sum(finite) / len(finite) if finite else None
         scalars = {f"validation/{name}": loss for name, loss in values.items() if loss is not None}
-        if finite:
+        if mean is not None:
             scalars["validation_mean"] = mean
         self.log.write({"step": result.step, "mean": mean, "validation": values}, scalars)
         self.log.flush()
-        if finite and (result.best_loss is None or mean < result.best_loss):
+        if mean is not None and (result.best_loss is None or mean < result.best_loss):
             result.best_step, result.best_loss = result.step, mean
             path = self.run_dir / ckpt.BEST
             ckpt.save_checkpoint(path, self.model, step=result.step, config=self.config.config, extra={"mean": mean})
-        if finite and self.config.progress:
+        if mean is not None and self.config.progress:
             self.bar.write(f"step {result.step}: mean validation loss {mean:.4f}")
 
     def _step(self, batch: Batch) -> None:
@@ -263,7 +282,7 @@ class _Run:
                 self._flush()
                 rate = tokens / (time.perf_counter() - began)
                 self.bar.set_postfix_str(f"loss {self.latest_loss:.3f}, {rate:,.0f} tokens/s")
-            if self.evaluate_fn and self._due(config.eval_every):
+            if self._due(config.eval_every):
                 self._evaluate()
             if self._due(config.checkpoint_every):
                 self._save()
@@ -271,6 +290,7 @@ class _Run:
                 return
 
     def run(self) -> FitResult:
+        """Train to the end, or to a signal."""
         result = self.result
         tqdm = require("tqdm").tqdm
         self.log = RunLog(self.run_dir, result.step)
@@ -280,7 +300,7 @@ class _Run:
         self.bar = tqdm(total=result.steps, initial=result.step, unit="step", dynamic_ncols=True, disable=disable)
         try:
             with self.bar, _Signals() as signals:
-                if self.evaluate_fn and result.step == 0:
+                if result.step == 0:
                     self._evaluate()
                 if result.step < result.steps:
                     self._train(signals)
@@ -308,25 +328,25 @@ def fit(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     lr_factor: Callable[[int], float] = lambda step: 1.0,
 ) -> FitResult:
-    """Train ``model`` to ``config.steps`` steps and leave logs and checkpoints in ``config.run_dir``.
+    """Train `model` to `config.steps` steps and leave logs and checkpoints in `config.run_dir`.
 
-    Writes ``last.safetensors`` every ``checkpoint_every`` steps, at the end, and on SIGINT or SIGTERM (which end the
-    call early; a second one acts at once); ``best.safetensors`` at the lowest mean validation loss; ``metrics.jsonl``,
-    a row a step and a row an evaluation; TensorBoard events in ``logs``. A resumed run ends in the same bits as one
+    Writes `last.safetensors` every `checkpoint_every` steps, at the end, and on SIGINT or SIGTERM (which end the
+    call early; a second one acts at once); `best.safetensors` at the lowest mean validation loss; `metrics.jsonl`,
+    a row per step and a row per evaluation; TensorBoard events in `logs`. A resumed run ends in the same bits as one
     that was never stopped, given the same machine, thread count and arguments.
 
     Args:
         model: trained in place, on the device of its first parameter.
-        optimizer: over parameters of ``model``; each group's ``lr`` is multiplied by ``lr_factor(step)``.
-        batches: a function of the step, counted from 0, or an object with ``iterate(start_step)``. Batches are mappings
+        optimizer: over parameters of `model`; each group's `lr` is multiplied by `lr_factor(step)`.
+        batches: a function of the step, counted from 0, or an object with `iterate(start_step)`. Batches are mappings
             of tensors and are moved to the model's device.
         config: the settings.
-        loss_fn: ``(model, batch)`` to a scalar; torch's random draws in it are seeded from ``(seed, step)``.
-        evaluate: ``(model)``, in eval mode without gradients, to a loss by name (nan: no data); called before the first
-            step, every ``eval_every`` steps and after the last.
+        loss_fn: `(model, batch)` to a scalar; torch's random draws in it are seeded from `(seed, step)`.
+        evaluate: `(model)`, in eval mode without gradients, to a loss by name (nan: no data); called before the first
+            step, every `eval_every` steps and after the last.
 
     Raises:
-        CheckpointError: see :func:`ctxkern.experiments.core.checkpoint.load_checkpoint`; the run is past ``steps``.
+        CheckpointError: see `load_checkpoint`; the run is past `steps`.
         TrainingError: the loss or its gradient is not finite; the checkpoint of before stays.
     """
     return _Run(model, optimizer, batches, config, loss_fn, evaluate, lr_factor).run()

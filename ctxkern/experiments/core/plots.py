@@ -2,8 +2,11 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_atomic
@@ -33,24 +36,49 @@ STYLE = {
     "legend.frameon": False,
     "figure.facecolor": "white",
     "savefig.dpi": 150,
+    # file names hold $, _ and %
+    "text.parse_math": False,
+    "text.usetex": False,
 }
 # more files than this share one panel
 _MAX_PANELS = 36
 _NAMED_LINES = 5
 
 
-def save_figure(draw: Callable, path: str | os.PathLike, figsize: tuple[float, float]) -> None:
-    """Make a figure in the project's style, let ``draw(figure)`` fill it, and write it to ``path`` as PNG."""
-    matplotlib = require("matplotlib")
+def require_matplotlib() -> ModuleType:
+    """matplotlib, whatever `MPLBACKEND` names: it reads the variable when it is first imported, and fails if it is bad.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    before = os.environ.pop("MPLBACKEND", None)
+    try:
+        return require("matplotlib")
+    finally:
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
+
+
+def save_figure(draw: Callable[[Any], None], path: str | os.PathLike, figsize: tuple[float, float]) -> None:
+    """Make a figure in the project's style, let `draw(figure)` fill it, and write it to `path` as PNG.
+
+    Uses the Agg canvas directly, so that neither the backend in use nor pyplot's state matters or changes. Text is
+    shown as it is, without mathematical notation.
+    """
+    matplotlib = require_matplotlib()
     figure_class = require("matplotlib.figure").Figure
-    with matplotlib.rc_context(STYLE):
+    canvas_class = require("matplotlib.backends.backend_agg").FigureCanvasAgg
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # a name in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         figure = figure_class(figsize=figsize, layout="constrained")
+        canvas_class(figure)
         draw(figure)
         write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average with bias correction; ``weight`` in [0, 1) is the share of the past."""
+    """Exponential moving average with bias correction; `weight` in [0, 1) is the share of the past."""
     out, average, norm = [], 0.0, 0.0
     for value in values:
         average = weight * average + (1 - weight) * value
@@ -60,7 +88,7 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
 
 
 def short_name(name: str, width: int) -> str:
-    """``name`` without its suffix, its middle cut out to fit ``width`` characters."""
+    """`name` without its suffix, its middle cut out to fit `width` characters."""
     stem = name.rsplit(".", 1)[0] if "." in Path(name).name[1:] else name
     if len(stem) <= width:
         return stem
@@ -81,7 +109,7 @@ def _curves(rows: Sequence[Mapping]) -> tuple[list, list, list, dict[str, tuple[
     return train, mean, list(files), files
 
 
-def _draw_overall(axes, train: list, mean: list, label: str) -> None:
+def _draw_overall(axes: Any, train: list, mean: list, label: str) -> None:
     level = math.inf
     if train:
         steps, losses = zip(*train, strict=True)
@@ -106,14 +134,14 @@ def _draw_overall(axes, train: list, mean: list, label: str) -> None:
             fontweight="bold",
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
     if train or mean:
         axes.legend(loc="best")
 
 
-def _draw_panels(figure, names: list[str], files: Mapping, columns: int) -> None:
+def _draw_panels(figure: Any, names: list[str], files: Mapping, columns: int) -> None:
     rows = math.ceil(len(names) / columns)
     # room for the figures above the curves
     top = 1.3 * max(max(losses) for _, losses in files.values())
@@ -137,7 +165,7 @@ def _draw_panels(figure, names: list[str], files: Mapping, columns: int) -> None
     figure.suptitle("validation loss by file (grey: all the others)", fontsize=10, x=0.01, ha="left")
 
 
-def _draw_lines(figure, names: list[str], files: Mapping) -> None:
+def _draw_lines(figure: Any, names: list[str], files: Mapping) -> None:
     axes = figure.subplots()
     ranked = sorted(names, key=lambda name: files[name][1][-1])
     named = {*ranked[:_NAMED_LINES], *ranked[-_NAMED_LINES:]}
@@ -160,7 +188,7 @@ def _draw_lines(figure, names: list[str], files: Mapping) -> None:
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "relpos": (0, 0.5)},
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"validation loss by file ({len(names)} files; the {_NAMED_LINES} lowest and highest named)")
 
 
@@ -168,7 +196,7 @@ def plot_losses(rows: Sequence[Mapping], path: str | os.PathLike, *, title: str 
     """The loss plot of a run: training loss with mean validation loss, and below it each file's validation loss.
 
     Args:
-        rows: of :func:`ctxkern.experiments.core.runlog.read_metrics`.
+        rows: of `read_metrics`.
         path: the PNG to write, whole or not at all.
         title: above the first panel.
     """
@@ -183,7 +211,7 @@ def plot_losses(rows: Sequence[Mapping], path: str | os.PathLike, *, title: str 
 
     label = "validation" if len(names) == 1 else "validation, mean over files"
 
-    def draw(figure) -> None:
+    def draw(figure: Any) -> None:
         parts = figure.subfigures(2, 1, height_ratios=[3.4, below]) if below else [figure]
         axes = parts[0].subplots()
         axes.set_title(title)

@@ -1,17 +1,19 @@
-"""What a run leaves behind as it goes: ``metrics.jsonl`` and TensorBoard events."""
+"""What a run leaves behind as it goes: `metrics.jsonl` and TensorBoard events."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_text_atomic
+from ctxkern.experiments.core.names import printable, utf8_alias
 
 METRICS, LOGS = "metrics.jsonl", "logs"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The rows of ``metrics.jsonl``, up to a line that a kill cut off."""
+    """The rows of `metrics.jsonl`, up to a line that a kill cut off."""
     path = Path(run_dir) / METRICS
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -23,7 +25,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 class RunLog:
-    """Both logs, cut back to ``start_step`` so that a resumed run leaves no row twice.
+    """Both logs, cut back to `start_step` so that a resumed run leaves no row twice.
 
     Args:
         run_dir: existing folder.
@@ -35,19 +37,25 @@ class RunLog:
         write_text_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = (run_dir / METRICS).open("a", encoding="utf-8", newline="\n")
         writer = require("torch.utils.tensorboard").SummaryWriter
-        self._board = writer(str(run_dir / LOGS), purge_step=start_step + 1 if start_step else 0)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(utf8_alias(run_dir))
+            self._board = writer(str(folder / LOGS), purge_step=start_step + 1 if start_step else 0)
+            self._alias = stack.pop_all()
 
     def write(self, row: dict, scalars: Mapping[str, float]) -> None:
-        """Append ``row`` (with its ``step``) to the file and ``scalars`` to TensorBoard."""
+        """Append `row` (with its `step`) to the file and `scalars` to TensorBoard."""
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, row["step"])
+            self._board.add_scalar(printable(name), value, row["step"])
 
     def flush(self) -> None:
+        """Hand both logs' rows to the operating system."""
         self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
+        """Flush and close both logs."""
         self._file.close()
         self._board.close()
+        self._alias.close()

@@ -1,3 +1,5 @@
+"""Seeds derived from names and numbers."""
+
 import hashlib
 
 import torch
@@ -10,5 +12,5 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded with :func:`derive_seed` of the parts."""
+    """A CPU generator seeded with `derive_seed` of the parts."""
     return torch.Generator().manual_seed(derive_seed(*parts))

@@ -1,3 +1,5 @@
+"""Text to token ids and back: characters or bytes."""
+
 import json
 import os
 from collections.abc import Iterable
@@ -7,9 +9,9 @@ from ctxkern.experiments.core.files import write_text_atomic
 
 
 class CharTokenizer:
-    """One id a character, the vocabulary taken from the training text; characters outside it become ``<unk>``.
+    """One id per character, the vocabulary taken from the training text; characters outside it become `<unk>`.
 
-    Ids 0 to 3 are ``<pad>``, ``<sep>``, ``<eos>``, ``<unk>``; the characters follow in code point order. The specials
+    Ids 0 to 3 are `<pad>`, `<sep>`, `<eos>`, `<unk>`; the characters follow in code point order. The specials
     cannot be produced by encoding text.
 
     Args:
@@ -26,25 +28,26 @@ class CharTokenizer:
         self.characters = sorted(set(characters))
         for character in self.characters:
             if not isinstance(character, str) or len(character) != 1:
-                raise TypeError(f"characters: got the entry {character!r}, each must be one character")
+                raise TypeError(f"characters has the entry {character!r}; each must be one character")
         self._ids = {character: len(self.specials) + i for i, character in enumerate(self.characters)}
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is every character of ``texts``."""
+        """The tokenizer whose vocabulary is every character of `texts`."""
         return cls(set().union(*texts))
 
     @property
     def vocab_size(self) -> int:
+        """How many ids there are, specials included."""
         return len(self.specials) + len(self.characters)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the characters of ``text``, without specials."""
+        """Ids of the characters of `text`, without specials."""
         ids, unknown = self._ids, self.unk_id
         return [ids.get(character, unknown) for character in text]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``: ``<unk>`` becomes U+FFFD, the other specials nothing.
+        """The text of `ids`: `<unk>` becomes U+FFFD, the other specials nothing.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -53,7 +56,7 @@ class CharTokenizer:
         out = []
         for i in map(int, ids):
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"ids: got {i}, the vocabulary has ids 0 to {self.vocab_size - 1}")
+                raise ValueError(f"an id is {i}; it must be from 0 to {self.vocab_size - 1}")
             if i >= first:
                 out.append(self.characters[i - first])
             elif i == self.unk_id:
@@ -61,7 +64,8 @@ class CharTokenizer:
         return "".join(out)
 
     def to_json(self) -> str:
-        return json.dumps({"type": "chars", "characters": "".join(self.characters)})
+        """What `tokenizer_from_json` reads. The characters are a list: joined, two lone surrogates would become one."""
+        return json.dumps({"type": "chars", "characters": self.characters})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CharTokenizer) and self.characters == other.characters
@@ -70,7 +74,7 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, then ``<pad>`` 256, ``<sep>`` 257, ``<eos>`` 258. Nothing is unknown."""
+    """UTF-8 bytes as ids 0 to 255, then `<pad>` 256, `<sep>` 257, `<eos>` 258. Nothing is unknown."""
 
     specials = ("<pad>", "<sep>", "<eos>")
     pad_id, sep_id, eos_id = range(256, 259)
@@ -78,11 +82,11 @@ class ByteTokenizer:
     vocab_size = 259
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of ``text``, without specials; lone surrogates keep their three-byte form."""
+        """The bytes of `text`, without specials; lone surrogates keep their three-byte form."""
         return list(text.encode("utf-8", "surrogatepass"))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``: specials become nothing, bytes that are not UTF-8 U+FFFD.
+        """The text of `ids`: specials become nothing, bytes that are not UTF-8 U+FFFD.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -90,10 +94,11 @@ class ByteTokenizer:
         ids = [int(i) for i in ids]
         outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if outside is not None:
-            raise ValueError(f"ids: got {outside}, the vocabulary has ids 0 to {self.vocab_size - 1}")
+            raise ValueError(f"an id is {outside}; it must be from 0 to {self.vocab_size - 1}")
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
     def to_json(self) -> str:
+        """What `tokenizer_from_json` reads."""
         return json.dumps({"type": "bytes"})
 
     def __eq__(self, other: object) -> bool:
@@ -107,7 +112,7 @@ TOKENS = ("chars", "bytes")
 
 
 def build_tokenizer(tokens: str, texts: Iterable[str]) -> Tokenizer:
-    """``"chars"``: a :class:`CharTokenizer` of ``texts``; ``"bytes"``: a :class:`ByteTokenizer`.
+    """`"chars"`: a `CharTokenizer` of `texts`; `"bytes"`: a `ByteTokenizer`.
 
     Raises:
         ValueError: another name.
@@ -116,11 +121,11 @@ def build_tokenizer(tokens: str, texts: Iterable[str]) -> Tokenizer:
         return CharTokenizer.from_texts(texts)
     if tokens == "bytes":
         return ByteTokenizer()
-    raise ValueError(f"tokens: got {tokens!r}, takes one of {TOKENS}")
+    raise ValueError(f"tokens is {tokens!r}; it must be one of {', '.join(TOKENS)}")
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
-    """The inverse of ``to_json``.
+    """The inverse of `to_json`.
 
     Raises:
         ValueError: not a tokenizer's JSON.
@@ -133,15 +138,15 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         if kind == "chars":
             return CharTokenizer(value["characters"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"text: not the JSON of a tokenizer ({error!r})") from error
-    raise ValueError(f"text: tokenizer type {kind!r}, takes one of {TOKENS}")
+        raise ValueError(f"text is not the JSON of a tokenizer ({error!r})") from error
+    raise ValueError(f"the tokenizer's type is {kind!r}; it must be one of {', '.join(TOKENS)}")
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
-    """Write ``tokenizer`` as JSON, whole or not at all."""
+    """Write `tokenizer` as JSON, whole or not at all."""
     write_text_atomic(path, tokenizer.to_json() + "\n")
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Read what :func:`save_tokenizer` wrote."""
+    """Read what `save_tokenizer` wrote."""
     return tokenizer_from_json(Path(path).read_text(encoding="utf-8"))

@@ -19,12 +19,12 @@ def adapt_file(
     lr: float = 0.05,
     weight_decay: float = 0.0,
 ) -> list[float]:
-    """Train the context vector of ``file_id`` with Adam, a step a batch; every other weight keeps its bits.
+    """Train the context vector of `file_id` with Adam, one step per batch; every other weight keeps its bits.
 
     Args:
         model: in eval mode during the call, so without dropout.
-        file_id: from :meth:`MultiFileTransformer.add_file`, or an older file.
-        batches: of :class:`ctxkern.experiments.multifile.data.Collator`; their own file ids are ignored.
+        file_id: from `MultiFileTransformer.add_file`, or an older file.
+        batches: of `Collator`; the file ids in them are ignored.
         lr: learning rate.
         weight_decay: decoupled, towards zero.
 
@@ -35,7 +35,7 @@ def adapt_file(
         ValueError: no such file.
     """
     if not 0 <= file_id < model.config.num_files:
-        raise ValueError(f"file_id: got {file_id}, the model has files 0 to {model.config.num_files - 1}")
+        raise ValueError(f"file_id is {file_id}; it must be from 0 to {model.config.num_files - 1}")
     weight = model.context_embeddings.weight
     vector = weight[file_id : file_id + 1].detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW([vector], lr=lr, weight_decay=weight_decay)

@@ -1,11 +1,12 @@
 """A causal transformer whose attention is modulated by a learned vector of each file."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 
 import torch
 from torch import nn
 
+from ctxkern.experiments.core.settings import Settings, setting
 from ctxkern.nn import ContextModulatedAttention, EinsumContextModulatedAttention
 from ctxkern.nn.block import TransformerBlock
 
@@ -18,44 +19,39 @@ _EMBEDDING_STD = 0.2
 _HEAD_STD = 0.02
 
 
-@dataclass
-class MultiFileConfig:
-    """Sizes of a :class:`MultiFileTransformer`.
+@dataclass(kw_only=True)
+class ModelSettings(Settings):
+    """Sizes of a `MultiFileTransformer` that do not depend on the data.
 
-    Attributes:
-        vocab_size, num_files: rows of the token and context embeddings.
-        d_model, n_heads, n_layers, mlp_ratio: of the transformer.
-        context_dim: K, the length of a file's vector.
-        seq_len: the most positions.
-        dropout: in training.
-        init: of the bilinear tensors, see :class:`ctxkern.nn.ContextModulatedAttention`.
-        attention: ``"fused"``, or ``"einsum"`` for the same layer in plain einsum form.
+    Raises:
+        ValueError: a value that a setting does not accept; `d_model` is not a multiple of `n_heads`.
     """
 
-    vocab_size: int
-    num_files: int
-    d_model: int = 128
-    n_heads: int = 4
-    n_layers: int = 2
-    context_dim: int = 16
-    seq_len: int = 128
-    mlp_ratio: float = 4
-    dropout: float = 0.0
-    init: str = "normal"
-    attention: str = "fused"
+    d_model: int = setting(128, "width of the model", at_least=1, group="model")
+    n_heads: int = setting(4, "attention heads, a divisor of the width", at_least=1, group="model")
+    n_layers: int = setting(2, "transformer blocks", at_least=1, group="model")
+    context_dim: int = setting(16, "length of a file's context vector", at_least=1, group="model")
+    seq_len: int = setting(128, "tokens per sequence, at most", at_least=1, group="model")
+    dropout: float = setting(0.0, "share dropped in training", at_least=0, below=1, group="model")
+    init: str = setting("normal", "how the bilinear tensors start", choices=INITS, group="model")
+    attention: str = setting(
+        "fused", "the fused layer, or the same in plain einsum form", choices=tuple(ATTENTION), group="model"
+    )
 
-    def __post_init__(self):
-        for name in ("vocab_size", "num_files", "d_model", "n_heads", "n_layers", "context_dim", "seq_len"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, takes an integer of at least 1")
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads: got {self.n_heads}, takes a divisor of d_model, which is {self.d_model}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: got {self.dropout}, takes a share in [0, 1)")
-        for name, choices in (("init", INITS), ("attention", tuple(ATTENTION))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {choices}")
+            raise ValueError(f"n_heads is {self.n_heads}; it must be a divisor of d_model = {self.d_model}")
+
+
+@dataclass
+class MultiFileConfig(ModelSettings):
+    """Everything that a `MultiFileTransformer` is built from: `vocab_size` and `num_files` are the rows of the token
+    and context embeddings, `mlp_ratio` is the width of the hidden layer divided by `d_model`."""
+
+    vocab_size: int = setting(MISSING, "rows of the token embeddings", at_least=1)
+    num_files: int = setting(MISSING, "rows of the context embeddings", at_least=1)
+    mlp_ratio: float = field(default=4, kw_only=True)
 
 
 class _Embedding(nn.Embedding):
@@ -69,9 +65,9 @@ class _Head(nn.Linear):
 
 
 class MultiFileTransformer(nn.Module):
-    """Token and position embeddings, ``n_layers`` blocks of context-modulated attention, a norm and a head.
+    """Token and position embeddings, `n_layers` blocks of context-modulated attention, a norm and a head.
 
-    Each file has a row of ``context_embeddings``; every block's query, key and value weights are the base weights plus
+    Each file has a row of `context_embeddings`; every block's query, key and value weights are the base weights plus
     the bilinear tensors contracted with that row.
     """
 
@@ -106,7 +102,7 @@ class MultiFileTransformer(nn.Module):
                 module.reset_parameters()
 
     def get_file_context(self, file_ids: torch.Tensor) -> torch.Tensor:
-        """The vectors [B, K] of ``file_ids`` [B] int64; differentiable."""
+        """The vectors [B, K] of `file_ids` [B] int64; differentiable."""
         return self.context_embeddings(file_ids)
 
     def forward(
@@ -123,35 +119,37 @@ class MultiFileTransformer(nn.Module):
 
         Args:
             inputs: token ids [B, S] int64.
-            contexts: [B, K], from :meth:`get_file_context` or of the caller's own.
-            file_ids: [B] int64 instead of ``contexts``; sequences of one file then share the work on its weights.
+            contexts: [B, K], from `get_file_context` or other vectors.
+            file_ids: [B] int64 instead of `contexts`; sequences of one file then share the work on its weights.
             padding_mask: [B, S] bool, True at padding.
-            caches: a :class:`ctxkern.nn.KVCache` for each block; each call appends to them.
-            start: position of the first input: the tokens before it are in ``caches``.
+            caches: a `ctxkern.nn.KVCache` for each block; each call appends to them.
+            start: position of the first input: the tokens before it are in `caches`.
 
         Raises:
-            ValueError: neither or both of ``contexts`` and ``file_ids`` (neither will do after :func:`ctxkern.merge`);
+            ValueError: neither or both of `contexts` and `file_ids` (neither will do after `ctxkern.merge`);
                 a wrong shape; too many positions.
         """
         merged = not any(hasattr(block.attention, "bilinear_q") for block in self.blocks)
         if (contexts is None) == (file_ids is None) and not (merged and contexts is None):
-            got = "neither" if contexts is None else "both"
-            raise ValueError(f"contexts, file_ids: got {got}, takes exactly one of them")
+            got = "neither contexts nor file_ids is" if contexts is None else "both contexts and file_ids are"
+            raise ValueError(f"{got} given; exactly one of them must be")
         if inputs.dim() != 2:
-            raise ValueError(f"inputs: got the shape {tuple(inputs.shape)}, takes [B, S]")
+            raise ValueError(f"inputs has the shape {list(inputs.shape)}; it must be [B, S]")
         B, S = inputs.shape
         if start + S > self.config.seq_len:
-            raise ValueError(f"inputs: got {start + S} positions, the model has seq_len {self.config.seq_len}")
+            raise ValueError(f"inputs reaches position {start + S}; it must be at most seq_len = {self.config.seq_len}")
+        context: torch.Tensor | None
+        index: torch.Tensor | None
         if contexts is not None:
             if contexts.shape != (B, self.config.context_dim):
                 expected = [B, self.config.context_dim]
-                raise ValueError(f"contexts: got the shape {tuple(contexts.shape)}, takes {expected}")
+                raise ValueError(f"contexts has the shape {list(contexts.shape)}; it must be [B, K] = {expected}")
             context, index = contexts, None
         elif file_ids is None:
             context = index = None
         else:
             if file_ids.shape != (B,):
-                raise ValueError(f"file_ids: got the shape {tuple(file_ids.shape)}, takes [{B}]")
+                raise ValueError(f"file_ids has the shape {list(file_ids.shape)}; it must be [B] = [{B}]")
             context, index = self.context_embeddings.weight, file_ids
         positions = torch.arange(start, start + S, device=inputs.device)
         x = self.dropout(self.token_embeddings(inputs) + self.position_embeddings(positions))
@@ -164,31 +162,31 @@ class MultiFileTransformer(nn.Module):
     def add_file(self, init: str | torch.Tensor = "mean") -> int:
         """Add a context vector and return its file id; the others keep their bits.
 
-        ``context_embeddings.weight`` becomes a new parameter: build optimizers afterwards.
+        `context_embeddings.weight` becomes a new parameter: build optimizers afterwards.
 
         Args:
-            init: ``"mean"`` of the present vectors, ``"normal"`` for N(0, 1), or a tensor [K].
+            init: `"mean"` of the present vectors, `"normal"` for N(0, 1), or a tensor [K].
 
         Raises:
-            ValueError: another ``init``.
+            ValueError: another `init`.
         """
         old = self.context_embeddings.weight
         if isinstance(init, torch.Tensor):
             if init.shape != old.shape[1:]:
-                raise ValueError(f"init: got the shape {tuple(init.shape)}, takes [{old.shape[1]}]")
+                raise ValueError(f"init has the shape {list(init.shape)}; it must be [K] = [{old.shape[1]}]")
             row = init.to(old)[None]
         elif init == "mean":
             row = old.mean(0, keepdim=True)
         elif init == "normal":
             row = torch.randn_like(old[:1])
         else:
-            raise ValueError(f"init: got {init!r}, takes a tensor or one of {ADD_FILE_INITS}")
+            raise ValueError(f"init is {init!r}; it must be a tensor or one of {', '.join(ADD_FILE_INITS)}")
         self.context_embeddings = nn.Embedding.from_pretrained(torch.cat([old, row]), freeze=not old.requires_grad)
         self.config.num_files += 1
         return self.config.num_files - 1
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters: ``base``, ``bilinear``, ``context`` and their ``total``."""
+        """Numbers of parameters: `base`, `bilinear`, `context` and their `total`."""
         counts = dict.fromkeys(("base", "bilinear", "context"), 0)
         for name, parameter in self.named_parameters():
             kind = "context" if name.startswith("context_") else "bilinear" if is_bilinear(name) else "base"
@@ -196,7 +194,7 @@ class MultiFileTransformer(nn.Module):
         return counts | {"total": sum(counts.values())}
 
     def with_attention(self, attention: str) -> "MultiFileTransformer":
-        """A copy with equal weights whose attention is ``"fused"`` or ``"einsum"``."""
+        """A copy with equal weights whose attention is `"fused"` or `"einsum"`."""
         copy = MultiFileTransformer(MultiFileConfig(**{**asdict(self.config), "attention": attention}))
         weight = self.token_embeddings.weight
         copy.to(device=weight.device, dtype=weight.dtype).load_state_dict(self.state_dict())

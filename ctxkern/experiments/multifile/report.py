@@ -1,11 +1,13 @@
 """What a run says on the terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 import ctxkern
+from ctxkern.experiments.core.names import group_notes, join_names
 from ctxkern.experiments.multifile.compare import StepTimes
 from ctxkern.experiments.multifile.train import Job, autocast
 
@@ -19,32 +21,36 @@ def describe(job: Job) -> str:
     ratio = counts["bilinear"] / max(1, counts["base"])
     threads = f", threads: {torch.get_num_threads()}" if job.device.type == "cpu" else ""
     lines = [
-        f"files       {job.dataset.num_files}: {_join(job.dataset.file_names)}",
+        f"files       {job.dataset.num_files}: {join_names(job.dataset.file_names)}",
+        *_notes(job),
         f"tokens      {tokens:,} to train on in {len(job.train_data):,} windows of up to {config.seq_len}, "
         f"{held:,} for validation",
         f"vocabulary  {job.tokenizer.vocab_size - specials} {kind}",
         f"parameters  {counts['total']:,}: base {counts['base']:,}, bilinear {counts['bilinear']:,} "
         f"({ratio:.1f} times the base), contexts {counts['context']:,}",
-        f"batches     {job.sampler.batch_size} windows, {len(job.sampler):,} batches an epoch",
+        f"batches     {job.sampler.batch_size} windows, {len(job.sampler):,} batches per epoch",
         f"device      {job.device}, {config.dtype}{threads}",
         f"attention   {_plan(job)}",
     ]
     missing = [f"{name} ({status})" for name, status in ctxkern.backends().items() if not status]
     if missing:
-        lines.append(f"not here    {'; '.join(missing)}")
+        lines.append(f"missing     {'; '.join(missing)}")
     return "\n".join(lines)
 
 
-def _join(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _notes(job: Job) -> list[str]:
+    """What of the files is not used: each note once, with the files that it is about."""
+    data = job.dataset
+    pairs = [(name, note) for name, notes in zip(data.file_names, data.notes, strict=True) for note in notes]
+    lines = [f"skipped     {file}" for file in data.skipped]
+    return lines + [f"note        {join_names(names, 3)}: {note}" for note, names in group_notes(pairs).items()]
 
 
 def _plan(job: Job) -> str:
     if job.config.attention == "einsum":
-        return "einsum: every sequence's weights whole, the form to compare with"
+        return "einsum: the whole weight of every sequence is made, the form to compare with"
     batch = job.batch_at(0)
-    layer = job.model.blocks[0].attention
+    layer: Any = job.model.blocks[0].attention
     weight = layer.W_q_base.weight
     x = torch.empty(*batch["input"].shape, job.config.d_model, device=job.device, dtype=weight.dtype)
     context = job.model.context_embeddings.weight
@@ -64,7 +70,7 @@ def loss_table(first: Mapping[str, float], last: Mapping[str, float], windows: M
         before, after = (sum(losses[name] for name in measured) / len(measured) for losses in (first, last))
         lines.append(_row("mean over files", width, f"{sum(windows.values()):,}", before, after))
     if len(measured) < len(first):
-        lines.append("-: a file of one example has none set apart")
+        lines.append("-: no examples of this file are set apart")
     return "\n".join(lines)
 
 
@@ -75,7 +81,7 @@ def _row(name: str, width: int, windows: str, before: float, after: float) -> st
 
 
 def timing_line(times: StepTimes, steps: int) -> str:
-    """The step's cost beside the einsum's, in one line."""
+    """The cost of a step compared with the einsum's, in one line."""
     return (
         f"training step {times.fused * 1e3:.1f} ms, with the einsum module {times.einsum * 1e3:.1f} ms: "
         f"{times.ratio:.2f} times as long (medians of {steps}, interleaved; losses within {times.loss_difference:.0e})"

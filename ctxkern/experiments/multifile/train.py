@@ -1,37 +1,40 @@
-"""Training a :class:`MultiFileTransformer` on files."""
+"""Training a `MultiFileTransformer` on files."""
 
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ctxkern.experiments.core.loop import Batch, FitResult, LoaderBatches, LoopConfig, fit, warmup_cosine
+from ctxkern.experiments.core.data.dataset import MultiFileDataset
+from ctxkern.experiments.core.data.reading import BadFile
+from ctxkern.experiments.core.data.sampler import MixedFileBatchSampler
+from ctxkern.experiments.core.data.windows import IGNORE_INDEX, Collator, EncodedDataset
+from ctxkern.experiments.core.experiment import train as train
+from ctxkern.experiments.core.loop import Batch, BatchSource, LoaderBatches
+from ctxkern.experiments.core.memory import build_model
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
-from ctxkern.experiments.multifile.data import IGNORE_INDEX, Collator, EncodedDataset, MultiFileDataset
 from ctxkern.experiments.multifile.model import MultiFileTransformer, is_bilinear
-from ctxkern.experiments.multifile.sampler import MixedFileBatchSampler
 
 # a chunk of a text fills this many windows
-_WINDOWS_A_CHUNK = 8
+_CHUNK_WINDOWS = 8
 
 
 def criterion(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of ``outputs`` [B, S, V] against ``targets`` [B, S] int64 where they are not -100."""
+    """Mean cross entropy of `outputs` [B, S, V] against `targets` [B, S] int64 where they are not -100."""
     return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def train_step(model: MultiFileTransformer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
-    """One step on a batch of :class:`ctxkern.experiments.multifile.data.Collator`; returns its loss."""
+    """One step on a batch of `Collator`; returns its loss."""
     inputs = batch["input"]
     targets = batch["target"]
     file_ids = batch["file_id"]
@@ -45,7 +48,7 @@ def train_step(model: MultiFileTransformer, batch: Batch, optimizer: torch.optim
 
 
 def batch_loss(model: MultiFileTransformer, batch: Batch) -> torch.Tensor:
-    """The loss of :func:`train_step`, by way of file ids, so that sequences of one file share work."""
+    """The loss of `train_step`, by way of file ids, so that sequences of one file share work."""
     # causal attention over right padding: no labelled position sees a padded one
     outputs = model(batch["input"], file_ids=batch["file_id"])
     return criterion(outputs, batch["target"])
@@ -64,9 +67,9 @@ def parameter_groups(
     Args:
         model: its parameters.
         lr: learning rate.
-        bilinear_lr_scale: that of the bilinear tensors over ``lr``; None takes 1 / context_dim.
+        bilinear_lr_scale: that of the bilinear tensors over `lr`; None is 1 / context_dim.
         weight_decay: of matrices.
-        bilinear_weight_decay: of bilinear tensors; None takes ``weight_decay``.
+        bilinear_weight_decay: of bilinear tensors; None is `weight_decay`.
     """
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "bilinear": [], "plain": []}
     for name, parameter in model.named_parameters():
@@ -86,8 +89,8 @@ def parameter_groups(
     return [{"params": params, **settings[kind]} for kind, params in kinds.items() if params]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over :func:`parameter_groups`."""
+def build_optimizer(model: MultiFileTransformer, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`."""
     groups = parameter_groups(
         model,
         lr=config.lr,
@@ -153,7 +156,7 @@ class Evaluator:
 
 @dataclass
 class Job:
-    """Everything that a run needs, built by :func:`prepare`."""
+    """Everything that a run needs, built by `prepare`."""
 
     config: TrainConfig
     dataset: MultiFileDataset
@@ -167,19 +170,36 @@ class Job:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.token_embeddings.weight.device
 
     def batch_at(self, step: int) -> Batch:
-        """The padded batch of ``step``."""
+        """The padded batch of `step`."""
         return self.collator([self.train_data[i] for i in self.sampler.batch_at(step)])
 
     def loss(self, model: MultiFileTransformer, batch: Batch) -> torch.Tensor:
-        """:func:`batch_loss` in the configured dtype."""
+        """`batch_loss` in the configured dtype."""
         with autocast(self.config, self.device):
             return batch_loss(model, batch)
 
-    def evaluator(self) -> Callable[[MultiFileTransformer], dict[str, float]]:
-        """An :class:`Evaluator` in the configured dtype."""
+    def batches(self) -> BatchSource | Callable[[int], Batch]:
+        """`batch_at`, or the same batches from worker processes."""
+        if not self.config.num_workers:
+            return self.batch_at
+        loader = DataLoader(
+            self.train_data,
+            batch_sampler=self.sampler,
+            collate_fn=self.collator,
+            num_workers=self.config.num_workers,
+            worker_init_fn=_ignore_interrupt,
+            pin_memory=self.device.type == "cuda",
+        )
+        return LoaderBatches(loader)
+
+    def evaluator(self) -> Callable[[MultiFileTransformer], dict[str, float]] | None:
+        """An `Evaluator` in the configured dtype, or None without validation windows."""
+        if not len(self.validation_data):
+            return None
         evaluate = Evaluator(self.validation_data, self.collator, self.config.batch_size, self.config.eval_windows)
 
         def run(model: MultiFileTransformer) -> dict[str, float]:
@@ -189,35 +209,63 @@ class Job:
         return run
 
 
-def prepare(config: TrainConfig, paths: Sequence[str | os.PathLike]) -> Job:
+def prepare(
+    config: TrainConfig,
+    paths: Sequence[str | os.PathLike],
+    *,
+    skip_bad: bool = False,
+    bad: Sequence[BadFile] = (),
+) -> Job:
     """Read the files, take the vocabulary, encode, and build model and optimizer.
 
+    Args:
+        config: the settings. The job has a copy, with `num_files` lowered to the files that `skip_bad` leaves.
+        paths: the files.
+        skip_bad, bad: see `MultiFileDataset`.
+
     Raises:
-        ValueError: fewer paths than ``config.num_files``; no file leaves a training window; see also
-            :class:`MultiFileDataset` and :meth:`TrainConfig.torch_device`.
+        ValueError: fewer paths than `config.num_files`; no file leaves a training window; a model too large for the
+            memory; see also `MultiFileDataset` and `RunSettings.torch_device`.
     """
     device = config.torch_device()
-    if config.num_files is not None:
-        if len(paths) < config.num_files:
-            raise ValueError(f"num_files: got {config.num_files}, but {len(paths)} paths were given")
-        paths = paths[: config.num_files]
+    count = len(paths) + len(bad)
+    if config.num_files is not None and count < config.num_files:
+        raise ValueError(f"num_files is {config.num_files}; it must be at most {count}, the number of files")
     dataset = MultiFileDataset(
-        paths, val_fraction=config.val_fraction, seed=config.seed, chunk_chars=_WINDOWS_A_CHUNK * config.seq_len
+        paths,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        chunk_chars=_CHUNK_WINDOWS * config.seq_len,
+        limit=config.num_files,
+        skip_bad=skip_bad,
+        bad=bad,
     )
+    if config.num_files is not None:
+        config = replace(config, num_files=dataset.num_files)
     tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
+    model_config = config.model_config(tokenizer.vocab_size, dataset.num_files)
+
+    def make() -> MultiFileTransformer:
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        return MultiFileTransformer(model_config)
+
+    # before the windows, which seq_len makes large too
+    model = build_model(
+        make,
+        device,
+        torch.float64 if config.dtype == "float64" else torch.float32,
+        "d_model, n_layers, seq_len or context_dim",
+    )
     train_data, validation_data = (
         EncodedDataset(dataset, tokenizer, config.seq_len, loss=config.loss, split=split)
         for split in ("train", "validation")
     )
     if not len(train_data):
-        raise ValueError("paths: the files leave nothing to train on")
+        raise ValueError("the files leave nothing to train on")
     batch_size = min(config.batch_size, len(train_data))
     sampler = MixedFileBatchSampler(
         train_data.file_ids, batch_size, seed=config.seed, drop_last=True, balanced=config.balanced
     )
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    model = MultiFileTransformer(config.model_config(tokenizer.vocab_size, dataset.num_files))
-    model.to(device=device, dtype=torch.float64 if config.dtype == "float64" else torch.float32)
     return Job(
         config=config,
         dataset=dataset,
@@ -234,57 +282,3 @@ def prepare(config: TrainConfig, paths: Sequence[str | os.PathLike]) -> Job:
 def _ignore_interrupt(_worker_id: int) -> None:
     # Ctrl-C reaches the whole process group; the loop ends the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def train(
-    job: Job, run_dir: str | Path, *, resume: bool = False, progress: bool = True, config: Mapping | None = None
-) -> FitResult:
-    """Run ``job`` with :func:`ctxkern.experiments.core.loop.fit`.
-
-    Args:
-        job: from :func:`prepare`.
-        run_dir: folder of logs and checkpoints.
-        resume: go on from the last checkpoint in it.
-        progress: a progress bar.
-        config: more that a checkpoint must agree with, such as the files' checksums.
-    """
-    settings = job.config
-    steps = settings.training_steps
-    batches = job.batch_at
-    if settings.num_workers:
-        loader = DataLoader(
-            job.train_data,
-            batch_sampler=job.sampler,
-            collate_fn=job.collator,
-            num_workers=settings.num_workers,
-            worker_init_fn=_ignore_interrupt,
-            pin_memory=job.device.type == "cuda",
-        )
-        batches = LoaderBatches(loader)
-    tenth = max(1, steps // 10)
-    loop = LoopConfig(
-        steps=steps,
-        run_dir=run_dir,
-        seed=settings.seed,
-        grad_clip=settings.grad_clip or None,
-        eval_every=settings.eval_every or tenth,
-        checkpoint_every=settings.checkpoint_every or tenth,
-        config={**settings.fixed(), **(config or {})},
-        resume=resume,
-        progress=progress,
-    )
-
-    def lr_factor(step: int) -> float:
-        if settings.schedule == "constant":
-            return min(1.0, (step + 1) / max(1, settings.warmup_steps))
-        return warmup_cosine(step, steps, settings.warmup_steps)
-
-    return fit(
-        job.model,
-        job.optimizer,
-        batches,
-        loop,
-        loss_fn=job.loss,
-        evaluate=job.evaluator() if len(job.validation_data) else None,
-        lr_factor=lr_factor,
-    )

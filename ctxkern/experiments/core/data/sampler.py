@@ -9,22 +9,22 @@ from ctxkern.experiments.core.seeding import generator
 
 
 class MixedFileBatchSampler(Sampler[list[int]]):
-    """Batches of indices with two or more distinct files in each, where the data has two and ``batch_size`` allows it.
+    """Batches of indices with two or more distinct files in each, where the data has two and `batch_size` allows it.
 
     Each file's indices are shuffled and spread evenly over the batches of the epoch. Every index occurs once an epoch,
-    except that a file too large for its share of every batch is thinned (``drop_last``) or joined by repeats of other
-    files. Stateless: the batches of an epoch depend on ``(seed, epoch)`` alone, so that a run can start at any batch.
+    except that a file too large for its share of every batch is thinned (`drop_last`) or joined by repeats of other
+    files. Stateless: the batches of an epoch depend on `(seed, epoch)` alone, so that a run can start at any batch.
 
     Args:
         file_ids: the file of each index of the dataset.
         batch_size: the largest batch; the sizes of an epoch differ by at most one unless files are few, and with
-            ``drop_last`` every batch has exactly ``batch_size``.
+            `drop_last` every batch has exactly `batch_size`.
         seed: of the shuffling.
         drop_last: leave a random remainder out.
         balanced: every file gets the same share of every epoch, whatever its size: small files repeat.
 
     Raises:
-        ValueError: no indices; ``batch_size`` < 1; ``drop_last`` with fewer indices than ``batch_size``.
+        ValueError: no indices; `batch_size` < 1; `drop_last` with fewer indices than `batch_size`.
     """
 
     def __init__(
@@ -37,11 +37,13 @@ class MixedFileBatchSampler(Sampler[list[int]]):
         balanced: bool = False,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, takes at least 1")
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if len(file_ids) == 0:
-            raise ValueError("file_ids: got none, takes at least one")
+            raise ValueError("file_ids is empty; it must have at least one id")
         if drop_last and len(file_ids) < batch_size:
-            raise ValueError(f"batch_size: got {batch_size} with drop_last, the data has {len(file_ids)} examples")
+            raise ValueError(
+                f"batch_size is {batch_size}; with drop_last it must be at most the {len(file_ids)} examples"
+            )
         self.batch_size, self.seed, self.drop_last, self.balanced = batch_size, seed, drop_last, balanced
         self.epoch = self.start_batch = 0
         ids = torch.as_tensor(file_ids, dtype=torch.int64)
@@ -63,23 +65,26 @@ class MixedFileBatchSampler(Sampler[list[int]]):
         return self._num_batches
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Make iteration give the batches of ``epoch`` from ``start_batch`` on."""
+        """Make iteration give the batches of `epoch` from `start_batch` on."""
         if epoch < 0 or not 0 <= start_batch <= len(self):
-            raise ValueError(f"epoch, start_batch: got {epoch}, {start_batch}; an epoch has {len(self)} batches")
+            raise ValueError(
+                f"epoch is {epoch} and start_batch is {start_batch}; "
+                f"they must be at least 0, and start_batch at most {len(self)}"
+            )
         self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.batches(self.epoch)[self.start_batch :]
 
     def batch_at(self, step: int) -> list[int]:
-        """The batch of ``step``, counted over all epochs from 0."""
+        """The batch of `step`, counted over all epochs from 0."""
         epoch, position = divmod(step, len(self))
         if self._cached is None or self._cached[0] != epoch:
             self._cached = epoch, self.batches(epoch)
         return self._cached[1][position]
 
     def _draw(self, group: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
-        """``count`` indices of ``group`` in random order, each repeated as seldom as possible."""
+        """`count` indices of `group` in random order, each repeated as seldom as possible."""
         rounds = max(1, -(-count // len(group)))
         return torch.cat([group[torch.randperm(len(group), generator=rng)] for _ in range(rounds)])[:count]
 
@@ -94,7 +99,7 @@ class MixedFileBatchSampler(Sampler[list[int]]):
         return [share + (i in extra) for i in range(len(sizes))]
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """All batches of ``epoch``."""
+        """All batches of `epoch`."""
         rng = generator(self.seed, "batches", epoch)
         count = len(self)
         shares = self._shares(rng)
@@ -117,7 +122,7 @@ class MixedFileBatchSampler(Sampler[list[int]]):
         return others[torch.randint(len(others), (1,), generator=rng)]
 
     def _fit(self, drawn: list[torch.Tensor], total: int, rng: torch.Generator) -> list[torch.Tensor]:
-        """Thin or repeat ``drawn`` to ``total`` indices."""
+        """Thin or repeat `drawn` to `total` indices."""
         have = sum(map(len, drawn))
         if have > total:
             keep = torch.zeros(have, dtype=torch.bool)

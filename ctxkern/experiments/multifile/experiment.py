@@ -1,0 +1,82 @@
+"""`ctxkern train`: one model on many files, each with its context."""
+
+import argparse
+from pathlib import Path
+from typing import ClassVar
+
+from ctxkern.experiments.core.data.paths import standard_library_files
+from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
+from ctxkern.experiments.core.loop import FitResult
+from ctxkern.experiments.core.tokenizers import save_tokenizer
+from ctxkern.experiments.multifile import report
+from ctxkern.experiments.multifile.compare import time_against_einsum
+from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.train import Job, prepare
+
+_TOKENIZER = "tokenizer.json"
+_COMPARED_STEPS = 7
+
+
+class MultiFileTraining(Experiment):
+    """One transformer on many files at once, each with a context vector."""
+
+    settings = TrainConfig
+    help = "train one model on many files, each with its own context"
+    description = (
+        "Train one transformer on many files at once. Each file has a learned context vector that\n"
+        "modulates the attention weights. Writes checkpoints, logs and a loss plot to the run folder."
+    )
+    examples: ClassVar = (
+        "",
+        "texts/ --steps 1000 --run-dir runs/texts",
+        "tasks/*.json --skip-bad --balanced --tokens bytes",
+        "--resume --run-dir runs/texts --steps 2000",
+    )
+    paths_help = (
+        "files, folders or glob patterns: ARC tasks, BIG-Bench JSON, JSON lists, jsonl, any text "
+        "(default: sources of the Python standard library)"
+    )
+
+    def default_paths(self) -> list[Path]:
+        return standard_library_files()
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--compare-einsum",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="at the end, time the same training step with the einsum module (default: yes)",
+        )
+
+    def prepare(self, config: TrainConfig, inputs: Inputs) -> Job:
+        return prepare(config, inputs.found.files, skip_bad=inputs.skip_bad, bad=inputs.found.bad)
+
+    def files(self, job: Job) -> list[TrainingFile]:
+        return [TrainingFile(*pair) for pair in zip(job.dataset.file_paths, job.dataset.checksums, strict=True)]
+
+    def save(self, job: Job, run_dir: Path) -> None:
+        save_tokenizer(job.tokenizer, run_dir / _TOKENIZER)
+
+    def describe(self, job: Job) -> str:
+        return report.describe(job)
+
+    def title(self, job: Job) -> str:
+        config = job.config
+        return (
+            f"{job.dataset.num_files} files, d_model {config.d_model}, {config.n_layers} layers, K {config.context_dim}"
+        )
+
+    def report(self, job: Job, result: FitResult) -> str:
+        heading = f"validation loss (nats per token), step 0 and step {result.step}:\n"
+        if not result.first:
+            return f"{heading}no file has any set apart"
+        names = job.dataset.file_names
+        windows = dict.fromkeys(names, 0)
+        for file_id in job.train_data.file_ids:
+            windows[names[file_id]] += 1
+        return heading + report.loss_table(result.first, result.last, windows)
+
+    def finish(self, job: Job, args: argparse.Namespace) -> None:
+        if args.compare_einsum and job.config.attention == "fused":
+            times = time_against_einsum(job, steps=_COMPARED_STEPS)
+            print(f"cost        {report.timing_line(times, _COMPARED_STEPS)}")

@@ -1,0 +1,92 @@
+"""Runs of the command and of the loop, small enough for tests."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ctxkern
+from ctxkern.cli import main
+from ctxkern.experiments.core.runlog import read_metrics
+from ctxkern.experiments.multifile.config import TrainConfig
+
+SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 1, "context_dim": 4, "seq_len": 16, "batch_size": 4, "dropout": 0.1}
+TINY = [*(part for name, value in SIZES.items() for part in (TrainConfig.flag(name), str(value))), "--quiet"]
+PACKAGE = Path(ctxkern.__file__).parent.parent
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def tiny(**changes):
+    """Settings of a run of 12 steps."""
+    return TrainConfig(**SIZES | {"training_steps": 12, "checkpoint_every": 5, "device": "cpu"} | changes)
+
+
+def write(folder, name, value):
+    """The path of a new file of bytes or text."""
+    path = folder / name
+    path.write_bytes(value if isinstance(value, bytes) else value.encode())
+    return path
+
+
+def stop_at(loss_fn, step, error=KilledError):
+    """`loss_fn`, raising `error` at its call number `step`."""
+    calls = iter(range(10**6))
+
+    def stopping(model, batch):
+        if next(calls) == step:
+            raise error
+        return loss_fn(model, batch)
+
+    return stopping
+
+
+def error_of(capsys, *argv):
+    """What a command that must exit with 2 says on stderr."""
+    assert main([str(arg) for arg in argv]) == 2
+    out, err = capsys.readouterr()
+    assert err.endswith("\n")
+    assert "Traceback" not in out + err
+    return err
+
+
+def failed(capsys, *argv):
+    """The one line on stderr of a command that must exit with 2."""
+    err = error_of(capsys, *argv)
+    assert err.count("\n") == 1, err
+    return err
+
+
+def start(*argv, program=("-m", "ctxkern", "train"), **env):
+    """The process of `ctxkern train`, or of another program."""
+    env = os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"} | env
+    command = [
+        sys.executable,
+        *program,
+        *(os.fspath(arg) if isinstance(arg, os.PathLike) else str(arg) for arg in argv),
+    ]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, status=0):
+    """What a process that must end with `status` has written."""
+    out = process.communicate(timeout=180)[0].decode(errors="surrogateescape")
+    assert process.returncode == status, out
+    assert "Traceback" not in out
+    return out
+
+
+def wait_for_step(process, run_dir, step):
+    """Until the log of the run has reached `step`."""
+    while process.poll() is None:
+        rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.005)
+    pytest.fail(f"ended before step {step}: {process.communicate()[0]}")
