@@ -1,5 +1,5 @@
-"""How the cost grows with contexts, tokens, context_dim and width, beside the einsum's and a plain linear layer's: one
-picture and one CSV under bench/results."""
+"""How the cost grows with contexts, tokens, context_dim and width, compared with the einsum's and a plain linear
+layer's: one picture and one CSV under bench/results."""
 
 import csv
 from dataclasses import replace
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ctxkern.experiments.core.plots import BLUE, FAINT, MUTED, ORANGE, save_figure
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.measure import interleaved, provenance
 from ctxkern.testing.oracle import check
@@ -17,11 +18,11 @@ from ctxkern.testing.report import results_file
 BASE = Case("base", 8, 128, 256, 256, 32)
 GROWTH = {
     "contexts U (8192 / U tokens each)": [replace(BASE, B=u, S=8192 // u) for u in (4, 8, 16, 32, 64, 128)],
-    "tokens a context S": [replace(BASE, S=s) for s in (32, 64, 128, 256, 512, 1024)],
+    "tokens per context S": [replace(BASE, S=s) for s in (32, 64, 128, 256, 512, 1024)],
     "context_dim K": [replace(BASE, K=k) for k in (8, 16, 32, 64, 128, 256)],
     "width D = E": [replace(BASE, D=d, E=d) for d in (64, 128, 256, 512, 1024)],
 }
-PEERS = ("ctxkern", "einsum", "addmm+bmm", "linear")
+PEERS = {"ctxkern": BLUE, "einsum": ORANGE, "addmm+bmm": FAINT, "linear": MUTED}
 
 
 def _size(name, case):
@@ -46,32 +47,27 @@ def _rows(dtype, seconds):
 
 
 def _plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, axes = plt.subplots(len(dtypes), len(GROWTH), figsize=(16, 4 * len(dtypes)), squeeze=False)
-    for line, dtype in zip(axes, dtypes, strict=True):
-        for axis, name in zip(line, GROWTH, strict=True):
-            for peer in PEERS:
-                points = [
-                    (row["size"], float(row["p50_ms"]))
-                    for row in rows
-                    if (row["dtype"], row["grows"], row["peer"]) == (dtype, name, peer)
-                ]
-                axis.plot(*zip(*points, strict=True), marker="o", label=peer)
-            axis.set(xscale="log", yscale="log", xlabel=name, title=f"{dtype}, forward + backward")
-            axis.set_xscale("log", base=2)
-            axis.grid(alpha=0.3)
-        line[0].set_ylabel("ms")
-    axes[0][0].legend()
-    base = f"where it does not grow: U={BASE.B}, S={BASE.S}, D=E={BASE.D}, K={BASE.K}"
-    figure.suptitle(f"{rows[0]['device']}, {rows[0]['threads']} threads; {base}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+
+    def draw(figure):
+        axes = figure.subplots(len(dtypes), len(GROWTH), squeeze=False)
+        for line, dtype in zip(axes, dtypes, strict=True):
+            for axis, name in zip(line, GROWTH, strict=True):
+                for peer, color in PEERS.items():
+                    points = [
+                        (row["size"], float(row["p50_ms"]))
+                        for row in rows
+                        if (row["dtype"], row["grows"], row["peer"]) == (dtype, name, peer)
+                    ]
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=peer, color=color)
+                axis.set_xscale("log", base=2)
+                axis.set(yscale="log", xlabel=name, title=f"{dtype}, forward + backward")
+            line[0].set_ylabel("ms")
+        axes[0][0].legend()
+        base = f"where it does not grow: U={BASE.B}, S={BASE.S}, D=E={BASE.D}, K={BASE.K}"
+        figure.suptitle(f"{rows[0]['device']}, {rows[0]['threads']} threads; {base}", fontsize=9)
+
+    save_figure(draw, path, (14, 3.5 * len(dtypes)))
 
 
 def test_growth(request):

@@ -1,0 +1,107 @@
+"""Writes the tables of bench/README.md from the rows under bench/results: `python bench/tables.py`, or `--check`.
+
+A table stands between `<!-- table: FILE -->` and `<!-- end -->`; it holds the newest row of each case, dtype and pass.
+"""
+
+import argparse
+import csv
+import re
+from pathlib import Path
+from statistics import geometric_mean
+
+PAGE = Path(__file__).with_name("README.md")
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+HEAD = (
+    "| case: B×S, D→E | dtype | ms: fwd \\| fwd+bwd | × einsum | × best PyTorch form | price over linear, fwd "
+    "| temporary MiB, fwd+bwd: ctxkern \\| einsum |\n|---|---|---|---|---|---|---|"
+)
+PASSES = ("forward", "forward+backward")
+SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_OURS = ("ctxkern", "einsum", "linear")
+
+
+def newest(path):
+    """{(case, dtype, param_dtype): {pass: {peer: row}}} of the last run of each."""
+    found = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["case"], row["dtype"], row["param_dtype"]
+            runs = found.setdefault(key, {}).setdefault(row["pass"], {})
+            if row["peer"] == "ctxkern":
+                runs.clear()
+            runs[row["peer"]] = row
+    return found
+
+
+def _ms(peers, name):
+    return float(peers[name]["p50_ms"]) if name in peers else None
+
+
+def _best(peers):
+    others = [float(row["p50_ms"]) for peer, row in peers.items() if peer not in _OURS and "compile" not in peer]
+    return min(others) if others else None
+
+
+def ratios(peers):
+    """(over the einsum, over the best other PyTorch form) of a pass; None where there is none."""
+    mine, einsum, best = _ms(peers, "ctxkern"), _ms(peers, "einsum"), _best(peers)
+    return einsum and einsum / mine, best and best / mine
+
+
+def _pair(values, form):
+    return " \\| ".join("–" if value is None else form(value) for value in values)
+
+
+def markdown(path):
+    """The table of a file, and a line of geometric means by dtype."""
+    lines, means = [HEAD], {}
+    for (_, dtype, param_dtype), passes in newest(path).items():
+        if not all("ctxkern" in passes.get(name, {}) for name in PASSES):
+            continue
+        forward, both = (passes[name] for name in PASSES)
+        row = forward["ctxkern"]
+        kind = SHORT[dtype] if dtype == param_dtype else f"{SHORT[dtype]}, {SHORT[param_dtype]} parameters"
+        speeds = [ratios(forward), ratios(both)]
+        for at, (einsum, best) in enumerate(speeds):
+            means.setdefault(kind, ([], [], [], []))
+            means[kind][at].append(einsum)
+            means[kind][2 + at].append(best or einsum)
+        memory = [float(both[peer]["peak_extra_mib"]) if peer in both else None for peer in ("ctxkern", "einsum")]
+        cells = (
+            f"{row['case']}: {row['B']}×{row['S']}, {row['D']}→{row['E']}, K={row['K']}, U={row['U']}",
+            kind,
+            _pair([_ms(forward, "ctxkern"), _ms(both, "ctxkern")], lambda ms: f"{ms:.3g}"),
+            _pair([einsum for einsum, _ in speeds], lambda x: f"{x:.2f}"),
+            _pair([best for _, best in speeds], lambda x: f"{x:.2f}"),
+            "–" if not row["price_over_linear"] else f"{float(row['price_over_linear']):.1f}",
+            _pair(memory, lambda mib: "< 1" if mib < 1 else f"{mib:.1f}"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for kind, (ef, eb, bf, bb) in means.items():
+        lines.append(
+            f"- {kind}, geometric means over {len(ef)} cases, forward | forward + backward: "
+            f"{geometric_mean(ef):.2f} | {geometric_mean(eb):.2f} times as fast as the einsum, "
+            f"{geometric_mean(bf):.2f} | {geometric_mean(bb):.2f} times as fast as the best PyTorch form"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def filled(text):
+    """The page with its tables made from the rows."""
+    return TABLE.sub(lambda m: m[1] + markdown(PAGE.parent / m[2]) + m[4], text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the page and the rows disagree")
+    args = parser.parse_args(argv)
+    text = PAGE.read_text()
+    if args.check:
+        return int(filled(text) != text)
+    PAGE.write_text(filled(text))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
