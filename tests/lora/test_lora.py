@@ -52,7 +52,7 @@ def test_scales(scale):
 @pytest.mark.parametrize("dtypes", [DTYPES["f32"], DTYPES["bf16-f32-both"]], ids=["f32", "bf16-f32-both"])
 @pytest.mark.parametrize("name", ["odd", "shared-uneven", "ragged-shared", "no-weight"])
 def test_little_workspace(monkeypatch, name, dtypes, workspace):
-    monkeypatch.setattr(ctxkern.plan, "DEFAULT_WORKSPACE", workspace)
+    monkeypatch.setattr(ctxkern.functional, "DEFAULT_WORKSPACE", workspace)
     case = next(case for case in CASES if case.id == name)
     arguments, dout = lora_arguments(case, 3, *dtypes)
     check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
