@@ -9,13 +9,13 @@ import torch
 
 import ctxkern
 from ctxkern import plan as planner
-from ctxkern.modulated.operands import Gradients, Operands
+from ctxkern.modulated.operands import Operands
 from ctxkern.reference import modulated_qkv_ref
 from ctxkern.registry import interpreted
 from ctxkern.testing import force
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.families import by_projection, qkv_arguments
-from ctxkern.testing.oracle import assert_matches, check, check_family, run
+from ctxkern.testing.oracle import check, check_family, run
 
 pytest.importorskip("triton")
 if not ctxkern.backends()["triton"]:
