@@ -25,7 +25,7 @@ from ctxkern.modulated.operands import Gradients, Operands
 from ctxkern.modulated.triton import outer, outer_backward, panel, panel_backward, panel_parameters
 from ctxkern.runtime.triton import grouping, tiles
 
-from .cases import Case, make_inputs
+from .cases import DTYPES, Case, make_inputs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -248,16 +248,9 @@ PROBLEMS = [
     (Case("outer-one", 64, 1, 2048, 2048, 32), 32 << 20, 1),
     (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), 32 << 20, 1),
 ]
-DTYPES = [
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-    (torch.float32, torch.float32),
-]
 
 
-def launches_of(arch, problems=PROBLEMS, dtypes=DTYPES):
+def launches_of(arch, problems, dtypes):
     """Each different launch of the forward and backward of problems, on tensors without memory."""
     with recorded(arch) as launches:
         for case, workspace, count in problems:

@@ -38,9 +38,9 @@ class Call:
         aligned = all(size % 16 == 0 for size in (self.d_in, *(t.shape[1] for t in bilinears)))
         self.target = kind, tiles.architecture(device), aligned
         # a float16 would lose small float32 parameters: their products are float32 (ctxkern.runtime.triton.device)
-        self.compute = torch.float32 if mixed and x.dtype is torch.float16 else x.dtype
+        self.compute = torch.float32 if kind == tiles.WIDE else x.dtype
         # of products in float32 next to halves: TF32's three, where the matrix unit has that
-        split = kind == tiles.MIXED and self.target[1].startswith("sm_")
+        split = kind in (tiles.MIXED, tiles.WIDE) and self.target[1].startswith("sm_")
         self.precision = "tf32x3" if split else "tf32" if rounds_to_tf32(x.dtype) else "ieee"
 
     @property

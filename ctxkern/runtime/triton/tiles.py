@@ -26,6 +26,8 @@ class Tile(NamedTuple):
 
 
 HALF, MIXED, FLOAT = "half", "mixed", "float32"
+# float16 with float32 parameters, whose products are float32
+WIDE = "wide"
 ALIGNED, UNALIGNED, ANY = "aligned", "unaligned", "any"
 TABLE = Path(__file__).with_name("tile_table.csv")
 
@@ -33,7 +35,7 @@ TABLE = Path(__file__).with_name("tile_table.csv")
 def read_table(path=TABLE):
     """{(kernel, dtypes, architecture, layout): Tile}, as bench/tune.py wrote it.
 
-    dtypes: a half, a half with float32 parameters (mixed; those of a half where it has no row), float32. layout:
+    dtypes: a half, bfloat16 with float32 parameters (mixed; those of a half where it has no row), float32. layout:
     whether 16 divides the sizes, so that operands need not pass through registers. rows, columns and depth:
 
       weights, weights-long   columns of E × contexts, K at a time (all of K; K in several blocks)
@@ -83,7 +85,20 @@ def kind_of(dtype, mixed):
     """Which rows of the table a call takes: by the dtype of x, and whether parameters have another."""
     if dtype is torch.float32:
         return FLOAT
-    return MIXED if mixed else HALF
+    if not mixed:
+        return HALF
+    return WIDE if dtype is torch.float16 else MIXED
+
+
+# kernels that multiply x or dy with W or G, all in the dtype of x
+_OF_ROWS = ("project", "weight-grads", "dx")
+
+
+def _kinds(kernel, kind):
+    """Where a row is looked for, the first first."""
+    if kind == WIDE:
+        return (HALF,) if kernel in _OF_ROWS else (FLOAT,)
+    return (MIXED, HALF) if kind == MIXED else (kind,)
 
 
 # architectures that the table has rows of; others whose names begin alike take theirs. Of the eights only sm_80 has
@@ -118,9 +133,8 @@ def tile(kernel, kind, arch, aligned, rows, columns, depth):
 @cache
 def found(kernel, kind, arch, aligned):
     """The row of the table: of the architecture first, of the layout then, of the dtypes last."""
-    kinds = (kind, HALF) if kind == MIXED else (kind,)
     layout = ALIGNED if aligned else UNALIGNED
-    keys = [(kernel, k, a, at) for a in (arch, ANY) for at in (layout, ANY) for k in kinds]
+    keys = [(kernel, k, a, at) for a in (arch, ANY) for at in (layout, ANY) for k in _kinds(kernel, kind)]
     return next(_TILES[key] for key in keys if key in _TILES)
 
 
