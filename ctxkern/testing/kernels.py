@@ -25,7 +25,7 @@ from ctxkern.modulated.operands import Gradients, Operands
 from ctxkern.modulated.triton import outer, outer_backward, panel, panel_backward, panel_parameters
 from ctxkern.runtime.triton import grouping, tiles
 
-from .cases import DTYPES, Case, make_inputs
+from .cases import Case, make_inputs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -122,7 +122,7 @@ active.get_current_stream, active.set_current_device = (lambda device: STREAM), 
 driver.set_active(active)
 registry.statuses["triton"] = registry.Status("available")
 registry._ON_CPU["triton"] = lambda: True
-launches._stream = lambda device: STREAM
+launches.stream_of = lambda device: STREAM
 
 SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 libcuda = ctypes.CDLL("libcuda.so.1")
