@@ -48,6 +48,7 @@ KERNELS = {
 DTYPES = {
     "half": (torch.bfloat16, torch.bfloat16),
     "mixed": (torch.bfloat16, torch.float32),
+    "wide": (torch.float16, torch.float32),
     "float32": (torch.float32, torch.float32),
 }
 LAYOUTS = ("aligned", "unaligned")

@@ -35,8 +35,9 @@ TABLE = Path(__file__).with_name("tile_table.csv")
 def read_table(path=TABLE):
     """{(kernel, dtypes, architecture, layout): Tile}, as bench/tune.py wrote it.
 
-    dtypes: a half, bfloat16 with float32 parameters (mixed; those of a half where it has no row), float32. layout:
-    whether 16 divides the sizes, so that operands need not pass through registers. rows, columns and depth:
+    dtypes: a half, float32, bfloat16 or float16 with float32 parameters (mixed, wide; where these have no row, that of
+    a half or of float32). layout: whether 16 divides the sizes, so that operands need not pass through registers.
+    rows, columns and depth:
 
       weights, weights-long   columns of E × contexts, K at a time (all of K; K in several blocks)
       project, dx             rows (dx: those of project) × columns of E or D, D or E at a time
@@ -97,7 +98,7 @@ _OF_ROWS = ("project", "weight-grads", "dx")
 def _kinds(kernel, kind):
     """Where a row is looked for, the first first."""
     if kind == WIDE:
-        return (HALF,) if kernel in _OF_ROWS else (FLOAT,)
+        return WIDE, HALF if kernel in _OF_ROWS else FLOAT
     return (MIXED, HALF) if kind == MIXED else (kind,)
 
 
