@@ -136,7 +136,7 @@ def recorded(arch):
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))
     try:
-        tiles.architecture = lambda device: arch
+        tiles.architecture = lambda device: tiles.family(arch)
         for module, name, kernel in kept[1:]:
             setattr(module, name, _Recorder(kernel, launches))
         tiles.forget()

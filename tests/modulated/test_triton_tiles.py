@@ -48,7 +48,8 @@ def test_rows_of_an_architecture_come_first():
         ("sm_89", "sm_89"),
         ("sm_90", "sm_90"),
         ("sm_103", "sm_100"),
-        ("sm_121", "sm_120"),
+        ("sm_120", "sm_89"),
+        ("sm_121", "sm_89"),
         ("gfx90a", "gfx942"),
     ],
 )

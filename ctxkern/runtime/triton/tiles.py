@@ -103,8 +103,9 @@ def _kinds(kernel, kind):
 
 
 # architectures that the table has rows of; others whose names begin alike take theirs. Of the eights only sm_80 has
-# more than 100 KB of shared memory per program, as sm_120 has not
-_FAMILIES = {"sm_80": "sm_80", "sm_8": "sm_89", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "gfx9": "gfx942"}
+# more than 100 KB of shared memory per program; sm_120 has neither that nor a newer matrix unit
+_FAMILIES = {"sm_80": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "gfx": "gfx942"}
+_SMALLEST = "sm_89"
 
 
 @cache
@@ -121,8 +122,7 @@ def architecture(device):
 
 def family(name):
     """The architecture whose tiles one takes."""
-    fallback = "gfx942" if name.startswith("gfx") else "sm_120"
-    return next((known for beginning, known in _FAMILIES.items() if name.startswith(beginning)), fallback)
+    return next((known for beginning, known in _FAMILIES.items() if name.startswith(beginning)), _SMALLEST)
 
 
 def tile(kernel, kind, arch, aligned, rows, columns, depth):
