@@ -257,7 +257,7 @@ STAGES |= {"small": stage_small, "sanitize": stage_sanitize, **gpu_time.STAGES, 
 
 
 def finished(stage, args, given, seconds):
-    """Runs a stage in processes of its own; returns what was wrong, or ""."""
+    """Runs a stage in separate processes; returns what was wrong, or ""."""
     count = args.cores if stage in SHARED else 1
     command = [sys.executable, __file__, *given, "--here", "--stages", stage, "--processes", str(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if count > 1 else None
@@ -287,7 +287,7 @@ def main(argv=None):
         for stage in args.stages:
             STAGES[stage](args)
         return
-    # what stops this process stops its stages too, which have sessions of their own and would disturb later timings
+    # what stops this process stops its stages too, which run in other sessions and would disturb later timings
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     until = time.monotonic() + (args.limit or float("inf"))
     failed = []

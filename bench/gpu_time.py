@@ -41,7 +41,7 @@ class Run:
     def __init__(self, args):
         self.args, self.device, backends = args, args.device, args.backends
         self.cases = [c for c in (TINY if args.rehearse else TIMED) if args.cases is None or c.id in args.cases]
-        self.beside = ["cuda"] if "cuda" in backends and "triton" in backends and self.device == "cuda" else []
+        self.others = ["cuda"] if "cuda" in backends and "triton" in backends and self.device == "cuda" else []
         path = args.csv or report.results_file(self.device, Path(__file__).parent / "results")
         self.path, self.rows = None if args.rehearse else path, []
 
@@ -90,11 +90,11 @@ def _scaled(timings, copies):
 
 def ours(run, case, inputs, backward):
     """{name: callable} of ctxkern's own: as planned, the other backend, Q, K and V in one call."""
-    made = calls(inputs, backward, backends=run.beside)
+    made = calls(inputs, backward, backends=run.others)
     made = {name: fn for name, fn in made.items() if name.startswith("ctxkern")}
     if case.id.endswith("qkv"):
         made["ctxkern QKV"] = three_projections(inputs, backward)
-        for name in run.beside:
+        for name in run.others:
             made[f"ctxkern QKV {name}"] = three_projections(inputs, backward, name)
     return made
 

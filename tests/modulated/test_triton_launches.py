@@ -170,7 +170,7 @@ def libcuda(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     if torch.version.cuda is not None:
-        pytest.skip("torch has a CUDA of its own, which needs a driver with a device: bench/gpu.py")
+        pytest.skip("torch has its own CUDA, which needs a driver with a device: bench/gpu.py")
     folder = tmp_path_factory.mktemp("libcuda")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source = Path(__file__).with_name("libcuda.c")

@@ -6,7 +6,7 @@ that are read again while the cache holds them.
 from ctxkern import plan as planner
 
 # what these tiles should reach of the rate of one large product; seconds between launches of a graph; bytes of rows
-# that stay in cache beside a block: none of them measured
+# that stay in cache next to a block: none of them measured
 _SHARE = 0.6
 _LAUNCH = 2e-6
 _CACHED = 24 << 20

@@ -1,4 +1,4 @@
-"""Tiles of the kernels and the blocks that a workspace holds: what a launch takes besides its operands."""
+"""Tiles of the kernels and the blocks that a workspace holds: what a launch takes in addition to its operands."""
 
 import csv
 from functools import cache
