@@ -49,6 +49,7 @@ DTYPES = {
     "half": (torch.bfloat16, torch.bfloat16),
     "mixed": (torch.bfloat16, torch.float32),
     "wide": (torch.float16, torch.float32),
+    "narrow": (torch.float32, torch.bfloat16),
     "float32": (torch.float32, torch.float32),
 }
 LAYOUTS = ("aligned", "unaligned")

@@ -24,7 +24,7 @@ def test_every_kernel_has_tiles_wherever_it_runs():
     kernels = {kernel for kernel, *_ in table}
     assert len(kernels) == 10
     for kernel in kernels:
-        for kind in (tiles.HALF, tiles.MIXED, tiles.FLOAT):
+        for kind in (tiles.HALF, tiles.MIXED, tiles.WIDE, tiles.FLOAT, tiles.NARROW):
             for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "of another maker"):
                 for aligned in (True, False):
                     t = tiles.tile(kernel, kind, arch, aligned, 1 << 20, 1 << 20, 1 << 20)

@@ -26,8 +26,8 @@ class Tile(NamedTuple):
 
 
 HALF, MIXED, FLOAT = "half", "mixed", "float32"
-# float16 with float32 parameters, whose products are float32
-WIDE = "wide"
+# float16 with float32 parameters, whose products are float32; float32 with parameters in halves
+WIDE, NARROW = "wide", "narrow"
 ALIGNED, UNALIGNED, ANY = "aligned", "unaligned", "any"
 TABLE = Path(__file__).with_name("tile_table.csv")
 
@@ -35,9 +35,9 @@ TABLE = Path(__file__).with_name("tile_table.csv")
 def read_table(path=TABLE):
     """{(kernel, dtypes, architecture, layout): Tile}, as bench/tune.py wrote it.
 
-    dtypes: a half, float32, bfloat16 or float16 with float32 parameters (mixed, wide; where these have no row, that of
-    a half or of float32). layout: whether 16 divides the sizes, so that operands need not pass through registers.
-    rows, columns and depth:
+    dtypes: half, float32; bfloat16 or float16 with float32 parameters (mixed, wide), float32 with halves (narrow):
+    where these have no row, that of a half or of float32. layout: whether 16 divides the sizes, so that operands need
+    not pass through registers. rows, columns and depth:
 
       weights, weights-long   columns of E × contexts, K at a time (all of K; K in several blocks)
       project, dx             rows (dx: those of project) × columns of E or D, D or E at a time
@@ -85,7 +85,7 @@ def clip(size, largest):
 def kind_of(dtype, mixed):
     """Which rows of the table a call takes: by the dtype of x, and whether parameters have another."""
     if dtype is torch.float32:
-        return FLOAT
+        return NARROW if mixed else FLOAT
     if not mixed:
         return HALF
     return WIDE if dtype is torch.float16 else MIXED
@@ -99,7 +99,7 @@ def _kinds(kernel, kind):
     """Where a row is looked for, the first first."""
     if kind == WIDE:
         return WIDE, HALF if kernel in _OF_ROWS else FLOAT
-    return (MIXED, HALF) if kind == MIXED else (kind,)
+    return {MIXED: (MIXED, HALF), NARROW: (NARROW, FLOAT)}.get(kind, (kind,))
 
 
 # architectures that the table has rows of; others whose names begin alike take theirs. Of the eights only sm_80 has
