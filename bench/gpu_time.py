@@ -1,4 +1,4 @@
-"""What bench/gpu.py times: every case beside its peers, in CUDA graphs."""
+"""What bench/gpu.py times: every case with its peers, in CUDA graphs."""
 
 import functools
 import itertools
@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 import ctxkern
-from ctxkern import plan as planner
 from ctxkern.testing import report
 from ctxkern.testing.cases import BENCH_CASES, Case, make_inputs
 from ctxkern.testing.measure import captured, ceilings, interleaved, peak_extra_bytes
@@ -39,11 +38,11 @@ ROTATED, COPIES = 256 << 20, 64
 class Run:
     """What is asked for, and the file that rows go to."""
 
-    def __init__(self, args, device, backends):
-        self.args, self.device, self.backends = args, device, backends
+    def __init__(self, args):
+        self.args, self.device, backends = args, args.device, args.backends
         self.cases = [c for c in (TINY if args.rehearse else TIMED) if args.cases is None or c.id in args.cases]
-        self.beside = ["cuda"] if "cuda" in backends and "triton" in backends and device == "cuda" else []
-        path = args.csv or report.results_file(device, Path(__file__).parent / "results")
+        self.others = ["cuda"] if "cuda" in backends and "triton" in backends and self.device == "cuda" else []
+        path = args.csv or report.results_file(self.device, Path(__file__).parent / "results")
         self.path, self.rows = None if args.rehearse else path, []
 
     def peaks(self, dtype):
@@ -91,33 +90,38 @@ def _scaled(timings, copies):
 
 def ours(run, case, inputs, backward):
     """{name: callable} of ctxkern's own: as planned, the other backend, Q, K and V in one call."""
-    made = calls(inputs, backward, backends=run.beside)
+    made = calls(inputs, backward, backends=run.others)
     made = {name: fn for name, fn in made.items() if name.startswith("ctxkern")}
     if case.id.endswith("qkv"):
         made["ctxkern QKV"] = three_projections(inputs, backward)
-        for name in run.beside:
+        for name in run.others:
             made[f"ctxkern QKV {name}"] = three_projections(inputs, backward, name)
     return made
 
 
-def stage_compile(args, device, backends, dealt):
+def dealt(args, items):
+    """Those of this process; neighbours, which compile alike, go to different ones."""
+    return list(items)[args.part :: args.processes]
+
+
+def stage_compile(args):
     """Every call that is timed, once, without its peers."""
-    run = Run(args, device, backends)
-    for case, dtype, backward in dealt(itertools.product(run.cases, args.dtypes, (False, True))):
-        inputs = make_inputs(case, *DTYPES[dtype], device)
+    run = Run(args)
+    for case, dtype, backward in dealt(args, itertools.product(run.cases, args.dtypes, (False, True))):
+        inputs = make_inputs(case, *DTYPES[dtype], args.device)
         for fn in ours(run, case, inputs, backward).values():
             fn()
-            wait(device)
+            wait(args.device)
 
 
-def stage_time(args, device, backends, _):
-    run = Run(args, device, backends)
+def stage_time(args):
+    run = Run(args)
     for dtype, param_dtype in (DTYPES[name] for name in args.dtypes):
         peaks = run.peaks(dtype)
         for case in run.cases:
             try:
                 inputs = run.inputs(case, dtype, param_dtype)
-                if case.tokens * case.D * case.E < 1e11:
+                if case.tokens * case.D * case.E < (1e12 if args.device == "cuda" else 1e11):
                     check(ctxkern.modulated_linear, inputs[0], case.id)
                 for backward in (False, True):
                     each = [calls(one, backward, args.compiled) | ours(run, case, one, backward) for one in inputs]
@@ -127,61 +131,9 @@ def stage_time(args, device, backends, _):
     print("\n".join(report.means(run.rows)))
 
 
-def stage_forms(args, device, backends, _):
-    """One launch beside two a strip, where the ring of strips holds all contexts."""
-    if "triton" not in backends:
-        return print("no Triton here")
-    run = Run(args, device, backends)
-    # the interpreter's bfloat16 products are wrong
-    for dtype, param_dtype in (DTYPES[name] for name in (["f32"] if args.rehearse else args.dtypes)):
-        peaks = run.peaks(dtype)
-        for case in (case for case in run.cases if case.S != 1 and not case.per_token):
-            inputs = run.inputs(case, dtype, param_dtype)
-            each = []
-            for one in inputs:
-                made = calls(one, False, backends=["triton"])
-                two, single = (_in_form(made["ctxkern triton"], value) for value in (False, True))
-                each.append({"ctxkern two launches": two, "ctxkern one launch": single, "linear": made["linear"]})
-            if _is_persistent(each[0]["ctxkern one launch"]):
-                run.write(run.timed(case, each, inputs[0], False, peaks))
-            else:
-                print(f"{case.id}: the ring does not hold all contexts", flush=True)
-    return None
-
-
-def _in_form(fn, single):
-    """fn in the panel form, in one launch or in two a strip."""
-
-    def call():
-        kept = planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT
-        planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT = -1, single
-        try:
-            return fn()
-        finally:
-            planner.GPU_OUTER_ROWS, planner.GPU_PERSISTENT = kept
-
-    return call
-
-
-def _is_persistent(fn):
-    """Whether fn() takes the persistent form."""
-    from ctxkern.modulated.triton import persistent
-    from ctxkern.runtime.triton import tiles
-
-    taken, kept = [], persistent.forward
-    persistent.forward = lambda *given: (taken.append(given), kept(*given))
-    tiles.forget()
-    try:
-        fn()
-    finally:
-        persistent.forward = kept
-        tiles.forget()
-    return bool(taken)
-
-
-def stage_overhead(args, device, *_):
+def stage_overhead(args):
     """Seconds until eager calls are issued, and until they are done."""
-    case = TINY[0] if args.rehearse else Case("step", 16, 128, 256, 256, 32)
+    device, case = args.device, TINY[0] if args.rehearse else Case("step", 16, 128, 256, 256, 32)
     for backward in (False, True):
         made = calls(make_inputs(case, torch.float32 if args.rehearse else torch.bfloat16, device=device), backward)
         for name, fn in made.items():
@@ -204,4 +156,4 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-STAGES = {"compile": stage_compile, "time": stage_time, "forms": stage_forms, "overhead": stage_overhead}
+STAGES = {"compile": stage_compile, "time": stage_time, "overhead": stage_overhead}

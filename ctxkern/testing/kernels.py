@@ -16,29 +16,28 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxkern import plan as planner
-from ctxkern.modulated.triton import (
-    modulated,
-    outer_kernels,
-    panel_backward_kernels,
-    panel_kernels,
-    persistent_kernel,
-)
+from ctxkern.modulated import triton as backend
+from ctxkern.modulated.operands import Gradients, Operands
+from ctxkern.modulated.triton import outer, outer_backward, panel, panel_backward, panel_parameters
 from ctxkern.runtime.triton import grouping, tiles
 
 from .cases import Case, make_inputs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # bytes of shared memory that a block can have there
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_LIMIT |= {"sm_89": 101_376, "sm_120": 101_376}
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -132,12 +131,12 @@ class _Recorder:
 def recorded(arch):
     """The `Launches` of the modulated operators, recorded instead of run, with the tiles of a target."""
     launches, kept = Launches(), [(tiles, "architecture", tiles.architecture)]
-    for module in (grouping, panel_kernels, panel_backward_kernels, persistent_kernel, outer_kernels):
+    for module in (grouping, panel, panel_backward, panel_parameters, outer, outer_backward):
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))
     try:
-        tiles.architecture = lambda device: arch
+        tiles.architecture = lambda device: tiles.family(arch)
         for module, name, kernel in kept[1:]:
             setattr(module, name, _Recorder(kernel, launches))
         tiles.forget()
@@ -164,7 +163,7 @@ _INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Audit:
-    """What a kernel compiled to. spills: loads and stores of local memory, or spilled registers where told so."""
+    """What a kernel compiled to. spills: loads and stores of local memory, or, for AMD, spilled registers."""
 
     registers: int
     spills: int
@@ -205,36 +204,36 @@ def _disassemble(cubin):
 
 
 # the matrix unit of each target, as its instructions are called, and how halves must reach it
-UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+UNIT = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "MFMA"}
 # the rows of a product's tile: the matrix unit of sm_90 and later takes 64, fewer go to the older one
 _ROWS = {
-    "panel_make": "BLOCK_E",
-    "panel_project": "BLOCK_M",
-    "panel_gather": "BLOCK_D",
-    "panel_turn": "BLOCK_M",
-    "panel_persistent": "BLOCK_M",
-    "panel_spread": "BLOCK_E",
-    "outer_forward": "BLOCK_M",
-    "product": "BLOCK_M",
+    "panel_weights": "BLOCK_E",
+    "panel_fwd_project": "BLOCK_M",
+    "panel_bwd_weight_grads": "BLOCK_D",
+    "panel_bwd_dx": "BLOCK_M",
+    "panel_bwd_dbilinear": "BLOCK_E",
+    "outer_fwd": "BLOCK_M",
+    "matmul": "BLOCK_M",
 }
 
 
 def faults(launch, arch, found):
-    """What is wrong with an `Audit`: spills, too much shared memory, products of halves beside the matrix unit."""
+    """What is wrong with an `Audit`: spills, too much shared memory, products of halves without the matrix unit."""
     wrong = []
     if found.spills:
         wrong.append(f"{found.spills} spills")
     if found.shared > SHARED_LIMIT[arch]:
         wrong.append(f"{found.shared} bytes of shared memory, {SHARED_LIMIT[arch]} there are")
     halves = "bf16" in launch.dtypes or "fp16" in launch.dtypes
+    halves &= dict(launch.constants).get("DTYPE") is not tl.float32
     large = dict(launch.constants).get(_ROWS.get(launch.name), 0) >= 64
     if halves and large and not found.instructions.get(UNIT[arch]):
         wrong.append(f"no {UNIT[arch]}: {found.instructions}")
     return wrong
 
 
-# (case, workspace, projections): many rows a context; K in several blocks; equal contexts; strips and groups; few rows;
-# a context per token
+# (case, workspace, projections): many rows per context; K in several blocks; equal contexts; strips and groups; sizes
+# that 8 divides and not 16, odd ones; few rows per context; a context per token
 PROBLEMS = [
     (Case("panel", 32, 512, 1024, 1024, 64), 32 << 20, 3),
     (Case("panel-one", 32, 512, 1024, 1024, 64), 32 << 20, 1),
@@ -243,20 +242,15 @@ PROBLEMS = [
     (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), 32 << 20, 3),
     (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), 32 << 20, 1),
     (Case("panel-groups", 64, 128, 1024, 1024, 32), 1 << 20, 1),
+    (Case("panel-eights", 16, 256, 1000, 1000, 32), 32 << 20, 1),
     (Case("panel-odd", 13, 97, 385, 391, 47), 32 << 20, 3),
     (Case("outer-decode", 64, 1, 2048, 2048, 32), 32 << 20, 3),
     (Case("outer-one", 64, 1, 2048, 2048, 32), 32 << 20, 1),
     (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), 32 << 20, 1),
 ]
-DTYPES = [
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float32),
-]
 
 
-def launches_of(arch, problems=PROBLEMS, dtypes=DTYPES):
+def launches_of(arch, problems, dtypes):
     """Each different launch of the forward and backward of problems, on tensors without memory."""
     with recorded(arch) as launches:
         for case, workspace, count in problems:
@@ -267,14 +261,8 @@ def launches_of(arch, problems=PROBLEMS, dtypes=DTYPES):
 
 def _launch(made, workspace, count):
     weights, bilinears, biases = ([t] * count for t in (made.weight, made.bilinear, made.bias))
-    spans = made.context_index, made.cu_seqlens
-    kept = planner.GPU_PERSISTENT
-    try:
-        # rows of odd sizes never take one launch by themselves
-        for planner.GPU_PERSISTENT in (False, True) if made.x.shape[-1] % 16 == 0 else (False,):
-            modulated.modulated_forward(made.x, made.context, weights, bilinears, biases, *spans, workspace)
-    finally:
-        planner.GPU_PERSISTENT = kept
-    needs = [True] * (2 + 2 * count) + [made.bias is not None] * count
-    operands = made.x, made.context, weights, bilinears, *spans, workspace
-    modulated.modulated_backward([made.dy] * count, *operands, needs)
+    operands = Operands(made.x, made.context, weights, bilinears, biases, made.context_index, made.cu_seqlens)
+    backend.forward(operands, workspace)
+    backend.backward(
+        [made.dy] * count, operands, workspace, Gradients.of([t is not None for t in operands.flat()[:-2]])
+    )

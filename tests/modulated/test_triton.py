@@ -9,8 +9,10 @@ import torch
 
 import ctxkern
 from ctxkern import plan as planner
+from ctxkern.modulated.operands import Operands
 from ctxkern.reference import modulated_qkv_ref
 from ctxkern.registry import interpreted
+from ctxkern.testing import force
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.families import by_projection, qkv_arguments
 from ctxkern.testing.oracle import check, check_family, run
@@ -20,8 +22,7 @@ if not ctxkern.backends()["triton"]:
     pytest.skip(str(ctxkern.backends()["triton"]), allow_module_level=True)
 
 DEVICE = "cpu" if interpreted() else "cuda"
-# rows a context up to which the outer form runs: never (but for a context per token), always
-FORMS = {"panel": -1, "outer": 1 << 30}
+FORMS = ("panel", "outer")
 if interpreted():
     DTYPES = {name: pair for name, pair in DTYPES.items() if pair[0] is not torch.bfloat16}
 # the interpreter needs up to 20 seconds for each of these
@@ -31,8 +32,9 @@ triton_linear = functools.partial(ctxkern.modulated_linear, backend="triton")
 
 
 @pytest.fixture
-def form(request, monkeypatch):
-    monkeypatch.setattr(planner, "GPU_OUTER_ROWS", FORMS[request.param])
+def form(request):
+    with force(strategy=request.param):
+        yield request.param
 
 
 def _table():
@@ -89,15 +91,23 @@ def test_same_bits(form):
 
 @pytest.mark.skipif(not interpreted(), reason="a GPU orders programs as it likes")
 @pytest.mark.parametrize("form", FORMS, indirect=True)
-def test_the_order_of_programs_changes_no_bit(form):
-    from ctxkern.testing.interpreter import shuffled
+def test_the_order_of_programs_changes_no_bit(form, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    in_order = builder.set_grid_idx
+
+    def set_grid_idx(x, y, z):
+        nx, ny, nz = builder.grid_dim
+        order = random.Random(nx * ny * nz).sample(range(nx * ny * nz), nx * ny * nz)
+        at = order[(x * ny + y) * nz + z]
+        in_order(at // (ny * nz), at // nz % ny, at % nz)
 
     case = Case("shuffled", 9, 4, 12, 70, 6, rows=4, index=(3, 1, 3, 0, 0, 2, 3, 1, 1), bias=True)
     inputs = make_inputs(case, device=DEVICE)
     fn = functools.partial(triton_linear, workspace_bytes=1 << 14)
     want = run(fn, inputs)
-    with shuffled():
-        got = run(fn, inputs)
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+    got = run(fn, inputs)
     for name, value in got.items():
         assert torch.equal(value, want[name]), name
 
@@ -108,14 +118,14 @@ def test_wrong_results_are_noticed(form, damage, monkeypatch):
     from ctxkern.runtime.triton import launches
 
     backend = importlib.import_module("ctxkern.modulated.triton")
-    forward, launched = backend.modulated_forward, launches.Launches.run
+    forward, launched = backend.forward, launches.Launches.run
 
     def of_a_neighbour(self, tensors, device):
         x, context, *others = tensors
         launched(self, [x, context.roll(1, 0), *others], device)
 
     if damage == "zeros":
-        monkeypatch.setattr(backend, "modulated_forward", lambda *args: [y.zero_() for y in forward(*args)])
+        monkeypatch.setattr(backend, "forward", lambda *args: [y.zero_() for y in forward(*args)])
     else:
         monkeypatch.setattr(launches.Launches, "run", of_a_neighbour)
     with pytest.raises(AssertionError, match="y: rms error"):
@@ -153,13 +163,14 @@ def test_explain_tells_form_and_blocks():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_predicted_seconds_are_no_less_than_the_floor_of_an_h100(backward):
-    from ctxkern.modulated.triton.modulated import plan_call
+    from ctxkern.modulated.triton import plan as planned
 
     for B, S, D, K in ((16, 2048, 2048, 32), (32, 512, 1024, 64), (64, 1, 2048, 32)):
         x, context, bilinear = (
             torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((B, S, D), (B, K), (D, D, K))
         )
-        plan = plan_call(x, context, None, bilinear, None, None, planner.DEFAULT_WORKSPACE, "triton", backward)
+        operands = Operands(x, context, [None], [bilinear], [None])
+        plan = planned(operands, planner.DEFAULT_WORKSPACE, backward)
         flops, moved = plan.flops / planner.H100.flops[torch.bfloat16], plan.bytes / planner.H100.bandwidth
         assert plan.predicted_seconds >= (2 if backward else 1) * max(flops, moved) * 0.99
         assert "on an H100" in str(plan)

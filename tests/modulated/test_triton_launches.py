@@ -1,4 +1,4 @@
-"""Launches that are kept from call to call: the same as Triton's own, for other tensors, alignments, hooks, threads."""
+"""Launches that are kept from call to call: the same as Triton's own, for other tensors, alignments, hooks, tiles."""
 
 import os
 import shutil
@@ -11,15 +11,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+ROOT = Path(__file__).parents[2]
 _STEP = """
 import gc, threading, weakref
 import torch
 import ctxkern
-from ctxkern import plan as planner
+from ctxkern.runtime.triton.tiles import Tile
+from ctxkern.testing import force
 from ctxkern.testing.cases import Case, make_inputs
 
-def step(made, count=3):
-    made = [made] * count if not isinstance(made, list) else made
+def step(made):
     first = made[0]
     leaves = [t.requires_grad_() for one in made for t in (one.weight, one.bilinear)]
     leaves += [first.x.requires_grad_(), first.context.requires_grad_()]
@@ -29,37 +30,9 @@ def step(made, count=3):
     return outs, torch.autograd.grad(outs, leaves, [one.dy for one in made])
 """
 
-_BEGIN = (
-    _STEP
-    + """
-from ctxkern.testing.driver import note_launches
-
-launches = note_launches()
-
-def plain(value, known):
-    if isinstance(value, torch.Tensor):
-        # memory of the call itself: what matters is its kind
-        return known.get(value.data_ptr(), (tuple(value.shape), value.dtype)) if value.numel() else "empty"
-    if isinstance(value, tuple):
-        return tuple(plain(each, known) for each in value)
-    return value
-
-def described(launches, known=None):
-    made = [(name, grid, tuple(plain(value, known or {}) for value in args)) for name, grid, args in launches]
-    launches.clear()
-    return made
-
-def known_of(made):
-    parts = {f"{i}.{name}": getattr(one, name) for i, one in enumerate(made) for name in ("x", "context", "weight",
-             "bilinear", "bias", "context_index", "cu_seqlens", "dy")}
-    return {t.data_ptr(): name for name, t in parts.items() if t is not None and t.numel()}
-"""
-)
-
 
 def fresh(code, **variables):
-    root = Path(__import__("ctxkern").__file__).parents[1]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
@@ -69,129 +42,60 @@ def fresh(code, **variables):
     return done.stdout
 
 
-def test_the_second_call_launches_what_triton_launched_at_the_first():
+def test_a_call_that_differs_is_laid_out_again_and_nothing_else_is_kept():
     fresh(
-        _BEGIN
+        "from overhead import note_launches\n"
+        + _STEP
         + """
-CASES = [
-    Case("panel", 4, 64, 48, 80, 16),
-    Case("odd", 3, 17, 13, 7, 5, bias=True),
-    Case("shared", 6, 32, 32, 32, 8, rows=4, index=(3, 1, 3, 0, 0, 2)),
-    Case("ragged", 4, 0, 32, 32, 8, lengths=(10, 0, 30, 40)),
-    Case("indexed", 4, 0, 32, 32, 8, rows=3, index=(2, 1, 2, 0), lengths=(10, 0, 30, 40)),
-    Case("decode", 8, 1, 32, 32, 8),
-    Case("token", 2, 16, 32, 32, 8, per_token=True),
-    Case("wide-k", 2, 64, 16, 16, 300),
-]
-for planner.GPU_PERSISTENT in (None, True):
-    for case in CASES:
-        for dtype, param_dtype in ((torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2):
-            # of the second call, tensors of their own
-            one, two = ([make_inputs(case, dtype, param_dtype, seed=i + n) for i in range(3)] for n in (0, 3))
-            for other in (one, two):
-                for each in other[1:]:
-                    each.dy = each.dy.clone()
-            step(one)
-            first = described(launches, known_of(one))
-            step(two)
-            again = described(launches, known_of(two))
-            assert first == again, (case.id, first, again)
-            assert len(first) > 3, case.id
-"""
-    )
-
-
-def test_tensors_of_another_alignment_or_layout_are_looked_at_anew():
-    fresh(
-        _BEGIN
-        + """
+from ctxkern.modulated.triton import _KEPT
+launches = note_launches()
 whole = torch.zeros(4 * 64 * 48 + 1, dtype=torch.bfloat16)
 context, bilinear = torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(48, 80, 16, dtype=torch.bfloat16)
 turned = torch.zeros(16, 48, 80, dtype=torch.bfloat16).permute(1, 2, 0)
-names = []
-for x, t in ((whole[:-1], bilinear), (whole[1:], bilinear), (whole[:-1], turned), (whole[:-1], bilinear)):
-    x = x.view(4, 64, 48)
-    ctxkern.modulated_linear(x, context, None, t, backend="triton")
-    project = next(l for l in launches if "project" in l[0])
-    make = next(l for l in launches if "make" in l[0])
-    assert project[2][0].data_ptr() == x.data_ptr()
-    assert ((1280,), (16,), (1,)) == make[2][7] or t is turned, make[2]
-    names.append(make[2][7])
+
+def forward(x, t):
     launches.clear()
-from ctxkern.modulated.triton.modulated import _KEPT
+    ctxkern.modulated_linear(x.view(4, 64, 48), context, None, t, backend="triton")
+    assert [name for name, *_ in launches] == ["_panel_weights_kernel", "_panel_fwd_project_kernel"], launches
+    (_, _, weights), (_, grid, project) = launches
+    assert weights[0][0].data_ptr() == t.data_ptr() and project[0].data_ptr() == x.data_ptr()
+    assert (1280, 16, 1) == tuple(one for one, in weights[6]) or t is turned, weights
+    return weights[6], grid
+
+for x, t in ((whole[:-1], bilinear), (whole[1:], bilinear), (whole[:-1], turned), (whole[:-1], bilinear)):
+    forward(x, t)
 assert len(_KEPT) == 3, len(_KEPT)
-assert names[0] == names[1] == names[3] != names[2]
-"""
-    )
+with force(tiles={"project": Tile(16, 16, 16, 4, 2)}):
+    _, small = forward(whole[:-1], bilinear)
+_, large = forward(whole[:-1], bilinear)
+assert small[0] > large[0] and len(_KEPT) == 4
 
-
-def test_the_order_of_repeated_parameters_is_not_kept():
-    fresh(
-        _BEGIN
-        + """
+# parameters that were one tensor are not taken for one later
 case = Case("panel", 4, 64, 48, 80, 16)
-same = make_inputs(case, torch.bfloat16)
-step(same)
+made = [make_inputs(case, torch.bfloat16, seed=i) for i in range(3)]
+step(made[:1] * 3)
 launches.clear()
-others = [make_inputs(case, torch.bfloat16, seed=i) for i in range(3)]
-step(others)
-make = next(args for name, _, args in launches if "make" in name)
-assert [t.data_ptr() for t in make[0]] == [one.bilinear.data_ptr() for one in others]
-"""
-    )
-
-
-def test_nothing_of_a_call_is_kept_alive():
-    fresh(
-        _BEGIN
-        + """
-made = make_inputs(Case("panel", 4, 64, 48, 80, 16), torch.bfloat16)
-for _ in range(2):
-    step(made)
-watched = [weakref.ref(t) for t in (made.x, made.context, made.weight, made.bilinear, made.dy)]
-launches.clear()
-del made
-gc.collect()
-assert [ref() for ref in watched] == [None] * 5
-"""
-    )
-
-
-def test_hooks_of_profilers_are_called_at_every_launch():
-    fresh(
-        _BEGIN
-        + """
-from triton import knobs
-entered, left = [], []
-made = make_inputs(Case("panel", 4, 64, 48, 80, 16), torch.bfloat16)
 step(made)
-count = len(launches)
-knobs.runtime.launch_enter_hook.add(lambda metadata: entered.append(metadata.get()["name"]))
-knobs.runtime.launch_exit_hook.add(left.append)
-step(made)
-assert entered == [name for name, *_ in launches[count:]], entered
-assert len(left) == len(entered) == count
-"""
-    )
+weights = next(args for name, _, args in launches if "weights" in name)
+assert [t.data_ptr() for t in weights[0]] == [one.bilinear.data_ptr() for one in made]
 
-
-def test_threads_may_call_at_once():
-    fresh(
-        _BEGIN
-        + """
-made = [make_inputs(Case("panel", 4, 64, 48, 16 * (1 + i), 16), torch.bfloat16) for i in range(4)]
 failed = []
 def work(n):
     try:
         for i in range(60):
-            ctxkern.modulated_linear(made[(i + n) % 4].x, made[0].context, None, made[(i + n) % 4].bilinear,
-                                     backend="triton")
+            ctxkern.modulated_linear(made[(i + n) % 3].x, context, None, made[i % 3].bilinear, backend="triton")
     except BaseException as error:
         failed.append(error)
+launches.clear()
 threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
 [t.start() for t in threads], [t.join() for t in threads]
-assert not failed, failed
-assert len(launches) == 2 * 60 * 4
+assert not failed and len(launches) == 2 * 60 * 4, failed
+
+watched = [weakref.ref(t) for t in (made[0].x, made[1].bilinear, made[2].dy)]
+launches.clear()
+del made, weights
+gc.collect()
+assert [ref() for ref in watched] == [None] * 3
 """
     )
 
@@ -206,7 +110,7 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from ctxkern import registry
-from ctxkern.runtime.triton import launches, tiles
+from ctxkern.runtime.triton import launches
 
 STREAM = 119
 CudaDriver.get_current_device = lambda self: 0
@@ -218,7 +122,7 @@ active.get_current_stream, active.set_current_device = (lambda device: STREAM), 
 driver.set_active(active)
 registry.statuses["triton"] = registry.Status("available")
 registry._ON_CPU["triton"] = lambda: True
-launches._stream = lambda device: STREAM
+launches.stream_of = lambda device: STREAM
 
 SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8, "fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 libcuda = ctypes.CDLL("libcuda.so.1")
@@ -266,7 +170,7 @@ def libcuda(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     if torch.version.cuda is not None:
-        pytest.skip("torch has a CUDA of its own, which needs a driver with a device: bench/gpu.py")
+        pytest.skip("torch has its own CUDA, which needs a driver with a device: bench/gpu.py")
     folder = tmp_path_factory.mktemp("libcuda")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source = Path(__file__).with_name("libcuda.c")
@@ -277,7 +181,7 @@ def libcuda(tmp_path_factory):
     return {"LD_LIBRARY_PATH": path, "LAUNCHES": str(folder / "launches")}
 
 
-def test_tritons_own_launcher_gives_the_driver_the_same_at_the_second_call(libcuda):
+def test_the_driver_gets_what_tritons_own_launcher_gives_it(libcuda):
     done = fresh(
         _DRIVER
         + """
@@ -287,24 +191,22 @@ CASES = [
     Case("token", 2, 16, 32, 32, 8, per_token=True),
 ]
 count = 0
-for planner.GPU_PERSISTENT in (None, True):
-    for case in CASES[: 1 if planner.GPU_PERSISTENT else None]:
-        made = [make_inputs(case, torch.bfloat16, torch.float32, seed=i) for i in range(3)]
-        tiles.forget()
-        first, again = launched(made), launched(made)
-        hook = lambda metadata: metadata.get()
-        knobs.runtime.launch_enter_hook.add(hook)
-        hooked = launched(made)
-        knobs.runtime.launch_enter_hook.remove(hook)
-        for other in (again, hooked):
-            assert len(first) == len(other) > 3, case.id
-            moved = {}
-            for one, two in zip(first, other):
-                assert one[:5] == two[:5] and one[4] == str(STREAM) and len(one) == len(two), (one, two)
-                for a, b in zip(one[5:], two[5:]):
-                    assert a == b or int(a) > 1 << 32 and moved.setdefault(a, b) == b, (one, two)
-            assert len(set(moved.values())) == len(moved), case.id
-        count += len(first)
+for case in CASES:
+    made = [make_inputs(case, torch.bfloat16, torch.float32, seed=i) for i in range(3)]
+    first, again = launched(made), launched(made)
+    hook = lambda metadata: metadata.get()
+    knobs.runtime.launch_enter_hook.add(hook)
+    hooked = launched(made)
+    knobs.runtime.launch_enter_hook.remove(hook)
+    for other in (again, hooked):
+        assert len(first) == len(other) > 3, case.id
+        moved = {}
+        for one, two in zip(first, other):
+            assert one[:5] == two[:5] and one[4] == str(STREAM) and len(one) == len(two), (one, two)
+            for a, b in zip(one[5:], two[5:]):
+                assert a == b or int(a) > 1 << 32 and moved.setdefault(a, b) == b, (one, two)
+        assert len(set(moved.values())) == len(moved), case.id
+    count += len(first)
 print(count)
 """,
         **libcuda,
@@ -313,16 +215,12 @@ print(count)
 
 
 def test_overhead_is_measured_and_launches_that_are_kept_cost_less():
-    script = Path(__file__).parents[2] / "bench" / "overhead.py"
-    code = (
-        f"import runpy, sys; sys.argv[1:] = ['--seconds', '0.3']; runpy.run_path({str(script)!r}, run_name='__main__')"
-    )
-    done = fresh(code)
+    done = fresh("import overhead; overhead.main(['--seconds', '0.3'])")
     lines = [line.split() for line in done.splitlines()]
     times = {
         (line[0], line[1], " ".join(line[2 : line.index("µs") - 1])): int(line[line.index("µs") - 1]) for line in lines
     }
     for case in ("step", "indexed", "decode"):
         for count in "13":
-            assert times[case, count, "step"] < times[case, count, "step, anew"], done
+            assert times[case, count, "step"] < times[case, count, "step, first"], done
             assert times[case, count, "forward, linear"] > 0

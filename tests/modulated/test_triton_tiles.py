@@ -1,6 +1,5 @@
 """The tile table, the blocks that a workspace holds, and the tuner that writes the table."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from ctxkern.runtime.triton import tiles
+from ctxkern.testing import force
 
 TUNE = Path(__file__).parents[2] / "bench" / "tune.py"
 SIZES = st.integers(1, 5000)
@@ -21,11 +21,11 @@ WIDTHS = st.lists(SIZES, min_size=1, max_size=3)
 
 def test_every_kernel_has_tiles_wherever_it_runs():
     table = tiles.read_table()
-    kernels = {kernel for kernel, *_ in table} - {"persistent"}
+    kernels = {kernel for kernel, *_ in table}
     assert len(kernels) == 10
     for kernel in kernels:
-        for kind in (tiles.HALF, tiles.MIXED, tiles.FLOAT):
-            for arch in ("sm_80", "sm_90", "sm_100", "gfx942", "of another maker"):
+        for kind in (tiles.HALF, tiles.MIXED, tiles.WIDE, tiles.FLOAT, tiles.NARROW):
+            for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "of another maker"):
                 for aligned in (True, False):
                     t = tiles.tile(kernel, kind, arch, aligned, 1 << 20, 1 << 20, 1 << 20)
                     assert all(size >= 16 and size & (size - 1) == 0 for size in t[:3]), (kernel, t)
@@ -42,19 +42,37 @@ def test_rows_of_an_architecture_come_first():
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("sm_86", "sm_80"), ("sm_90", "sm_90"), ("sm_103", "sm_100"), ("sm_120", "sm_80"), ("gfx90a", "gfx942")],
+    [
+        ("sm_80", "sm_80"),
+        ("sm_86", "sm_89"),
+        ("sm_89", "sm_89"),
+        ("sm_90", "sm_90"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_89"),
+        ("sm_121", "sm_89"),
+        ("gfx90a", "gfx942"),
+    ],
 )
 def test_architectures_without_rows_take_those_of_a_relative(name, known):
     assert tiles.family(name) == known
 
 
-def test_one_launch_is_taken_where_a_row_says_so(monkeypatch):
-    assert not tiles.persistent(tiles.HALF, "sm_90", True)
-    row = {("persistent", tiles.HALF, "sm_90", tiles.ALIGNED): tiles.Tile(128, 128, 64, 8, 3)}
-    monkeypatch.setattr(tiles, "_TILES", tiles.read_table() | row)
-    assert tiles.persistent(tiles.HALF, "sm_90", True)
-    assert not tiles.persistent(tiles.MIXED, "sm_90", True)
-    assert not tiles.persistent(tiles.HALF, "sm_90", False)
+def test_tiles_are_those_of_the_device_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((8, 0), (8, 9), (9, 0))[device.index])
+    tiles.architecture.cache_clear()
+    try:
+        assert [tiles.architecture(torch.device("cuda", i)) for i in range(3)] == ["sm_80", "sm_89", "sm_90"]
+    finally:
+        tiles.architecture.cache_clear()
+
+
+def test_forced_tiles_come_before_the_table():
+    of = "project", tiles.HALF, "sm_90", True
+    with force(tiles={"project": tiles.Tile(32, 64, 16, 4, 2)}):
+        assert tiles.tile(*of, 1 << 20, 1 << 20, 1 << 20) == (32, 64, 16, 4, 2)
+        assert tiles.tile("dx", *of[1:], 1 << 20, 1 << 20, 1 << 20) == tiles.found("dx", *of[1:])
+    assert tiles.tile(*of, 1 << 20, 1 << 20, 1 << 20) == tiles.found(*of)
 
 
 @given(d_in=SIZES, d_outs=WIDTHS, limit=st.integers(1, 300), kib=st.integers(1, 40_000))
@@ -80,6 +98,8 @@ def test_backward_blocks_fit_into_the_workspace(tokens, d_in, d_outs, k, limit, 
     blocks = tiles.backward_blocks(tokens, d_in, tuple(d_outs), k, limit, torch.bfloat16, torch.float32, kib << 10)
     rows, width, strips, group = blocks
     assert 1 <= rows <= d_in
+    # what dx is summed in where a block has not all columns
+    assert width * strips >= sum(d_outs) or 4 * rows <= max(2 * d_in, 4)
     assert 1 <= width <= max(d_outs)
     assert 1 <= group <= limit
     sums = 4 * (k + 1) if group < limit else 0
@@ -87,21 +107,21 @@ def test_backward_blocks_fit_into_the_workspace(tokens, d_in, d_outs, k, limit, 
     assert used <= kib << 10 or (rows, strips, group) == (1, 1, 1)
 
 
+def _tuned(*arguments):
+    return subprocess.run([sys.executable, TUNE, *arguments], capture_output=True, text=True, timeout=600)
+
+
 def test_the_tuner_runs():
-    command = [sys.executable, TUNE, "--rehearse", "--kernels", "outer", "persistent", "--dtypes", "float32"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tiles.__file__).parents[3])}
     before = tiles.TABLE.read_text()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = _tuned("--rehearse", "--kernels", "outer", "--dtypes", "float32")
     assert done.returncode == 0, done.stderr
     assert "outer float32 sm_90 unaligned ->" in done.stdout
-    assert "persistent float32 sm_90 aligned ->" in done.stdout
     assert tiles.TABLE.read_text() == before
 
 
 def test_the_tuner_says_that_it_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    environment = {**os.environ, "PYTHONPATH": str(Path(tiles.__file__).parents[3])}
-    done = subprocess.run([sys.executable, TUNE], capture_output=True, text=True, env=environment, timeout=600)
+    done = _tuned()
     assert done.returncode == 1
     assert "no GPU here" in done.stderr

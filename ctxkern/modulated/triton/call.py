@@ -16,12 +16,12 @@ TL_DTYPES = {dtype: getattr(tl, name_of(dtype)) for dtype in KERNEL_FLOATS}
 class Call:
     """x [N, D], context [F, K]; sequences: B, length: rows of each, 0 where `cu_seqlens` has their bounds.
 
-    Of `Operand`s; the first four: x, context, context_index, cu_seqlens. layout: what the call launches.
+    operands: `ctxkern.modulated.operands.Operands` of `Operand`s. layout: what the call launches.
     """
 
-    def __init__(self, spans, bilinears, workspace_bytes, device, layout):
-        x, context, self.index, self.bounds = spans
-        self.x, self.context, self.layout, self.device = x.matrix(), context.matrix(), layout, device
+    def __init__(self, operands, workspace_bytes, device, layout):
+        x, context, weights, bilinears, _, self.index, self.bounds = operands
+        self.x, self.context, self.layout = x.matrix(), context.matrix(), layout
         self.tokens, self.d_in = self.x.shape
         self.table, self.context_dim = self.context.shape
         self.per_token = len(context.shape) == 3
@@ -32,16 +32,16 @@ class Call:
         else:
             self.sequences, self.length = self.bounds.shape[0] - 1, 0
         self.budget, self.dtype = workspace_bytes, x.dtype
-        wide = any(t.dtype is not x.dtype for t in (context, *bilinears))
-        kind = tiles.kind_of(x.dtype, torch.float32 if wide else x.dtype)
-        sizes = (self.d_in, *(t.shape[1] for t in bilinears))
-        aligned = all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
+        mixed = any(t is not None and t.dtype is not x.dtype for t in (context, *weights, *bilinears))
+        kind = tiles.kind_of(x.dtype, mixed)
+        # Triton knows of sizes whether 16 divides them, and copies what may lie anywhere else element by element
+        aligned = all(size % 16 == 0 for size in (self.d_in, *(t.shape[1] for t in bilinears)))
         self.target = kind, tiles.architecture(device), aligned
-        self.persistent = False
-        self.precision = "tf32" if rounds_to_tf32(x.dtype) else "ieee"
-        # of float32 products beside halves: three products of the matrix unit, where it has any
-        nvidia = self.target[1].startswith("sm_")
-        self.wide_precision = "tf32x3" if kind == tiles.MIXED and nvidia else self.precision
+        # a float16 would lose small float32 parameters: their products are float32 (ctxkern.runtime.triton.device)
+        self.compute = torch.float32 if kind == tiles.WIDE else x.dtype
+        # of products in float32 next to halves: TF32's three, where the matrix unit has that
+        split = kind in (tiles.MIXED, tiles.WIDE) and self.target[1].startswith("sm_")
+        self.precision = "tf32x3" if split else "tf32" if rounds_to_tf32(x.dtype) else "ieee"
 
     @property
     def most_contexts(self):
@@ -69,8 +69,13 @@ class Call:
     def _sequences(self):
         return self.tokens, self.sequences, self.length, self.table
 
+    @property
+    def products(self):
+        """How kernels multiply."""
+        return {"DTYPE": TL_DTYPES[self.compute], "PRECISION": self.precision}
+
     def buffer(self, size, dtype=None, zeroed=False):
         return self.layout.buffer(size, dtype or self.dtype, zeroed)
 
-    def launch(self, kernel, grid, *args, **constants):
-        self.layout.launch(kernel, grid, *args, **constants)
+    def launch(self, kernel, grid, **arguments):
+        self.layout.launch(kernel, grid, arguments)

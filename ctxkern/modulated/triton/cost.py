@@ -1,32 +1,27 @@
 """What a call should take on an H100: for each launch the larger of its operations over the rate of products and of its
 bytes over that of memory, and the launches themselves. W and G of a block stay in cache and count no bytes, nor do rows
-that are read again while the cache holds them. One persistent launch overlaps the operations of one strip with the
-bytes of the next, but for the first and the last.
+that are read again while the cache holds them.
 """
 
 from ctxkern import plan as planner
 
 # what these tiles should reach of the rate of one large product; seconds between launches of a graph; bytes of rows
-# that stay in cache beside a block: none of them measured
+# that stay in cache next to a block: none of them measured
 _SHARE = 0.6
 _LAUNCH = 2e-6
 _CACHED = 24 << 20
 
 
-def predicted_seconds(problem, strategy, blocks, backward, one_launch=False):
+def predicted_seconds(problem, strategy, blocks, backward):
     """Seconds, or None where products of the dtype were not measured.
 
-    blocks: `Blocks` of a panel; one_launch: they are strips of a persistent launch.
+    blocks: `Blocks` of a panel.
     """
     p, rates = problem, planner.H100
     if p.compute not in rates.flops:
         return None
     speed = rates.flops[p.compute] * _SHARE
     launches = (_panel if strategy == "panel" else _outer)(p, blocks, backward)
-    if one_launch and not backward:
-        flops = sum(count * flops for count, flops, _ in launches)
-        moved = sum(count * moved for count, _, moved in launches)
-        return 2 * _LAUNCH + max(flops / speed, moved / rates.bandwidth) * (1 + 1 / launches[0][0])
     return sum(count * (_LAUNCH + max(flops / speed, moved / rates.bandwidth)) for count, flops, moved in launches)
 
 

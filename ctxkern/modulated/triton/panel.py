@@ -1,196 +1,300 @@
-"""Panel, launched: blocks of D × E, groups of contexts, and the kernels of each in their order (panel_kernels.py)."""
+"""Panel: weights of all contexts for a block of D × E, then their products with rows of x or dy; block after block.
 
-import torch
+  weights       W_u[d, e] = weight[d, e] + Σ_k bilinear[d, e, k] c[u, k]   one pass over `bilinear` for all contexts
+  project       y[n, e] = Σ_d x[n, d] W_u[d, e] + bias[e]                  a tile: rows of one context
 
-from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
-from ctxkern.runtime.triton.tiles import MAKE_ROWS, backward_blocks, clip, forward_blocks, make_tile, tile
+and backward (panel_backward.py, panel_parameters.py)
 
-from . import panel_backward_kernels as backward_kernels
-from . import panel_kernels as kernels
-from . import persistent
-from .call import TL_DTYPES
-from .projections import together
+  weight_grads  G_u[d, e] = Σ_{n of u} x[n, d] dy[n, e]
+  dx            dx[n, d] = Σ_e dy[n, e] W_u[d, e]
+  dbilinear     dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]   dweight[d, e] = Σ_u G_u[d, e]
+  dcontext      dcontext[u, k] = Σ_{d, e} bilinear[d, e, k] G_u[d, e]      in the pass that makes W, a part per program
 
-# of the budget: partial sums for dcontext
-_PARTIAL_SHARE = 4
+W and G live in a workspace, [strips of a launch, contexts of a group, rows of a block, width of a strip], in the dtype
+of x. Strips are columns of one or several projections (projections.py). Forward, a block is all of D by some strips, so
+that no sum crosses blocks; backward, rows of D by all strips where they fit. No float atomics.
+"""
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+from ctxkern.runtime.triton.device import dot_rounded, dot_wide, kernel, wide
+from ctxkern.runtime.triton.grouping import context_count, rows_at, slots_of, tile_count, tile_range
+from ctxkern.runtime.triton.sizes import cdiv
+from ctxkern.runtime.triton.tiles import WEIGHT_ROWS, forward_blocks, tile, weights_tile
+
+from .projections import pick, strip_at, together
+
+
+@kernel
+def _panel_weights_kernel(
+    # tensors
+    bilinears,  # of each projection [D, E, K]
+    weights,  # [D, E] each
+    context_ptr,  # [F, K]
+    panel_ptr,  # [strips, U, D_BLOCK, width], out: W
+    grads_ptr,  # likewise: G
+    partial_ptr,  # [programs, U, K], added to: dcontext
+    # strides
+    strides_t,
+    strides_w,
+    # sizes
+    d_outs,
+    context_dim,
+    # groups
+    groups_ptr,
+    limit,
+    tiles,
+    length,
+    # block
+    d_begin,
+    d_size,
+    width,
+    u_begin,
+    u_size,
+    first_strip,
+    # tile
+    ROWS: tl.constexpr,  # of D, per program
+    BLOCK_E: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE_K: tl.constexpr,  # K fits into one block
+    HAS_WEIGHT: tl.constexpr,
+    WEIGHTS: tl.constexpr,  # whether W is asked for
+    DCONTEXT: tl.constexpr,  # only with WHOLE_K
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # neighbours differ in their contexts: they read the same of `bilinear`
+    contexts = tl.cdiv(u_size, BLOCK_U)
+    program = tl.program_id(0) // contexts
+    u0 = (tl.program_id(0) % contexts) * BLOCK_U
+    e_blocks = tl.cdiv(width, BLOCK_E)
+    blocks = e_blocks * tl.cdiv(d_size, ROWS)
+    slot = program // blocks
+    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width)
+    e0 = (program % e_blocks) * BLOCK_E
+    count = tl.minimum(context_count(groups_ptr, limit, UNIFORM) - u_begin, u_size)
+    if (u0 >= count) | (e0 >= e_size):
+        return
+    offs_u = u0 + tl.arange(0, BLOCK_U)
+    mask_u = offs_u < count
+    table = slots_of(groups_ptr, u_begin + offs_u, mask_u, UNIFORM).to(tl.int64)
+    offs_e = e0 + tl.arange(0, BLOCK_E)
+    mask_e = offs_e < e_size
+    columns = (e_begin + offs_e).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < context_dim
+    # [BLOCK_E, BLOCK_K]
+    stride_k = wide(pick(part, strides_t[2]))
+    bilinear_at = pick(part, bilinears) + columns[:, None] * pick(part, strides_t[1]) + offs_k[None, :] * stride_k
+    if HAS_WEIGHT:
+        weight_at = pick(part, weights) + columns * pick(part, strides_w[1])
+    # [BLOCK_U, BLOCK_K]
+    context_at = context_ptr + table[:, None] * context_dim + offs_k[None, :]
+    if WHOLE_K:
+        context = tl.load(context_at, mask=mask_u[:, None] & mask_k[None, :], other=0.0)
+    if DCONTEXT:
+        dcontext = tl.zeros([BLOCK_U, BLOCK_K], tl.float32)
+    first = (program % blocks // e_blocks) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, d_size)):
+        d = wide(d_begin + row)
+        t_at = bilinear_at + d * pick(part, strides_t[0])
+        # [BLOCK_U, BLOCK_E]
+        cells = ((slot * u_size + offs_u[:, None]).to(tl.int64) * d_size + row) * width + offs_e[None, :]
+        mask = mask_u[:, None] & mask_e[None, :]
+        if WHOLE_K:
+            t = tl.load(t_at, mask=mask_e[:, None] & mask_k[None, :], other=0.0)
+        if DCONTEXT:
+            g = tl.load(grads_ptr + cells, mask=mask, other=0.0)
+            # [BLOCK_U, BLOCK_K]
+            dcontext = dot_wide(g, t, dcontext, DTYPE=DTYPE, PRECISION=PRECISION)
+        if WEIGHTS:
+            # [BLOCK_E, BLOCK_U]
+            acc = tl.zeros([BLOCK_E, BLOCK_U], tl.float32)
+            if WHOLE_K:
+                acc = dot_rounded(t, tl.trans(context), acc, DTYPE=DTYPE, PRECISION=PRECISION)
+            else:
+                for k in range(0, context_dim, BLOCK_K):
+                    mask_k = offs_k < context_dim - k
+                    c = tl.load(context_at + k, mask=mask_u[:, None] & mask_k[None, :], other=0.0)
+                    t = tl.load(t_at + k * stride_k, mask=mask_e[:, None] & mask_k[None, :], other=0.0)
+                    acc = dot_rounded(t, tl.trans(c), acc, DTYPE=DTYPE, PRECISION=PRECISION)
+            if HAS_WEIGHT:
+                w = tl.load(weight_at + d * pick(part, strides_w[0]), mask=mask_e, other=0.0)
+                acc += w.to(tl.float32)[:, None]
+            tl.store(panel_ptr + cells, tl.trans(acc).to(panel_ptr.dtype.element_ty), mask=mask)
+    if DCONTEXT:
+        at = (program * limit + u_begin + offs_u[:, None]).to(tl.int64) * context_dim + offs_k[None, :]
+        mask = mask_u[:, None] & mask_k[None, :]
+        dcontext += tl.load(partial_ptr + at, mask=mask, other=0.0)
+        tl.store(partial_ptr + at, dcontext, mask=mask)
+
+
+@kernel
+def _panel_fwd_project_kernel(
+    # tensors
+    x_ptr,  # [N, D]
+    panel_ptr,  # [strips, U, D, width]: W
+    biases,  # of each projection [E]
+    outs,  # [N, E] each
+    # sizes
+    d_outs,
+    d_in,
+    # groups
+    groups_ptr,
+    limit,
+    tiles,
+    length,
+    # block: all of D
+    width,
+    u_begin,
+    u_size,
+    first_strip,
+    strips,
+    # tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # programs of the same rows follow each other, so that x is read once
+    blocks = tl.cdiv(width, BLOCK_N)
+    column = tl.program_id(0) % (blocks * strips)
+    slot = column // blocks
+    n0 = (column % blocks) * BLOCK_N
+    tile = tl.program_id(0) // (blocks * strips)
+    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width)
+    if (tile >= tile_count(groups_ptr, tiles, UNIFORM)) | (n0 >= e_size):
+        return
+    u, begin, end = tile_range(groups_ptr, limit, length, tile, BLOCK_M, UNIFORM)
+    if (u < u_begin) | (u >= u_begin + u_size):
+        return
+    grouped = begin + tl.arange(0, BLOCK_M)
+    mask_m = grouped < end
+    rows = rows_at(groups_ptr, limit, tiles, grouped, mask_m, ORDERED).to(tl.int64)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < e_size
+    offs_d = tl.arange(0, BLOCK_D)
+    x_at = x_ptr + rows[:, None] * d_in + offs_d[None, :]
+    region = (slot * u_size + u - u_begin).to(tl.int64) * d_in
+    w_at = panel_ptr + (region + offs_d[:, None]) * width + offs_n[None, :]
+    # [BLOCK_M, BLOCK_N]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d in range(0, d_in, BLOCK_D):
+        mask_d = offs_d < d_in - d
+        x = tl.load(x_at, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+        w = tl.load(w_at, mask=mask_d[:, None] & mask_n[None, :], other=0.0, cache_modifier=".cg")
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_at += BLOCK_D
+        w_at += BLOCK_D * width
+    if HAS_BIAS:
+        bias_at = pick(part, biases) + e_begin + offs_n
+        acc += tl.load(bias_at, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_at = pick(part, outs) + rows[:, None] * pick(part, d_outs) + (e_begin + offs_n)[None, :]
+    tl.store(y_at, acc.to(x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+class Block(NamedTuple):
+    """What a launch covers: rows of D, strips of `width` columns, contexts."""
+
+    d_begin: int
+    d_size: int
+    width: int
+    u_begin: int
+    u_size: int
+    first_strip: int
+    strips: int
+
+    def sizes(self):
+        """As kernels take them; `strips` is for those that need it."""
+        return {name: value for name, value in self._asdict().items() if name != "strips"}
+
+
+def cut(size, step):
+    """[(first, number)] of its parts."""
+    return [(at, min(step, size - at)) for at in range(0, size, step)]
 
 
 def forward(call, projections):
     """y of each `Projection` into its rows."""
     for alike in together(projections):
-        if persistent.runs(call, alike.d_outs):
-            persistent.forward(call, alike)
-        else:
-            _forward(call, alike)
+        _forward(call, alike)
 
 
 def _forward(call, alike):
     limit = call.groups.limit
     blocks = forward_blocks(call.d_in, alike.d_outs, limit, call.dtype, call.budget)
-    weights = call.buffer(call.d_in * blocks.width * blocks.strips * blocks.group)
-    for first, strips in _blocks_of(alike.strips(blocks.width), blocks.strips):
-        for u_begin, u_size in _blocks_of(limit, blocks.group):
-            block = (0, call.d_in, blocks.width, u_begin, u_size, first, strips)
-            _make(call, alike, weights, None, None, block, True)
-            _project(call, alike, weights, block)
+    panel = call.buffer(call.d_in * blocks.width * blocks.strips * blocks.group)
+    for first, strips in cut(alike.strips(blocks.width), blocks.strips):
+        for u_begin, u_size in cut(limit, blocks.group):
+            block = Block(0, call.d_in, blocks.width, u_begin, u_size, first, strips)
+            make_weights(call, alike, panel, block)
+            _project(call, alike, panel, block)
 
 
-def _project(call, alike, weights, block):
-    _, _, width, *rest, strips = block
-    t = tile("project", *call.target, call.groups.block, width, call.d_in)
+def make_weights(call, alike, panel, block, grads=None, partial=None, rows=WEIGHT_ROWS):
+    """W of a block into `panel` unless None; with `partial` its part of dcontext from G, where K fits into a tile.
+
+    rows: of D, per program.
+    """
+    t, whole = weights_tile(*call.target, block.width, block.u_size, call.context_dim)
+    programs = block.strips * cdiv(block.d_size, rows) * cdiv(block.width, t.rows)
     call.launch(
-        *(kernels._panel_project_kernel, (call.groups.tiles * strips * cdiv(width, t.columns),)),
-        *(call.x, weights, alike.bias, call.groups.buffer, alike.rows),
-        *(alike.d_outs, *call.groups.arguments()[1:], call.d_in, width, *rest, strips),
+        _panel_weights_kernel,
+        grid=(programs * cdiv(block.u_size, t.columns),),
+        bilinears=alike.bilinear,
+        weights=alike.weight,
+        context_ptr=call.context,
+        panel_ptr=panel,
+        grads_ptr=grads,
+        partial_ptr=partial,
+        strides_t=alike.strides("bilinear"),
+        strides_w=alike.strides("weight"),
+        d_outs=alike.d_outs,
+        context_dim=call.context_dim,
+        **call.groups.arguments(),
+        **block.sizes(),
+        ROWS=rows,
+        BLOCK_E=t.rows,
+        BLOCK_U=t.columns,
+        BLOCK_K=t.depth,
+        WHOLE_K=whole,
+        HAS_WEIGHT=alike.weight is not None,
+        WEIGHTS=panel is not None,
+        DCONTEXT=partial is not None and whole,
+        **call.products,
+        **t.launch(),
+    )
+
+
+def _project(call, alike, panel, block):
+    t = tile("project", *call.target, call.groups.block, block.width, call.d_in)
+    call.launch(
+        _panel_fwd_project_kernel,
+        grid=(call.groups.tiles * block.strips * cdiv(block.width, t.columns),),
+        x_ptr=call.x,
+        panel_ptr=panel,
+        biases=alike.bias,
+        outs=alike.rows,
+        d_outs=alike.d_outs,
+        d_in=call.d_in,
+        **call.groups.arguments(),
+        width=block.width,
+        u_begin=block.u_begin,
+        u_size=block.u_size,
+        first_strip=block.first_strip,
+        strips=block.strips,
+        BLOCK_M=call.groups.block,
         BLOCK_N=t.columns,
         BLOCK_D=t.depth,
         HAS_BIAS=alike.bias is not None,
-        **call.groups.flags(),
-        PRECISION=call.precision,
-        **t.launch(),
-    )
-
-
-def backward(call, projections, dx, dcontext):
-    """The gradients into tensors of theirs; None: not asked for."""
-    limit, k, batches = call.groups.limit, call.context_dim, together(projections)
-    share = call.budget // _PARTIAL_SHARE if dcontext is not None else 0
-    d_outs = max((alike.d_outs for alike in batches), key=sum)
-    param_dtype = torch.promote_types(projections[0].bilinear.dtype, call.context.dtype)
-    sizes = call.tokens, call.d_in, d_outs, k, limit
-    blocks = backward_blocks(*sizes, call.dtype, param_dtype, call.budget - share)
-    area = blocks.rows * blocks.width * blocks.strips
-    held, products = call.buffer(area * blocks.group), call.buffer(area * blocks.group)
-    sums = call.buffer(area * (k + 1), torch.float32) if blocks.group < limit else None
-    rows, partial = MAKE_ROWS, None
-    if dcontext is not None:
-        t = make_tile(*call.target, blocks.width, blocks.group, k)[0]
-        columns = blocks.strips * cdiv(blocks.width, t.rows)
-        while rows < blocks.rows and 4 * limit * k * columns * cdiv(blocks.rows, rows) > share:
-            rows *= 2
-        programs = columns * cdiv(blocks.rows, rows)
-        partial = call.buffer(programs * limit * k, torch.float32, zeroed=True)
-    pieces = [(alike, *b) for alike in batches for b in _blocks_of(alike.strips(blocks.width), blocks.strips)]
-    dx_sums = None
-    if dx is not None and len(pieces) > 1:
-        dx_sums = call.buffer(call.tokens * blocks.rows, torch.float32)
-    for d_begin, d_size in _blocks_of(call.d_in, blocks.rows):
-        for piece, (alike, first, strips) in enumerate(pieces):
-            for u_begin, u_size in _blocks_of(limit, blocks.group):
-                block = (d_begin, d_size, blocks.width, u_begin, u_size, first, strips)
-                spread = alike.dweight is not None or alike.dbilinear is not None
-                if spread or partial is not None:
-                    _gather(call, alike, products, block)
-                if dx is not None or partial is not None:
-                    _make(call, alike, held, products, partial, block, dx is not None, rows)
-                if spread:
-                    _spread(call, alike, products, sums, block, u_begin > 0, u_begin + u_size >= limit)
-                if dx is not None:
-                    _turn(call, alike, held, dx_sums, dx, block, piece > 0, piece + 1 == len(pieces))
-    if dcontext is not None and k:
-        block_k = clip(k, 128)
-        call.launch(
-            *(backward_kernels._sum_partials_kernel, (limit, cdiv(k, block_k))),
-            *(partial, call.groups.buffer, dcontext, limit, k, programs),
-            BLOCK_P=32,
-            BLOCK_K=block_k,
-            UNIFORM=call.groups.uniform,
-            **OPTIONS,
-        )
-
-
-def _make(call, alike, weights, products, partial, block, make, rows=MAKE_ROWS):
-    """W of a block, and with `partial` its part of dcontext, in one pass over `bilinear` where K fits into a tile.
-
-    rows: of D, a program.
-    """
-    *ranges, strips = block
-    _, d_size, width, _, u_size, _ = ranges
-    k = call.context_dim
-    t, whole = make_tile(*call.target, width, u_size, k)
-    sizes = (alike.d_outs, call.groups.limit, k, *ranges)
-    programs = strips * cdiv(d_size, rows) * cdiv(width, t.rows)
-    contexts = cdiv(u_size, t.columns)
-    flags = {"ROWS": rows, "BLOCK_E": t.rows, "BLOCK_U": t.columns, "BLOCK_K": t.depth}
-    flags |= {"UNIFORM": call.groups.uniform, "PRECISION": call.precision, **t.launch()}
-    fused = partial is not None and whole
-    if make or fused:
-        call.launch(
-            *(kernels._panel_make_kernel, (programs * contexts,)),
-            *(alike.bilinear, alike.weight, call.context, call.groups.buffer, weights, products, partial),
-            *(alike.strides("bilinear"), alike.strides("weight"), *sizes),
-            WHOLE_K=whole,
-            HAS_WEIGHT=alike.weight is not None,
-            MAKE=make,
-            DCONTEXT=fused,
-            DTYPE=TL_DTYPES[call.dtype],
-            **flags,
-        )
-    if partial is not None and not whole:
-        call.launch(
-            *(backward_kernels._panel_dcontext_kernel, (programs * contexts, cdiv(k, t.depth))),
-            *(alike.bilinear, call.groups.buffer, products, partial, alike.strides("bilinear"), *sizes),
-            **flags,
-        )
-
-
-def _blocks_of(size, step):
-    return [(at, min(step, size - at)) for at in range(0, size, step)]
-
-
-def _gather(call, alike, products, block):
-    *ranges, strips = block
-    _, d_size, width, _, u_size, _ = ranges
-    t = tile("gather", *call.target, d_size, width, call.groups.block)
-    grid = (strips * cdiv(d_size, t.rows) * cdiv(width, t.columns), u_size)
-    call.launch(
-        *(backward_kernels._panel_gather_kernel, grid),
-        *(call.x, alike.rows, call.groups.buffer, products),
-        *(alike.d_outs, *call.groups.arguments()[1:], call.d_in, *ranges),
-        BLOCK_D=t.rows,
-        BLOCK_E=t.columns,
-        BLOCK_N=t.depth,
-        UNIFORM=call.groups.uniform,
-        ORDERED=call.groups.ordered,
-        PRECISION=call.precision,
-        **t.launch(),
-    )
-
-
-def _spread(call, alike, products, sums, block, started, last):
-    *ranges, strips = block
-    _, d_size, width, _, u_size, _ = ranges
-    t = tile("spread", *call.target, width, call.context_dim, u_size)
-    blocks_k = cdiv(call.context_dim, t.columns) if alike.dbilinear is not None else 1
-    call.launch(
-        *(backward_kernels._panel_spread_kernel, (strips * d_size * cdiv(width, t.rows), max(blocks_k, 1))),
-        *(products, call.context, call.groups.buffer, alike.dbilinear, alike.dweight, sums),
-        *(alike.strides("dbilinear"), alike.strides("dweight")),
-        *(alike.d_outs, call.groups.limit, call.context_dim, *ranges),
-        BLOCK_E=t.rows,
-        BLOCK_U=t.depth,
-        BLOCK_K=t.columns,
-        DBILINEAR=alike.dbilinear is not None,
-        DWEIGHT=alike.dweight is not None,
-        STARTED=started,
-        LAST=last,
-        UNIFORM=call.groups.uniform,
-        PRECISION=call.precision,
-        **t.launch(),
-    )
-
-
-def _turn(call, alike, weights, sums, dx, block, started, last):
-    t = tile("turn", *call.target, call.groups.block, block[1], block[2])
-    call.launch(
-        *(backward_kernels._panel_turn_kernel, (call.groups.tiles * cdiv(block[1], t.columns),)),
-        *(alike.rows, weights, call.groups.buffer, sums, dx),
-        *(alike.d_outs, *call.groups.arguments()[1:], call.d_in, *block),
-        BLOCK_N=t.columns,
-        BLOCK_E=t.depth,
-        STARTED=started,
-        LAST=last,
-        **call.groups.flags(),
         PRECISION=call.precision,
         **t.launch(),
     )

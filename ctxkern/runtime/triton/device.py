@@ -1,11 +1,16 @@
-"""What every kernel shares: products accumulated in float32, of operands of two dtypes; 64-bit offsets."""
+"""What every kernel shares: products of operands of several dtypes, summed in float32; exact scales; 64-bit offsets.
+
+DTYPE is the dtype that operands of a product are rounded to in registers. A float32 operand next to bfloat16 is split
+into parts of that dtype. Next to float16, whose range it would leave, all become float32, which the matrix unit takes
+as TF32: a float16 fits into it exactly.
+"""
 
 import functools
 
 import triton
 import triton.language as tl
 
-# a kernel; counts that no address depends on are not compiled for anew where they are 1 or a multiple of 16
+# a kernel; counts that no address depends on are not compiled for again where they are 1 or a multiple of 16
 kernel = functools.partial(
     triton.jit,
     do_not_specialize=("limit", "tiles", "length", "u_begin", "u_size", "first_strip", "programs", "splits", "spans"),
@@ -20,31 +25,42 @@ def wide(i):
 
 @triton.jit
 def dot_rounded(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b + acc with both rounded to DTYPE in registers."""
+    """a @ b + acc with both rounded to DTYPE."""
     return tl.dot(a.to(DTYPE), b.to(DTYPE), acc, input_precision=PRECISION)
 
 
 @triton.jit
-def dot_wide(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b + acc; of a float32 b beside a half, what rounding leaves is multiplied too: beside bfloat16, 16 bits."""
-    rounded = b.to(a.dtype)
-    acc = tl.dot(a, rounded, acc, input_precision=PRECISION)
-    if a.dtype != b.dtype:
-        acc = tl.dot(a, (b - rounded.to(b.dtype)).to(a.dtype), acc, input_precision=PRECISION)
+def dot_wide(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b + acc with 16 bits of b or more; a fits into DTYPE."""
+    rounded = b.to(DTYPE)
+    acc = tl.dot(a.to(DTYPE), rounded, acc, input_precision=PRECISION)
+    if b.dtype.primitive_bitwidth > rounded.dtype.primitive_bitwidth:
+        acc = tl.dot(a.to(DTYPE), (b - rounded.to(tl.float32)).to(DTYPE), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def dot_exact(a, b, acc, rest, PRECISION: tl.constexpr):
-    """(acc, rest) with a @ b in their sum, with all 24 bits of a float32 b, for sums that nothing else rounds.
+def dot_exact(a, b, acc, rest, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(acc, rest) with a @ b in their sum, with all 24 bits of b, for sums that nothing else rounds; a fits into DTYPE.
 
-    What rounding b leaves is summed apart: matrix units cut off what does not fit beside a large sum.
+    The residuals of b are summed apart: matrix units cut off what is small compared with a large sum.
     """
-    rounded = b.to(a.dtype)
-    acc = tl.dot(a, rounded, acc, input_precision=PRECISION)
-    if a.dtype != b.dtype:
-        left = b - rounded.to(b.dtype)
-        rest = tl.dot(a, left.to(a.dtype), rest, input_precision=PRECISION)
-        if a.dtype == tl.bfloat16:
-            rest = tl.dot(a, (left - left.to(a.dtype).to(b.dtype)).to(a.dtype), rest, input_precision=PRECISION)
+    rounded = b.to(DTYPE)
+    acc = tl.dot(a.to(DTYPE), rounded, acc, input_precision=PRECISION)
+    if b.dtype.primitive_bitwidth > rounded.dtype.primitive_bitwidth:
+        left = b - rounded.to(tl.float32)
+        rest = tl.dot(a.to(DTYPE), left.to(DTYPE), rest, input_precision=PRECISION)
+        left -= left.to(DTYPE).to(tl.float32)
+        rest = tl.dot(a.to(DTYPE), left.to(DTYPE), rest, input_precision=PRECISION)
     return acc, rest
+
+
+@triton.jit
+def scale_to_float16(largest):
+    """(scale, 1 / scale), powers of two: what is at most `largest` is at most 2^15 when scaled, and as large as that
+    allows, so that a float16 holds it without overflow and, but for the tiniest, with all its bits."""
+    # exponents of float32 are biased by 127; products of two float16 that are not zero are 2^-48 or more
+    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 63)
+    scale = ((2 * 127 + 14 - exponent) << 23).to(tl.float32, bitcast=True)
+    inverse = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return scale, inverse

@@ -1,9 +1,9 @@
 """Which rows of x belong to which context, found on the device: equal indices become one context, without waiting.
 
-Contexts in use are numbered 0 to U - 1 by their first sequence, and their rows brought together in an order of its own,
-the grouped rows; a tile is up to `block` grouped rows of one context. U is known on the device alone, so that buffers
-have room for `limit` contexts and `tiles` tiles, the most there can be. Without an index and without bounds every
-sequence is a context of `length` rows, no buffer is needed and UNIFORM is true.
+Contexts in use are numbered 0 to U - 1 by their first sequence, and their rows are brought together: the grouped rows.
+A tile is up to `block` grouped rows of one context. U is known on the device alone, so that buffers have room for
+`limit` contexts and `tiles` tiles, the most there can be. Without an index and without bounds every sequence is a
+context of `length` rows, no buffer is needed and UNIFORM is true.
 
 The buffer, int32, one part after another:
   contexts, tiles          how many there are
@@ -18,7 +18,7 @@ first sequence of the same index, the rows of it before, and in all.
 
   seen:   the last three of the scratch                                                  O(B²) comparisons
   number: running sums over those firsts: contexts, rows, tiles                          one program
-  spread: tile_context and order                                                         a program a sequence
+  order:  tile_context and order                                                         a program per sequence
 
 The outer form leaves rows in their order and takes only the slot of each.
 """
@@ -34,7 +34,7 @@ from .sizes import ASSERTING, OPTIONS, cdiv, next_power_of_2
 
 _SEEN_BLOCK = 64
 _NUMBER_BLOCK = 256
-_SPREAD_BLOCK = 1024
+_ORDER_BLOCK = 1024
 
 
 class Groups(NamedTuple):
@@ -49,10 +49,15 @@ class Groups(NamedTuple):
     ordered: bool
 
     def arguments(self):
-        return self.buffer, self.limit, self.tiles, self.length
-
-    def flags(self):
-        return {"BLOCK_M": self.block, "UNIFORM": self.uniform, "ORDERED": self.ordered}
+        """As kernels take them."""
+        return {
+            "groups_ptr": self.buffer,
+            "limit": self.limit,
+            "tiles": self.tiles,
+            "length": self.length,
+            "UNIFORM": self.uniform,
+            "ORDERED": self.ordered,
+        }
 
 
 @triton.jit
@@ -218,7 +223,7 @@ def _number_kernel(
 
 
 @triton.jit
-def _spread_kernel(
+def _order_kernel(
     cu_seqlens_ptr,
     scratch_ptr,
     groups_ptr,
@@ -249,8 +254,8 @@ def _spread_kernel(
 
 @triton.jit(debug=True)
 def _slot_kernel(
-    index_ptr,
-    cu_seqlens_ptr,
+    index_ptr,  # [B]
+    cu_seqlens_ptr,  # [B + 1]
     slot_ptr,  # [N], out
     rows,
     length,
@@ -285,13 +290,18 @@ def slot_of_rows(layout, sizes, context_index, cu_seqlens):
     rows, sequences, length, table = sizes
     indexed, packed = context_index is not None, cu_seqlens is not None
     slot = layout.buffer(rows, torch.int32, zeroed=packed)
-    layout.launch(
-        *(_slot_kernel, (sequences,), context_index, cu_seqlens, slot, rows, length, table),
-        PACKED=packed,
-        INDEXED=indexed,
-        BLOCK=min(_SPREAD_BLOCK, next_power_of_2(length)) if length else _SPREAD_BLOCK,
-        **ASSERTING,
-    )
+    arguments = {
+        "index_ptr": context_index,
+        "cu_seqlens_ptr": cu_seqlens,
+        "slot_ptr": slot,
+        "rows": rows,
+        "length": length,
+        "table": table,
+        "PACKED": packed,
+        "INDEXED": indexed,
+        "BLOCK": min(_ORDER_BLOCK, next_power_of_2(length)) if length else _ORDER_BLOCK,
+    }
+    layout.launch(_slot_kernel, (sequences,), arguments | ASSERTING)
     return slot
 
 
@@ -304,30 +314,21 @@ def group_rows(layout, sizes, context_index, cu_seqlens, block):
         return Groups(None, sequences, tiles, length, block, True, False)
     limit = min(sequences, table)
     tiles = rows // block + limit
-    buffer = layout.buffer(4 + 3 * limit + tiles + (rows if indexed else 0), torch.int32)
+    groups = layout.buffer(4 + 3 * limit + tiles + (rows if indexed else 0), torch.int32)
     scratch = layout.buffer((4 if indexed else 1) * sequences, torch.int32)
-    flags = {"PACKED": packed, **ASSERTING}
+    arguments = {
+        "cu_seqlens_ptr": cu_seqlens,
+        "scratch_ptr": scratch,
+        "sequences": sequences,
+        "rows": rows,
+        "length": length,
+        "PACKED": packed,
+    }
+    indices = {"index_ptr": context_index, "table": table, **ASSERTING}
+    numbers = {"groups_ptr": groups, "limit": limit, "INDEXED": indexed}
     if indexed:
-        layout.launch(
-            *(_seen_kernel, (cdiv(sequences, _SEEN_BLOCK),)),
-            *(context_index, cu_seqlens, scratch, sequences, rows, length, table),
-            BLOCK=_SEEN_BLOCK,
-            **flags,
-        )
-    flags["INDEXED"] = indexed
-    layout.launch(
-        *(_number_kernel, (1,)),
-        *(context_index, cu_seqlens, scratch, buffer, sequences, rows, length, table, limit),
-        BLOCK_M=block,
-        BLOCK=_NUMBER_BLOCK,
-        **flags,
-    )
-    layout.launch(
-        *(_spread_kernel, (sequences,)),
-        *(cu_seqlens, scratch, buffer, sequences, rows, length, limit, tiles),
-        BLOCK=_SPREAD_BLOCK,
-        PACKED=packed,
-        INDEXED=indexed,
-        **OPTIONS,
-    )
-    return Groups(buffer, limit, tiles, length, block, False, indexed)
+        layout.launch(_seen_kernel, (cdiv(sequences, _SEEN_BLOCK),), arguments | indices | {"BLOCK": _SEEN_BLOCK})
+    blocks = {"BLOCK_M": block, "BLOCK": _NUMBER_BLOCK}
+    layout.launch(_number_kernel, (1,), arguments | indices | numbers | blocks)
+    layout.launch(_order_kernel, (sequences,), arguments | numbers | {"tiles": tiles, "BLOCK": _ORDER_BLOCK, **OPTIONS})
+    return Groups(groups, limit, tiles, length, block, False, indexed)

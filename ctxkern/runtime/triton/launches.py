@@ -1,8 +1,9 @@
 """Launches of a call, laid out once for its sizes and kept: Python then pays for allocations and the driver alone.
 
-A form lays them out on `Operand`s that stand for tensors (panel.py, outer.py, persistent.py, grouping.py). Triton finds
-a kernel anew at every launch, 13 to 18 µs; what it found at the first is called from then on, which is right because
-all that Triton looks at, layouts, dtypes and pointers modulo 16, is in the key that launches are kept by.
+A form lays them out on `Operand`s that stand for tensors (ctxkern/modulated/triton, grouping.py). Triton looks a kernel
+up at every launch, 13 to 18 µs; what it found the first time is called from then on, which is right because all that
+Triton looks at, layouts, dtypes and pointers modulo 16, is in the key that launches are kept by. On the host that is 34
+to 38 µs per call in place of 87 to 172 (bench/overhead.py).
 """
 
 import math
@@ -46,27 +47,27 @@ def operands_of(tensors):
     return (None if t is None else Operand(at, t.shape, t.stride(), t.dtype) for at, t in enumerate(tensors))
 
 
-class _Step:
+class Step:
     """A kernel with its grid, what it takes of a call's values, and after the first launch the compiled one."""
 
-    __slots__ = ("compiled", "grid", "kernel", "options", "take")
+    __slots__ = ("_compiled", "_options", "_take", "grid", "kernel")
 
     def __init__(self, kernel, grid, take, options):
-        self.kernel, self.grid, self.take, self.options = kernel, (*grid, 1, 1)[:3], take, options
-        self.compiled = None
+        self.kernel, self.grid, self._take, self._options = kernel, (*grid, 1, 1)[:3], take, options
+        self._compiled = None
 
-    def first(self, values):
-        compiled = self.kernel[self.grid](*self.take(values), **self.options)
-        if isinstance(compiled, CompiledKernel):
-            self.compiled = compiled
-
-    def again(self, values, stream, hooked):
-        """As Triton launches it; hooked: profilers listen, and are told which kernel it is."""
-        if hooked:
-            self.compiled[self.grid](*self.take(values), stream=stream)
+    def launch(self, values, stream, hooked):
+        """As Triton launches it; hooked: profilers listen, and get to know which kernel it is."""
+        compiled = self._compiled
+        if compiled is None:
+            compiled = self.kernel[self.grid](*self._take(values), **self._options)
+            if isinstance(compiled, CompiledKernel):
+                self._compiled = compiled
+        elif hooked:
+            compiled[self.grid](*self._take(values), stream=stream)
         else:
-            c = self.compiled
-            c.run(*self.grid, stream, c.function, c.packed_metadata, None, None, None, *self.take(values))
+            take = self._take(values)
+            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *take)
 
 
 class Layout:
@@ -82,10 +83,11 @@ class Layout:
         self._buffers.append((size, dtype, zeroed))
         return Operand(self._tensors + len(self._buffers) - 1, shape, strides, dtype)
 
-    def launch(self, kernel, grid, *args, **constants):
-        """Adds a launch; args: `Operand`s, `Operands` and constants; more by name, options of Triton too."""
-        rest = [constants.pop(name) for name in kernel.arg_names[len(args) :]]
-        self._launches.append((kernel, grid, (*args, *rest), constants))
+    def launch(self, kernel, grid, arguments):
+        """Adds a launch. arguments: all that the kernel takes by name, `Operand`s, `Operands` and constants; Triton's
+        options too."""
+        options = dict(arguments)
+        self._launches.append((kernel, grid, [options.pop(name) for name in kernel.arg_names], options))
 
     def done(self):
         """The `Launches`, for which all that kernels take is numbered: tensors, buffers, tuples of these in their
@@ -102,7 +104,7 @@ class Layout:
                 else:
                     constants.append(arg)
                     places.append(-len(constants))
-            steps.append(_Step(kernel, grid, _getter(places), options))
+            steps.append(Step(kernel, grid, _getter(places), options))
         members = [_getter([operand.at for operand in each]) for each in tuples]
         return Launches(self._buffers, members, constants[::-1], steps)
 
@@ -111,23 +113,24 @@ class Launches:
     """Run any number of times, each with tensors alike; holds none."""
 
     def __init__(self, buffers, tuples, constants, steps):
-        self._buffers, self._tuples, self._constants, self._steps = buffers, tuples, constants, steps
+        self._buffers, self._tuples, self._constants, self.steps = buffers, tuples, constants, steps
 
-    def run(self, tensors, device):
-        """Launches all on the device's stream in use."""
+    def values(self, tensors, device):
+        """All that the steps take, buffers allocated."""
         values = [*tensors]
         for size, dtype, zeroed in self._buffers:
             values.append((zeros if zeroed else empty)(size, dtype=dtype, device=device))
         for members in self._tuples:
             values.append(members(values))
-        values += self._constants
+        return values + self._constants
+
+    def run(self, tensors, device):
+        """Launches all on the device's stream in use."""
+        values = self.values(tensors, device)
         with _chosen(device):
-            stream, hooked = _stream(device), _hooked()
-            for step in self._steps:
-                if step.compiled is None:
-                    step.first(values)
-                else:
-                    step.again(values, stream, hooked)
+            stream, hooked = stream_of(device), _hooked()
+            for step in self.steps:
+                step.launch(values, stream, hooked)
 
 
 def _getter(places):
@@ -145,7 +148,8 @@ def _chosen(device):
     return torch.cuda.device(device)
 
 
-def _stream(device):
+def stream_of(device):
+    """The stream in use, as the driver takes it."""
     return driver.active.get_current_stream(device.index) if device.type == "cuda" else None
 
 

@@ -1,4 +1,4 @@
-"""Tiles of the kernels and the blocks that a workspace holds: what a launch takes besides its operands."""
+"""Tiles of the kernels and the blocks that a workspace holds: what a launch takes in addition to its operands."""
 
 import csv
 from functools import cache
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ctxkern.plan import forced
 
 from .sizes import OPTIONS, cdiv, next_power_of_2
 
@@ -24,6 +26,8 @@ class Tile(NamedTuple):
 
 
 HALF, MIXED, FLOAT = "half", "mixed", "float32"
+# float16 with float32 parameters, whose products are float32; float32 with parameters in halves
+WIDE, NARROW = "wide", "narrow"
 ALIGNED, UNALIGNED, ANY = "aligned", "unaligned", "any"
 TABLE = Path(__file__).with_name("tile_table.csv")
 
@@ -31,18 +35,18 @@ TABLE = Path(__file__).with_name("tile_table.csv")
 def read_table(path=TABLE):
     """{(kernel, dtypes, architecture, layout): Tile}, as bench/tune.py wrote it.
 
-    dtypes: a half, a half beside float32 parameters (mixed; those of a half where it has no row), float32. layout:
-    whether rows begin at multiples of 16 bytes; operands that do not pass through registers. rows, columns and depth:
+    dtypes: half, float32; bfloat16 or float16 with float32 parameters (mixed, wide), float32 with halves (narrow):
+    where these have no row, that of a half or of float32. layout: whether 16 divides the sizes, so that operands need
+    not pass through registers. rows, columns and depth:
 
-      make, make-long            columns of E × contexts, K at a time (all of K; K in several blocks)
-      project, turn              rows (turn: those of project) × columns of E or D, D or E at a time
-      gather                     D × E, rows at a time
-      spread                     columns of E × K, contexts at a time
-      outer                      rows × columns of E, K at a time
-      outer-turn                 rows × K, columns of E at a time
-      outer-spread               columns of E × K, rows at a time
-      product                    rows × columns, its sum at a time
-      persistent                 as project (rows: those), where one launch was measured to be faster; else no row
+      weights, weights-long   columns of E × contexts, K at a time (all of K; K in several blocks)
+      project, dx             rows (dx: those of project) × columns of E or D, D or E at a time
+      weight-grads            D × E, rows at a time
+      dbilinear               columns of E × K, contexts at a time
+      outer                   rows × columns of E, K at a time
+      outer-dx                rows × K, columns of E at a time
+      outer-dbilinear         columns of E × K, rows at a time
+      matmul                  rows × columns, its sum at a time
     """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -61,16 +65,16 @@ def forget():
         clear()
 
 
-# rows of D that a program of `make` goes through
-MAKE_ROWS = 8
+# rows of D that a program of `weights` goes through
+WEIGHT_ROWS = 8
 
 
-def make_tile(kind, arch, aligned, columns, contexts, context_dim):
-    """The `Tile` of `make`, and whether it holds all of K."""
-    t = tile("make", kind, arch, aligned, columns, contexts, context_dim)
+def weights_tile(kind, arch, aligned, columns, contexts, context_dim):
+    """The `Tile` of `weights`, and whether it holds all of K."""
+    t = tile("weights", kind, arch, aligned, columns, contexts, context_dim)
     if context_dim <= t.depth:
         return t, True
-    return tile("make-long", kind, arch, aligned, columns, contexts, context_dim), False
+    return tile("weights-long", kind, arch, aligned, columns, contexts, context_dim), False
 
 
 def clip(size, largest):
@@ -78,15 +82,30 @@ def clip(size, largest):
     return min(largest, max(16, next_power_of_2(size)))
 
 
-def kind_of(dtype, param_dtype):
-    """Which of the tables dtypes fall under."""
+def kind_of(dtype, mixed):
+    """Which rows of the table a call takes: by the dtype of x, and whether parameters have another."""
     if dtype is torch.float32:
-        return FLOAT
-    return HALF if param_dtype is dtype else MIXED
+        return NARROW if mixed else FLOAT
+    if not mixed:
+        return HALF
+    return WIDE if dtype is torch.float16 else MIXED
 
 
-# architectures that the table has rows of; others of the same name's beginning take theirs, and the rest the smallest
-_FAMILIES = {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "gfx9": "gfx942"}
+# kernels that multiply x or dy with W or G, all in the dtype of x
+_OF_ROWS = ("project", "weight-grads", "dx")
+
+
+def _kinds(kernel, kind):
+    """Where a row is looked for, the first first."""
+    if kind == WIDE:
+        return WIDE, HALF if kernel in _OF_ROWS else FLOAT
+    return {MIXED: (MIXED, HALF), NARROW: (NARROW, FLOAT)}.get(kind, (kind,))
+
+
+# architectures that the table has rows of; others whose names begin alike take theirs. Of the eights only sm_80 has
+# more than 100 KB of shared memory per program; sm_120 has neither that nor a newer matrix unit
+_FAMILIES = {"sm_80": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "sm_11": "sm_100", "gfx": "gfx942"}
+_SMALLEST = "sm_89"
 
 
 @cache
@@ -103,39 +122,24 @@ def architecture(device):
 
 def family(name):
     """The architecture whose tiles one takes."""
-    fallback = "gfx942" if name.startswith("gfx") else "sm_80"
-    return next((known for beginning, known in _FAMILIES.items() if name.startswith(beginning)), fallback)
+    return next((known for beginning, known in _FAMILIES.items() if name.startswith(beginning)), _SMALLEST)
 
 
 def tile(kernel, kind, arch, aligned, rows, columns, depth):
-    """The `Tile` of a kernel, cut to the sizes of a problem. aligned: whether rows begin at multiples of 16 bytes."""
-    t = found(kernel, kind, arch, aligned)
+    """The `Tile` of a kernel, cut to the sizes of a problem. aligned: whether 16 divides all sizes."""
+    t = forced.tiles.get(kernel) or found(kernel, kind, arch, aligned)
     return t._replace(rows=clip(rows, t.rows), columns=clip(columns, t.columns), depth=clip(depth, t.depth))
 
 
 @cache
 def found(kernel, kind, arch, aligned):
     """The row of the table: of the architecture first, of the layout then, of the dtypes last."""
-    kinds = (kind, HALF) if kind == MIXED else (kind,)
     layout = ALIGNED if aligned else UNALIGNED
-    keys = [(kernel, k, a, at) for a in (arch, ANY) for at in (layout, ANY) for k in kinds]
-    if kernel == "persistent" and not any(key in _TILES for key in keys):
-        return found("project", kind, arch, aligned)
+    keys = [(kernel, k, a, at) for a in (arch, ANY) for at in (layout, ANY) for k in _kinds(kernel, kind)]
     return next(_TILES[key] for key in keys if key in _TILES)
 
 
 AFTER.append(found.cache_clear)
-
-
-def persistent(kind, arch, aligned):
-    """Whether the panel form's forward runs as one launch: where that was measured to be faster than two a strip."""
-    return ("persistent", kind, arch, ALIGNED if aligned else UNALIGNED) in _TILES
-
-
-@cache
-def programs(device):
-    """Programs of a persistent launch: one a multiprocessor; 4 where there is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 # programs that keep a GPU busy: twice the multiprocessors of an H100
@@ -203,7 +207,8 @@ _LAUNCH_BYTES = 6 << 20
 def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype, budget):
     """Rows of D by columns of E that hold W and G of all contexts and move fewest bytes; else fewer contexts.
 
-    A block reads x and dy, and dy again for dx; where it has not all columns, dx goes through memory in float32.
+    A block reads x and dy, and dy again for dx; where it has not all columns, dx goes through memory in float32, [N,
+    rows]: no more bytes than x has.
     """
     element = 2 * dtype.itemsize
     sums = (context_dim + 1) * torch.float32.itemsize
@@ -217,6 +222,8 @@ def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype
 
     def rows_of(width, strips):
         rows = max(1, fit(width, strips))
+        if width * strips < total:
+            rows = max(1, min(rows, d_in * dtype.itemsize // torch.float32.itemsize))
         return _even(d_in, min(_down(rows, _WIDE if rows > _WIDE else _NARROW), d_in))
 
     def cost(width, strips):

@@ -1,142 +1,20 @@
-"""Outer: the product of a row of x with its context is the operand, made in registers; no weight is made at all.
+"""Outer backward: dx with dcontext, dbilinear, and the plain products of weight; the maths is in outer.py."""
 
-  forward   y[n, e] = Σ_d Σ_k (x[n, d] c[n, k]) bilinear[d, e, k] + Σ_d x[n, d] weight[d, e] + bias[e]
-  turn      z[n, k] = Σ_e dy[n, e] bilinear[d, e, k] for one d
-            dx[n, d] = Σ_k z[n, k] c[n, k]    dcontext[n, k] += x[n, d] z[n, k]
-  spread    dbilinear[d, e, k] = Σ_n (x[n, d] dy[n, e]) c[n, k]
-
-Rows stay in their order; `slot` [N] is the row of the context table of each, none for a context per token. `bilinear`
-is read once for a tile of rows, which are few where this form wins. Sums that several programs share are kept apart and
-added in order. Projections of the same rows share launches: a program takes one of them, or sums over all of them.
-"""
-
-import triton
+import torch
 import triton.language as tl
 
-from ctxkern.runtime.triton.device import dot_exact, kernel, wide
+from ctxkern.runtime.triton.device import dot_exact, dot_rounded, kernel, scale_to_float16, wide
 from ctxkern.runtime.triton.grouping import context_count, range_of, rows_at, slots_of
+from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
+from ctxkern.runtime.triton.tiles import clip, splits, tile
 
-from .projections import columns_before, pick
-
-
-@triton.jit
-def _slots(slot_ptr, rows, mask, SLOTS: tl.constexpr):
-    slot = rows
-    if SLOTS:
-        slot = tl.load(slot_ptr + rows, mask=mask, other=0)
-    return slot.to(tl.int64)
+from .call import TL_DTYPES
+from .outer import slots_of_rows, steps_of
+from .projections import pick, together
 
 
 @kernel
-def _outer_forward_kernel(
-    # tensors
-    x_ptr,  # [N, D]
-    context_ptr,  # [F, K]
-    slot_ptr,  # [N]
-    weights,  # of each projection [D, E]
-    bilinears,  # [D, E, K] each
-    biases,  # [E] each
-    outs,  # [N, E] each
-    sums_ptr,  # with SPLIT: [splits, N, E] of each, one after another, float32
-    # strides
-    strides_t,
-    strides_w,
-    # sizes
-    d_outs,
-    rows,
-    d_in,
-    context_dim,
-    d_step,  # of D, a split
-    row_blocks,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    part = tl.program_id(2)
-    d_out = pick(part, d_outs)
-    # rows side by side: they read the same of `bilinear`
-    e0 = (tl.program_id(0) // row_blocks) * BLOCK_E
-    if e0 >= d_out:
-        return
-    offs_m = (tl.program_id(0) % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < rows
-    slot = _slots(slot_ptr, offs_m, mask_m, SLOTS)
-    n = offs_m.to(tl.int64)
-    offs_e = e0 + tl.arange(0, BLOCK_E)
-    mask_e = offs_e < d_out
-    d_begin = tl.program_id(1) * d_step
-    d_end = tl.minimum(d_begin + d_step, d_in)
-    stride_t_d = pick(part, strides_t[0])
-    # [1, BLOCK_E]
-    bilinear_at = pick(part, bilinears) + offs_e[None, :].to(tl.int64) * pick(part, strides_t[1])
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for k in range(0, context_dim, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < context_dim
-        c_at = context_ptr + slot[:, None] * context_dim + offs_k[None, :]
-        c = tl.load(c_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0).to(tl.float32)
-        # [BLOCK_K, BLOCK_E]
-        t_at = bilinear_at + offs_k[:, None] * wide(pick(part, strides_t[2]))
-        for d in range(d_begin, d_end):
-            x = tl.load(x_ptr + n * d_in + d, mask=mask_m, other=0.0).to(tl.float32)
-            t = tl.load(t_at + wide(d) * stride_t_d, mask=mask_k[:, None] & mask_e[None, :], other=0.0)
-            acc = tl.dot((x[:, None] * c).to(DTYPE), t.to(DTYPE), acc, input_precision=PRECISION)
-    if HAS_WEIGHT:
-        for d in range(d_begin, d_end, BLOCK_D):
-            offs_d = d + tl.arange(0, BLOCK_D)
-            mask_d = offs_d < d_end
-            x = tl.load(x_ptr + n[:, None] * d_in + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0)
-            w_at = pick(part, weights) + offs_d[:, None].to(tl.int64) * pick(part, strides_w[0])
-            w_at += offs_e[None, :] * wide(pick(part, strides_w[1]))
-            w = tl.load(w_at, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
-            acc = tl.dot(x, w.to(DTYPE), acc, input_precision=PRECISION)
-    mask = mask_m[:, None] & mask_e[None, :]
-    if SPLIT:
-        sums_at = sums_ptr + tl.num_programs(1).to(tl.int64) * rows * columns_before(part, d_outs)
-        at = (tl.program_id(1).to(tl.int64) * rows + n[:, None]) * d_out + offs_e[None, :]
-        tl.store(sums_at + at, acc, mask=mask)
-    else:
-        if HAS_BIAS:
-            acc += tl.load(pick(part, biases) + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
-        y_at = pick(part, outs) + n[:, None] * d_out + offs_e[None, :]
-        tl.store(y_at, acc.to(x_ptr.dtype.element_ty), mask=mask)
-
-
-@kernel
-def _outer_sum_kernel(
-    sums_ptr,  # [splits, N, E] of each projection, one after another, float32
-    biases,  # [E] each
-    outs,  # [N, E] each
-    d_outs,
-    rows,
-    splits,
-    BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    part = tl.program_id(1)
-    d_out = pick(part, d_outs)
-    size = wide(rows) * d_out
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    sums_at = sums_ptr + wide(splits) * rows * columns_before(part, d_outs) + offs
-    acc = tl.zeros([BLOCK], tl.float32)
-    for s in range(0, splits):
-        acc += tl.load(sums_at + wide(s) * size, mask=mask, other=0.0)
-    if HAS_BIAS:
-        acc += tl.load(pick(part, biases) + offs % d_out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(pick(part, outs) + offs, acc.to(outs[0].dtype.element_ty), mask=mask)
-
-
-@kernel
-def _outer_turn_kernel(
+def _outer_bwd_dx_kernel(
     # tensors
     x_ptr,  # [N, D]
     dys,  # of each projection [N, E]
@@ -165,11 +43,12 @@ def _outer_turn_kernel(
     LAST: tl.constexpr,
     ADDED: tl.constexpr,  # partial sums hold those of earlier launches
     SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
-    slot = _slots(slot_ptr, offs_m, mask_m, SLOTS)
+    slot = slots_of_rows(slot_ptr, offs_m, mask_m, SLOTS=SLOTS)
     n = offs_m.to(tl.int64)
     offs_k = k_begin + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
@@ -185,6 +64,7 @@ def _outer_turn_kernel(
             dcontext = tl.load(partial_at, mask=mask, other=0.0)
     d_begin = tl.program_id(1) * d_step
     for d in range(d_begin, tl.minimum(d_begin + d_step, d_in)):
+        # [BLOCK_M, BLOCK_K]
         z = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         rest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for part in range(0, len(d_outs)):
@@ -199,7 +79,7 @@ def _outer_turn_kernel(
                 t_at = bilinear_at + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
                 t_at += offs_k[None, :] * wide(pick(part, strides_t[2]))
                 t = tl.load(t_at, mask=mask_e[:, None] & mask_k[None, :], other=0.0)
-                z, rest = dot_exact(dy, t, z, rest, PRECISION)
+                z, rest = dot_exact(dy, t, z, rest, DTYPE=DTYPE, PRECISION=PRECISION)
         z += rest
         if DX:
             total = tl.sum(z * c, 1)
@@ -217,16 +97,20 @@ def _outer_turn_kernel(
 
 
 @kernel
-def _outer_dcontext_kernel(
+def _outer_bwd_dcontext_sum_kernel(
+    # tensors
     partial_ptr,  # [ranges of D, N, K], float32
-    groups_ptr,
     dcontext_ptr,  # [F, K]
-    limit,
-    tiles,
-    length,
+    # sizes
     rows,
     context_dim,
     spans,
+    # groups
+    groups_ptr,
+    limit,
+    tiles,
+    length,
+    # tile
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -254,7 +138,7 @@ def _outer_dcontext_kernel(
 
 
 @kernel
-def _outer_spread_kernel(
+def _outer_bwd_dbilinear_kernel(
     # tensors
     x_ptr,  # [N, D]
     dys,  # of each projection [N, E]
@@ -274,6 +158,8 @@ def _outer_spread_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SLOTS: tl.constexpr,
+    SCALED: tl.constexpr,  # products are float16
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     part = tl.program_id(2)
@@ -287,26 +173,36 @@ def _outer_spread_kernel(
     dy_ptr = pick(part, dys)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
+    # [BLOCK_E, BLOCK_K]
     acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
     for start in range(0, rows, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < rows
-        slot = _slots(slot_ptr, offs_m, mask_m, SLOTS)
+        slot = slots_of_rows(slot_ptr, offs_m, mask_m, SLOTS=SLOTS)
         n = offs_m.to(tl.int64)
         x = tl.load(x_ptr + n * d_in + d, mask=mask_m, other=0.0).to(tl.float32)
         dy_at = dy_ptr + n[:, None] * d_out + offs_e[None, :]
         dy = tl.load(dy_at, mask=mask_m[:, None] & mask_e[None, :], other=0.0).to(tl.float32)
         c_at = context_ptr + slot[:, None] * context_dim + offs_k[None, :]
         c = tl.load(c_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        # beside float32 contexts the product is theirs: rounding it would be the only rounding
-        acc = tl.dot(tl.trans((x[:, None] * dy).to(c.dtype)), c, acc, input_precision=PRECISION)
+        # [BLOCK_M, BLOCK_E]
+        product = x[:, None] * dy
+        if SCALED:
+            scale, inverse = scale_to_float16(tl.max(tl.abs(product), 0))
+            sums = tl.dot(tl.trans((product * scale[None, :]).to(tl.float16)), c, input_precision=PRECISION)
+            acc += sums * inverse[:, None]
+        elif c.dtype == tl.float32:
+            # rounding the product would be the only rounding
+            acc = tl.dot(tl.trans(product), c, acc, input_precision=PRECISION)
+        else:
+            acc = dot_rounded(tl.trans(product.to(DTYPE)), c, acc, DTYPE=DTYPE, PRECISION=PRECISION)
     at = pick(part, dbilinears) + d * pick(part, strides_t[0]) + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
     at += offs_k[None, :] * wide(pick(part, strides_t[2]))
     tl.store(at, acc.to(dbilinears[0].dtype.element_ty), mask=mask_e[:, None] & mask_k[None, :])
 
 
 @kernel
-def _product_kernel(
+def _matmul_kernel(
     # tensors
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
@@ -335,6 +231,7 @@ def _product_kernel(
     offs_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_m = offs_m < m
     mask_n = offs_n < n
+    # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):
         offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -343,9 +240,142 @@ def _product_kernel(
         b_at = b_ptr + offs_k[:, None] * stride_b_k + offs_n[None, :] * stride_b_n
         a = tl.load(a_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_at, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a.to(DTYPE), b.to(DTYPE), acc, input_precision=PRECISION)
+        acc = dot_rounded(a, b, acc, DTYPE=DTYPE, PRECISION=PRECISION)
     at = out_ptr + offs_m[:, None] * stride_out_m + offs_n[None, :] * stride_out_n
     mask = mask_m[:, None] & mask_n[None, :]
     if ADD:
         acc += tl.load(at, mask=mask, other=0.0)
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def backward(call, projections, dx, dcontext):
+    """The gradients into tensors of theirs; None: not asked for."""
+    projections = [p._replace(rows=p.rows.matrix()) for p in projections]
+    batches = together(projections)
+    for alike in batches:
+        if alike.dweight is not None:
+            for p in alike.members:
+                _matmul(call, call.x.t(), p.rows, p.dweight, False)
+        if alike.dbilinear is not None and call.context_dim:
+            _dbilinear(call, alike)
+    if dx is not None or dcontext is not None:
+        _dx(call, batches, dx, dcontext)
+
+
+def _matmul(call, a, b, out, add):
+    (m, k), n = a.shape, b.shape[1]
+    t = tile("matmul", *call.target, m, n, k)
+    call.launch(
+        _matmul_kernel,
+        grid=(cdiv(m, t.rows), cdiv(n, t.columns)),
+        a_ptr=a,
+        b_ptr=b,
+        out_ptr=out,
+        stride_a_m=a.strides[0],
+        stride_a_k=a.strides[1],
+        stride_b_k=b.strides[0],
+        stride_b_n=b.strides[1],
+        stride_out_m=out.strides[0],
+        stride_out_n=out.strides[1],
+        m=m,
+        n=n,
+        k=k,
+        BLOCK_M=t.rows,
+        BLOCK_N=t.columns,
+        BLOCK_K=t.depth,
+        ADD=add,
+        DTYPE=TL_DTYPES[call.dtype if a.dtype is b.dtype else call.compute],
+        PRECISION=call.precision,
+        **t.launch(),
+    )
+
+
+def _dbilinear(call, alike):
+    k = call.context_dim
+    t = tile("outer-dbilinear", *call.target, alike.widest, k, call.tokens)
+    e_blocks = cdiv(alike.widest, t.rows)
+    call.launch(
+        _outer_bwd_dbilinear_kernel,
+        grid=(call.d_in * e_blocks, cdiv(k, t.columns), len(alike.members)),
+        x_ptr=call.x,
+        dys=alike.rows,
+        context_ptr=call.context,
+        slot_ptr=call.slot,
+        dbilinears=alike.dbilinear,
+        strides_t=alike.strides("dbilinear"),
+        d_outs=alike.d_outs,
+        rows=call.tokens,
+        d_in=call.d_in,
+        context_dim=k,
+        e_blocks=e_blocks,
+        BLOCK_M=t.depth,
+        BLOCK_E=t.rows,
+        BLOCK_K=t.columns,
+        SLOTS=call.slot is not None,
+        SCALED=call.compute is torch.float16,
+        **call.products,
+        **t.launch(),
+    )
+
+
+def _dx(call, batches, dx, dcontext):
+    """dx and the parts of dcontext, which are summed for each context."""
+    k = call.context_dim
+    t = tile("outer-dx", *call.target, call.tokens, k, max(alike.widest for alike in batches))
+    tiles = cdiv(call.tokens, t.rows)
+    # without contexts dx is weight's part alone, which the kernel still writes
+    pieces = [(alike, at) for alike in batches for at in range(0, max(k, 1), t.columns)]
+    weighted = [] if dx is None else [p for alike in batches for p in alike.members if p.weight is not None]
+    sums = None
+    if weighted or dx is not None and len(pieces) > 1:
+        sums = call.buffer((call.tokens, call.d_in), torch.float32)
+    for at, p in enumerate(weighted):
+        _matmul(call, p.rows, p.weight.t(), sums, at > 0)
+    step, parts = steps_of(call.d_in, splits(call.d_in, tiles, 4 * call.tokens * k, call.budget))
+    partial = None if dcontext is None else call.buffer(parts * call.tokens * k, torch.float32)
+    for piece, (alike, k_begin) in enumerate(pieces):
+        call.launch(
+            _outer_bwd_dx_kernel,
+            grid=(tiles, parts),
+            x_ptr=call.x,
+            dys=alike.rows,
+            context_ptr=call.context,
+            slot_ptr=call.slot,
+            bilinears=alike.bilinear,
+            sums_ptr=sums,
+            dx_ptr=dx,
+            partial_ptr=partial,
+            strides_t=alike.strides("bilinear"),
+            d_outs=alike.d_outs,
+            rows=call.tokens,
+            d_in=call.d_in,
+            context_dim=k,
+            k_begin=k_begin,
+            d_step=step,
+            BLOCK_M=t.rows,
+            BLOCK_E=t.depth,
+            BLOCK_K=t.columns,
+            DX=dx is not None,
+            DCONTEXT=dcontext is not None,
+            STARTED=bool(weighted) or piece > 0,
+            LAST=piece + 1 == len(pieces),
+            ADDED=alike is not batches[0],
+            SLOTS=call.slot is not None,
+            **call.products,
+            **t.launch(),
+        )
+    if dcontext is not None and k:
+        block_k = clip(k, 128)
+        call.launch(
+            _outer_bwd_dcontext_sum_kernel,
+            grid=(call.groups.limit, cdiv(k, block_k)),
+            partial_ptr=partial,
+            dcontext_ptr=dcontext,
+            rows=call.tokens,
+            context_dim=k,
+            spans=parts,
+            **call.groups.arguments(),
+            BLOCK_M=16,
+            BLOCK_K=block_k,
+            **OPTIONS,
+        )
