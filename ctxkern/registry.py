@@ -76,7 +76,7 @@ def _without_triton():
 def _without_launcher():
     """Why Triton cannot build its launcher, a C extension that it compiles at the first call, or ""."""
     named = os.environ.get("CC")
-    if not (shutil.which(named) if named else any(map(shutil.which, ("gcc", "clang", "cc")))):
+    if not (shutil.which(named) if named else any(map(shutil.which, ("gcc", "clang")))):
         return (
             f"Triton needs a C compiler to build its launcher: {f'CC={named}' if named else 'gcc or clang'} not found"
         )
