@@ -36,12 +36,11 @@ FLAG_SETS = {
 
 # The first pattern that fits a source names its flag set; files of a set that the compiler refuses are left out.
 SOURCES = {
-    "csrc/cpu/*_avx2.cpp": "avx2",
-    "csrc/cpu/*_avx512.cpp": "avx512",
-    "csrc/cpu/*_avx512_bf16.cpp": "avx512_bf16",
-    "csrc/cpu/*_amx_bf16.cpp": "amx_bf16",
-    "csrc/cpu/*.cpp": "baseline",
-    "csrc/*.cpp": "baseline",
+    "csrc/cpu/*/*_avx2.cpp": "avx2",
+    "csrc/cpu/*/*_avx512.cpp": "avx512",
+    "csrc/cpu/*/*_avx512_bf16.cpp": "avx512_bf16",
+    "csrc/cpu/*/*_amx_bf16.cpp": "amx_bf16",
+    "csrc/cpu/*/*.cpp": "baseline",
 }
 
 CUDA_SOURCE = "csrc/cuda/modulated.cu"

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .problem import difference
+
 
 def build_info() -> dict[str, Any]:
     """What the build wrote: version, python, cpu and cuda (built, reason, compiler, ...); {} if it wrote nothing."""
@@ -21,7 +23,9 @@ def build_info() -> dict[str, Any]:
 def _attempt() -> tuple[ModuleType | None, str]:
     try:
         importlib.import_module("torch")  # first, so that both share the OpenMP runtime that torch brings
-        return importlib.import_module("ctxkern._C"), ""
+        module = importlib.import_module("ctxkern._C")
+        wrong = difference(module.problem_layout()) if hasattr(module, "problem_layout") else "it is of another version"
+        return (None, f"_C does not fit this package: {wrong}: run pip install . again") if wrong else (module, "")
     except ImportError as error:
         info = build_info()
         if not info:

@@ -17,7 +17,7 @@ constexpr int64_t kRows = 56, kColumns = 4, kSummed = 256, kLaidOut = 512 << 10;
 
 // The rows of all contexts as if they were one's, in grouped order, and the contexts as float32.
 struct Together {
-  explicit Together(const Problem& problem) : q(problem), lanes(round_up(problem.context_dim, VL)) {
+  explicit Together(const Call& problem) : q(problem), lanes(round_up(problem.context_dim, VL)) {
     first[1] = problem.rows->count;
     run_first[1] = problem.rows->count;
     rows = Rows{1, problem.rows->count, nullptr, first, nullptr, run_first, problem.rows->order};
@@ -30,7 +30,7 @@ struct Together {
 
   // Of each row, [N, K padded].
   void pack() const {
-    const int64_t row = q.context.rows * size_of(q.context.dtype);
+    const int64_t row = q.context.strides[0] * size_of(q.context.dtype);
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
       for (int64_t n = q.rows->first[u]; n < q.rows->first[u + 1]; ++n) {
         pack_vector(contexts + n * lanes, q.context.dtype, q.context.data + q.rows->slot[u] * row, 1, q.context_dim, lanes);
@@ -40,10 +40,10 @@ struct Together {
 
   V context(int64_t n, int64_t k) const { return load<V>(contexts + n * lanes + k); }
 
-  const Problem& q;
+  const Call& q;
   int64_t lanes, first[2] = {0, 0}, run_first[2] = {0, 0};
   Rows rows;
-  Problem whole;
+  Call whole;
   float* contexts = nullptr;
 };
 
@@ -51,14 +51,14 @@ template <class W>
 struct OuterForward {
   static constexpr int64_t NR = 2 * VL;
 
-  static Tiles tiles(const Problem& q) {
+  static Tiles tiles(const Call& q) {
     Tiles t{NR, q.d_in, q.rows->count, q.threads, 1, 0, 0};
     t.bytes = OuterForward(q, t, nullptr).bytes;
     return t;
   }
 
-  OuterForward(const Problem& problem, const Tiles& tiles, char* workspace)
-      : q(problem), t(tiles), all(problem), x(all.whole, problem.x, problem.d_in, true), depth(words<W>(problem.d_in)) {
+  OuterForward(const Call& problem, const Tiles& tiles, char* workspace)
+      : q(problem), t(tiles), all(problem), x(all.whole, problem.x.data, problem.d_in, true), depth(words<W>(problem.d_in)) {
     const int64_t each = depth * all.lanes > 0 ? depth * all.lanes : 1;
     columns_at_once = kLaidOut / 4 / each;
     columns_at_once = columns_at_once < 1 ? 1 : columns_at_once > NR ? NR : columns_at_once;
@@ -106,18 +106,18 @@ struct OuterForward {
         }
       }
     }
-    write_rows(q, {0, count, 0, q.rows->order}, y, NR, p.y, p.d_out, e, lanes);
+    write_rows(q, {0, count, 0, q.rows->order}, y, NR, p.rows.data, p.d_out, e, lanes);
   }
 
   // y = x weight + bias
   void shared_weight(const Projection& p, int64_t e, int64_t lanes, float* scratch, float* y) const {
     float bias[NR] = {};
-    if (p.bias) pack_vector(bias, p.bias_dtype, p.bias + e * size_of(p.bias_dtype), 1, lanes, NR);
+    if (p.bias.data) pack_vector(bias, p.bias.dtype, p.bias.data + e * size_of(p.bias.dtype), 1, lanes, NR);
     if (p.weight.data) {
       const int64_t size = size_of(p.weight.dtype);
       with_source<W>(p.weight.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(scratch, NR, p.weight.data + e * p.weight.columns * size, p.weight.rows * size,
-                                            p.weight.columns * size, q.d_in, lanes);
+        pack_rows<W, decltype(type)::value>(scratch, NR, p.weight.data + e * p.weight.strides[1] * size, p.weight.strides[0] * size,
+                                            p.weight.strides[1] * size, q.d_in, lanes);
       });
     }
     Out out{reinterpret_cast<char*>(y), NR * 4, Store::f32, NR};
@@ -134,8 +134,8 @@ struct OuterForward {
         for (int64_t c = 0; c < columns; ++c) {
           fetch(p, d + kStep * W::PER, e, columns, c);
           pack_rows<W, decltype(type)::value>(to + c * each + d / W::PER * all.lanes, all.lanes,
-                                              p.bilinear.data + (d * p.bilinear.d + (e + c) * p.bilinear.e) * size,
-                                              p.bilinear.d * size, p.bilinear.k * size, rows, q.context_dim);
+                                              p.bilinear.data + (d * p.bilinear.strides[0] + (e + c) * p.bilinear.strides[1]) * size,
+                                              p.bilinear.strides[0] * size, p.bilinear.strides[2] * size, rows, q.context_dim);
         }
       }
     });
@@ -143,10 +143,10 @@ struct OuterForward {
 
   // Brings the piece of the rows from d on near that is due beside column c, where a run of columns lies together.
   void fetch(const Projection& p, int64_t d, int64_t e, int64_t columns, int64_t c) const {
-    if (p.bilinear.k != 1 || p.bilinear.e != q.context_dim) return;
+    if (p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return;
     const int64_t size = size_of(p.bilinear.dtype), bytes = columns * q.context_dim * size;
     for (int64_t row = d + c; row < d + kStep * W::PER && row < q.d_in; row += columns) {
-      const char* const from = p.bilinear.data + (row * p.bilinear.d + e * p.bilinear.e) * size;
+      const char* const from = p.bilinear.data + (row * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
     }
   }
@@ -154,7 +154,7 @@ struct OuterForward {
   // Rows of D laid out at a time: of each a run of columns lies together.
   static constexpr int64_t kStep = 16;
 
-  const Problem& q;
+  const Call& q;
   const Tiles t;
   Together all;
   LeftRows<W> x;
@@ -167,7 +167,7 @@ template <class W>
 struct OuterBackward {
   static constexpr int64_t NR = 2 * VL;
 
-  static Tiles tiles(const Problem& q) {
+  static Tiles tiles(const Call& q) {
     // few rows of D at a time where there are few
     int64_t strip = NR;
     while (strip > 4 && (q.d_in + strip - 1) / strip < 16) strip /= 2;
@@ -179,19 +179,19 @@ struct OuterBackward {
     return t;
   }
 
-  OuterBackward(const Problem& problem, const Tiles& tiles, char* workspace)
-      : q(problem), t(tiles), all(problem), x(all.whole, problem.x, problem.d_in) {
+  OuterBackward(const Call& problem, const Tiles& tiles, char* workspace)
+      : q(problem), t(tiles), all(problem), x(all.whole, problem.x.data, problem.d_in) {
     Arena arena(workspace);
     all.place(arena);
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
-      dy[i] = LeftRows<W>(all.whole, p.dy, p.d_out, true);
+      dy[i] = LeftRows<W>(all.whole, p.rows.data, p.d_out, true);
       dy[i].place(arena);
       need_weight = need_weight || p.dweight.data;
       need_bilinear = need_bilinear || p.dbilinear.data;
       widest = p.d_out > widest ? p.d_out : widest;
       if (p.dweight.data) {
-        dy_words[i] = RowWords<W>(all.whole, p.dy, p.d_out);
+        dy_words[i] = RowWords<W>(all.whole, p.rows.data, p.d_out);
         dy_words[i].place(arena);
       }
     }
@@ -251,11 +251,11 @@ struct OuterBackward {
     const int64_t rows = q.d_in - d < t.strip ? q.d_in - d : t.strip;
     std::memset(at.dx, 0, static_cast<size_t>(q.rows->count * t.strip) * 4);
     for (int i = 0; i < q.projections; ++i) {
-      if (q.dx && q.projection[i].weight.data) shared_weight(i, d, rows, at);
-      for (int64_t r = 0; (q.dx || q.dcontext) && r < rows; ++r) contract(i, d, r, range, at);
+      if (q.dx.data && q.projection[i].weight.data) shared_weight(i, d, rows, at);
+      for (int64_t r = 0; (q.dx.data || q.dcontext.data) && r < rows; ++r) contract(i, d, r, range, at);
       if (q.projection[i].dweight.data) add_dweight(i, d, rows, at);
     }
-    if (q.dx) write_rows(q, {0, q.rows->count, 0, q.rows->order}, at.dx, t.strip, q.dx, q.d_in, d, rows);
+    if (q.dx.data) write_rows(q, {0, q.rows->count, 0, q.rows->order}, at.dx, t.strip, q.dx.data, q.d_in, d, rows);
   }
 
   // dx[:, d...] += dy weight[d...]^T
@@ -265,8 +265,8 @@ struct OuterBackward {
     for (int64_t e = 0; e < p.d_out; e += kChunk) {
       const int64_t columns = p.d_out - e < kChunk ? p.d_out - e : kChunk;
       with_source<W>(p.weight.dtype, [&](auto type) {
-        pack_lanes<W, decltype(type)::value>(at.right, NR, p.weight.data + (d * p.weight.rows + e * p.weight.columns) * size,
-                                             p.weight.rows * size, p.weight.columns * size, rows, columns);
+        pack_lanes<W, decltype(type)::value>(at.right, NR, p.weight.data + (d * p.weight.strides[0] + e * p.weight.strides[1]) * size,
+                                             p.weight.strides[0] * size, p.weight.strides[1] * size, rows, columns);
       });
       Left left = dy[i].at(0);
       left.data += e / W::PER * 4;
@@ -279,11 +279,11 @@ struct OuterBackward {
   void contract(int i, int64_t d, int64_t r, int64_t range, const Thread& at) const {
     const Projection& p = q.projection[i];
     const int64_t size = size_of(p.bilinear.dtype), count = q.rows->count;
-    const char* const from = p.bilinear.data + (d + r) * p.bilinear.d * size;
-    Right right{reinterpret_cast<const float*>(from), p.bilinear.e};
-    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.k != 1 || q.context_dim % VL != 0) {
+    const char* const from = p.bilinear.data + (d + r) * p.bilinear.strides[0] * size;
+    Right right{reinterpret_cast<const float*>(from), p.bilinear.strides[1]};
+    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.strides[2] != 1 || q.context_dim % VL != 0) {
       with_source<W>(p.bilinear.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(at.right, all.lanes, from, p.bilinear.e * size, p.bilinear.k * size, p.d_out,
+        pack_rows<W, decltype(type)::value>(at.right, all.lanes, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size, p.d_out,
                                             q.context_dim);
       });
       right = {at.right, all.lanes};
@@ -293,17 +293,17 @@ struct OuterBackward {
       const int64_t rows = count - n < kRows ? count - n : kRows;
       const Out out{reinterpret_cast<char*>(at.z), all.lanes * 4, Store::f32, all.lanes};
       product_wide<W>(rows, all.lanes, words<W>(p.d_out), dy[i].at(n), right, out);
-      for (int64_t m = 0; q.dx && m < rows; ++m) {
+      for (int64_t m = 0; q.dx.data && m < rows; ++m) {
         V total{};
         for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + m, k) * load<V>(at.z + m * all.lanes + k);
         at.dx[(n + m) * t.strip + r] += sum(total);
       }
-      if (!q.dcontext) continue;
-      with_dtype(q.dtype, [&](auto type) {
+      if (!q.dcontext.data) continue;
+      with_dtype(q.x.dtype, [&](auto type) {
         for (int64_t m = 0; m < rows; ++m) {
           while (n + m >= q.rows->first[u + 1]) ++u;
           float* const to = dcontext.at(range) + u * all.lanes;
-          const V scale = splat(element<decltype(type)::value>(q.x, n + m, q.d_in, d + r));
+          const V scale = splat(element<decltype(type)::value>(q.x.data, n + m, q.d_in, d + r));
           for (int64_t k = 0; k < all.lanes; k += VL) store(to + k, load<V>(to + k) + scale * load<V>(at.z + m * all.lanes + k));
         }
       });
@@ -333,7 +333,7 @@ struct OuterBackward {
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      write_vector(p.dweight.dtype, p.dweight.data + (d + r) * p.dweight.rows * size, p.dweight.columns, at.out + r * width, p.d_out);
+      write_vector(p.dweight.dtype, p.dweight.data + (d + r) * p.dweight.strides[0] * size, p.dweight.strides[1], at.out + r * width, p.d_out);
     }
   }
 
@@ -341,20 +341,20 @@ struct OuterBackward {
   void add_dbilinear(int i, int64_t e, const Thread& at) const {
     const Projection& p = q.projection[i];
     const int64_t count = q.rows->count, size = size_of(p.dbilinear.dtype);
-    const bool direct = count <= kSummed && p.dbilinear.k == 1;
-    char* const to = p.dbilinear.data + e * p.dbilinear.e * size;
+    const bool direct = count <= kSummed && p.dbilinear.strides[2] == 1;
+    char* const to = p.dbilinear.data + e * p.dbilinear.strides[1] * size;
     for (int64_t n = 0; n == 0 || n < count; n += kSummed) {
       const int64_t summed = count - n < kSummed ? count - n : kSummed;
-      with_dtype(q.dtype, [&](auto type) { gated_contexts<decltype(type)::value>(i, e, n, summed, at.right); });
+      with_dtype(q.x.dtype, [&](auto type) { gated_contexts<decltype(type)::value>(i, e, n, summed, at.right); });
       for (int64_t d = 0; d < q.d_in; d += NR) {
         const int64_t rows = q.d_in - d < NR ? q.d_in - d : NR;
         Out out{reinterpret_cast<char*>(at.out + d * all.lanes), all.lanes * 4, n > 0 ? Store::f32_add : Store::f32, all.lanes};
-        if (direct) out = Out{to + d * p.dbilinear.d * size, p.dbilinear.d * size, store_of(p.dbilinear.dtype), q.context_dim};
+        if (direct) out = Out{to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[0] * size, store_of(p.dbilinear.dtype), q.context_dim};
         product_wide<W>(rows, out.lanes, words<W>(summed), x_left(d, n / W::PER), {at.right, all.lanes}, out);
       }
     }
     for (int64_t d = 0; !direct && d < q.d_in; ++d) {
-      write_vector(p.dbilinear.dtype, to + d * p.dbilinear.d * size, p.dbilinear.k, at.out + d * all.lanes, q.context_dim);
+      write_vector(p.dbilinear.dtype, to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[2], at.out + d * all.lanes, q.context_dim);
     }
   }
 
@@ -367,8 +367,8 @@ struct OuterBackward {
       float* const out = to + s * all.lanes;
       const int64_t m = s * W::PER;
       const bool one = m < rows, two = W::PER == 2 && m + 1 < rows;
-      const V first = splat(one ? element<D>(p.dy, n + m, p.d_out, e) : 0.0f);
-      const V second = splat(two ? element<D>(p.dy, n + m + 1, p.d_out, e) : 0.0f);
+      const V first = splat(one ? element<D>(p.rows.data, n + m, p.d_out, e) : 0.0f);
+      const V second = splat(two ? element<D>(p.rows.data, n + m + 1, p.d_out, e) : 0.0f);
       for (int64_t k = 0; k < all.lanes; k += VL) {
         const V low = one ? first * all.context(n + m, k) : V{};
         if constexpr (W::PER == 1) {
@@ -380,7 +380,7 @@ struct OuterBackward {
     }
   }
 
-  const Problem& q;
+  const Call& q;
   const Tiles t;
   Together all;
   RowWords<W> x, dy_words[kMaxProjections];

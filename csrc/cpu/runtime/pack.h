@@ -6,6 +6,14 @@
 namespace ctxkern {
 namespace {
 
+// f(Type<D>{}) with D a dtype that words of W are made of.
+template <class W, class F>
+inline void with_source(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f32) return f(Type<Dtype::f32>{});
+  if (dtype == Dtype::bf16) return f(Type<Dtype::bf16>{});
+  if constexpr (W::PER == 1) f(Type<Dtype::f16>{});
+}
+
 // VL words from adjacent elements at p, of which `count` are there; zeros after them.
 template <class W, Dtype D>
 CTXKERN_INLINE V load_words(const char* p, int64_t count) {

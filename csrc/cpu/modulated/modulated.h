@@ -1,7 +1,7 @@
 #pragma once
 
-#include "isa.h"
-#include "problem.h"
+#include "../runtime/isa.h"
+#include "call.h"
 
 namespace ctxkern {
 

@@ -20,37 +20,37 @@ struct Block {
   int64_t d, rows, e, columns, begin, end;
 };
 
-inline bool needs_products(const Problem& q) {
-  bool needed = q.dcontext != nullptr;
+inline bool needs_products(const Call& q) {
+  bool needed = q.dcontext.data != nullptr;
   for (int i = 0; i < q.projections; ++i) needed = needed || q.projection[i].dweight.data || q.projection[i].dbilinear.data;
   return needed;
 }
 
-inline int64_t range_bytes(const Problem& q) { return q.dcontext ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0; }
+inline int64_t range_bytes(const Call& q) { return q.dcontext.data ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0; }
 
 // As many as a quarter of the budget holds; a few in any case, for threads to share and for sums that stay short.
-inline int64_t ranges_for(const Problem& q, int64_t units) {
+inline int64_t ranges_for(const Call& q, int64_t units) {
   constexpr int64_t kFew = 4;
   const int64_t each = range_bytes(q);
-  int64_t ranges = each > 0 ? q.budget / 4 / each : kRanges;
+  int64_t ranges = each > 0 ? q.workspace_bytes / 4 / each : kRanges;
   ranges = ranges < kFew ? kFew : ranges > kRanges ? kRanges : ranges;
   return ranges < units ? ranges : units > 1 ? units : 1;
 }
 
-inline int64_t threads_for(const Problem& q, int64_t bytes_each, int64_t ranges) {
+inline int64_t threads_for(const Call& q, int64_t bytes_each, int64_t ranges) {
   int64_t threads = q.threads < ranges ? q.threads : ranges;
-  if (bytes_each > 0 && threads > q.budget / bytes_each) threads = q.budget / bytes_each;
+  if (bytes_each > 0 && threads > q.workspace_bytes / bytes_each) threads = q.workspace_bytes / bytes_each;
   return threads > 1 ? threads : 1;
 }
 
 // Sums for dcontext, one a range, [ranges, U, K padded], added in their order at the end.
 class DContext {
  public:
-  void place(const Problem& q, int64_t ranges, Arena& arena) {
+  void place(const Call& q, int64_t ranges, Arena& arena) {
     lanes_ = round_up(q.context_dim, VL);
     size_ = q.rows->contexts * lanes_;
     ranges_ = ranges;
-    sums_ = q.dcontext ? arena.take(ranges * size_) : nullptr;
+    sums_ = q.dcontext.data ? arena.take(ranges * size_) : nullptr;
   }
 
   void clear() const {
@@ -60,12 +60,11 @@ class DContext {
   // [U, K padded], null where not asked for
   float* at(int64_t range) const { return sums_ ? sums_ + range * size_ : nullptr; }
 
-  void write(const Problem& q) const {
+  void write(const Call& q) const {
     if (!sums_) return;
     const int64_t size = size_of(q.context.dtype), row = q.context_dim * size;
-    if (q.rows->contexts < q.table) std::memset(q.dcontext, 0, static_cast<size_t>(q.table * row));
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
-      char* const to = q.dcontext + q.rows->slot[u] * row;
+      char* const to = q.dcontext.data + q.rows->slot[u] * row;
       for (int64_t k = 0; k < q.context_dim; k += VL) {
         V total = load<V>(at(0) + u * lanes_ + k);
         for (int64_t range = 1; range < ranges_; ++range) total += load<V>(at(range) + u * lanes_ + k);
@@ -99,7 +98,7 @@ template <class W>
 class RowGradients {
  public:
   // columns: at most so many at a time; group: contexts, likewise
-  RowGradients(const Problem& q, const Contexts<W>& contexts, int64_t columns, int64_t group)
+  RowGradients(const Call& q, const Contexts<W>& contexts, int64_t columns, int64_t group)
       : q_(q), contexts_(contexts), columns_(round_up(columns, 2 * VL)), group_(group) {}
 
   void place(Arena& arena, RowScratch& at) const {
@@ -119,11 +118,11 @@ class RowGradients {
   void add_dcontext(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext,
                     const RowScratch& at) const {
     const int64_t size = size_of(p.bilinear.dtype);
-    const char* const from = p.bilinear.data + (d * p.bilinear.d + e * p.bilinear.e) * size;
-    Right right{reinterpret_cast<const float*>(from), p.bilinear.e};
-    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.k != 1 || q_.context_dim % VL != 0) {
+    const char* const from = p.bilinear.data + (d * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
+    Right right{reinterpret_cast<const float*>(from), p.bilinear.strides[1]};
+    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.strides[2] != 1 || q_.context_dim % VL != 0) {
       with_source<W>(p.bilinear.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(at.rows, contexts_.lanes, from, p.bilinear.e * size, p.bilinear.k * size, columns,
+        pack_rows<W, decltype(type)::value>(at.rows, contexts_.lanes, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size, columns,
                                             q_.context_dim);
       });
       right = {at.rows, contexts_.lanes};
@@ -142,7 +141,7 @@ class RowGradients {
       store_as_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), total, columns - j);
     }
     if (sums.last) {
-      write_vector(p.dweight.dtype, p.dweight.data + (d * p.dweight.rows + e * p.dweight.columns) * out_size, p.dweight.columns, kept, columns);
+      write_vector(p.dweight.dtype, p.dweight.data + (d * p.dweight.strides[0] + e * p.dweight.strides[1]) * out_size, p.dweight.strides[1], kept, columns);
     }
   }
 
@@ -154,13 +153,13 @@ class RowGradients {
       left = {reinterpret_cast<const char*>(at.pairs), 4, columns_ * 4};
     }
     const int64_t steps = words<W>(g.count), size = size_of(p.dbilinear.dtype);
-    char* const to = p.dbilinear.data + (d * p.dbilinear.d + e * p.dbilinear.e) * size;
-    if (!sums.dbilinear && p.dbilinear.k == 1) {
-      Out out{to, p.dbilinear.e * size, store_of(p.dbilinear.dtype), q_.context_dim};
+    char* const to = p.dbilinear.data + (d * p.dbilinear.strides[0] + e * p.dbilinear.strides[1]) * size;
+    if (!sums.dbilinear && p.dbilinear.strides[2] == 1) {
+      Out out{to, p.dbilinear.strides[1] * size, store_of(p.dbilinear.dtype), q_.context_dim};
       const bool large = VL > 4 && q_.d_in * p.d_out * q_.context_dim * size >= kCached;
       if (large && streamable(out)) out = streamed(out);
       // else rows without gaps go through the cache, whole lines at a time, to memory
-      const bool copied = large && out.store == store_of(p.dbilinear.dtype) && p.dbilinear.e == q_.context_dim;
+      const bool copied = large && out.store == store_of(p.dbilinear.dtype) && p.dbilinear.strides[1] == q_.context_dim;
       if (copied) out.data = reinterpret_cast<char*>(at.out) + reinterpret_cast<uintptr_t>(to) % 64;
       product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out);
       if (copied) stream_copy(to, out.data, columns * out.row);
@@ -170,11 +169,11 @@ class RowGradients {
     const Out out{reinterpret_cast<char*>(kept), contexts_.lanes * 4, sums.started ? Store::f32_add : Store::f32, contexts_.lanes};
     product_wide<W>(columns, contexts_.lanes, steps, left, contexts_.right(g.begin), out);
     for (int64_t j = 0; sums.last && j < columns; ++j) {
-      write_vector(p.dbilinear.dtype, to + j * p.dbilinear.e * size, p.dbilinear.k, kept + j * contexts_.lanes, q_.context_dim);
+      write_vector(p.dbilinear.dtype, to + j * p.dbilinear.strides[1] * size, p.dbilinear.strides[2], kept + j * contexts_.lanes, q_.context_dim);
     }
   }
 
-  const Problem& q_;
+  const Call& q_;
   const Contexts<W>& contexts_;
   int64_t columns_, group_;
 };
@@ -184,15 +183,15 @@ template <class W>
 struct SharedRows {
   static constexpr int64_t NR = 2 * VL;
 
-  SharedRows(const Problem& q, bool products)
-      : need_products(products), need_dx(q.dx != nullptr), count(q.projections), x_words(q, q.x, q.d_in) {
+  SharedRows(const Call& q, bool products)
+      : need_products(products), need_dx(q.dx.data != nullptr), count(q.projections), x_words(q, q.x.data, q.d_in) {
     // in place all or none, so that one numbering of rows serves them
     bool whole = true;
     for (int i = 0; i < count; ++i) whole = whole && q.projection[i].d_out % (W::PER * W::STEP) == 0;
     for (int i = 0; i < count; ++i) {
       const Projection& p = q.projection[i];
-      dy[i] = LeftRows<W>(q, p.dy, p.d_out, whole);
-      dy_words[i] = RowWords<W>(q, p.dy, p.d_out);
+      dy[i] = LeftRows<W>(q, p.rows.data, p.d_out, whole);
+      dy_words[i] = RowWords<W>(q, p.rows.data, p.d_out);
     }
   }
 

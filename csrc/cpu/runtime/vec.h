@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "problem.h"
+#include "../../problem.h"
 
 // Small functions on registers must not become calls: their arguments would go through memory.
 #define CTXKERN_INLINE [[gnu::always_inline]] inline

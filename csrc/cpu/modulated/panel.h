@@ -27,8 +27,8 @@ struct PanelForward {
   static constexpr int64_t NR = 2 * VL;
 
   // The rows of D that fit, with those of all contexts, and columns enough for every thread.
-  static Tiles tiles(const Problem& q) {
-    const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1, threads = q.threads, share = q.budget / threads;
+  static Tiles tiles(const Call& q) {
+    const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1, threads = q.threads, share = q.workspace_bytes / threads;
     int64_t widest = 0;
     for (int i = 0; i < q.projections; ++i) {
       const int64_t panels = round_up(q.projection[i].d_out, NR) / NR;
@@ -52,8 +52,8 @@ struct PanelForward {
     return t;
   }
 
-  PanelForward(const Problem& problem, const Tiles& tiles, char* workspace)
-      : q(problem), t(tiles), x(problem, problem.x, problem.d_in, true), contexts(problem, false) {
+  PanelForward(const Call& problem, const Tiles& tiles, char* workspace)
+      : q(problem), t(tiles), x(problem, problem.x.data, problem.d_in, true), contexts(problem, false) {
     Arena arena(workspace);
     x.place(arena);
     contexts.place(q, arena);
@@ -124,22 +124,22 @@ struct PanelForward {
   // y_u[:, strip] (+)= x_u[:, rows] W_u[rows, strip]
   void project(const Projection& p, int64_t d, int64_t rows, int64_t e, int64_t columns, int64_t begin, int64_t end,
                float* scratch) const {
-    const int64_t size = size_of(q.dtype), depth = words<W>(t.across);
+    const int64_t size = size_of(q.x.dtype), depth = words<W>(t.across);
     const bool last = d + rows >= q.d_in;
     float bias[NR];
     for (int64_t j = 0; j < columns; j += NR) {
       const int64_t lanes = columns - j < NR ? columns - j : NR;
-      if (p.bias) pack_vector(bias, p.bias_dtype, p.bias + (e + j) * size_of(p.bias_dtype), 1, lanes, NR);
+      if (p.bias.data) pack_vector(bias, p.bias.dtype, p.bias.data + (e + j) * size_of(p.bias.dtype), 1, lanes, NR);
       for (int64_t u = begin; u < end; ++u) {
         const float* const panel = scratch + weights_at + (u - begin) * context_floats() + j * depth;
         x.pieces(u, [&](const Piece& piece) {
           Left left = x.at(piece.left);
           left.data += d / W::PER * 4;
-          Out out{p.y + (piece.out * p.d_out + e + j) * size, p.d_out * size, store_of(q.dtype), lanes};
+          Out out{p.rows.data + (piece.out * p.d_out + e + j) * size, p.d_out * size, store_of(q.x.dtype), lanes};
           out.map = piece.map;
           if (summed()) out = Out{reinterpret_cast<char*>(scratch + y_at + piece.left * t.strip + j), t.strip * 4, Store::f32, lanes};
           if (d > 0) out.store = Store::f32_add;
-          out.bias = last && p.bias ? bias : nullptr;
+          out.bias = last && p.bias.data ? bias : nullptr;
           product_wide<W>(piece.count, lanes, words<W>(rows), left, {panel, NR}, out);
         });
       }
@@ -148,11 +148,11 @@ struct PanelForward {
 
   void write(const Projection& p, int64_t e, int64_t columns, int64_t begin, int64_t end, const float* sums) const {
     for (int64_t u = begin; u < end; ++u) {
-      x.pieces(u, [&](const Piece& piece) { write_rows(q, piece, sums, t.strip, p.y, p.d_out, e, columns); });
+      x.pieces(u, [&](const Piece& piece) { write_rows(q, piece, sums, t.strip, p.rows.data, p.d_out, e, columns); });
     }
   }
 
-  const Problem& q;
+  const Call& q;
   const Tiles t;
   LeftRows<W> x;
   Contexts<W> contexts;
@@ -166,11 +166,11 @@ struct PanelBackward {
   static constexpr int64_t NR = 2 * VL;
   static constexpr int64_t kWeight = size_of(R::dtype), kProduct = size_of(P::dtype);  // bytes
 
-  static Tiles tiles(const Problem& q) {
+  static Tiles tiles(const Call& q) {
     const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1;
     int64_t widest = 1;
     for (int i = 0; i < q.projections; ++i) widest = q.projection[i].d_out > widest ? q.projection[i].d_out : widest;
-    const int64_t strip = q.d_in > NR ? NR : VL, share = q.budget / kShares;
+    const int64_t strip = q.d_in > NR ? NR : VL, share = q.workspace_bytes / kShares;
     int64_t across = round_up(widest, NR), group = contexts;
     // weights and their gradients, of one context
     const auto each = [&] { return strip * across * (kWeight + kProduct) + 2 * kPad; };
@@ -197,7 +197,7 @@ struct PanelBackward {
     return t;
   }
 
-  PanelBackward(const Problem& problem, const Tiles& tiles, char* workspace)
+  PanelBackward(const Call& problem, const Tiles& tiles, char* workspace)
       : q(problem),
         t(tiles),
         need_products(needs_products(problem)),
@@ -227,12 +227,12 @@ struct PanelBackward {
   int64_t products_bytes() const { return t.strip * t.across * kProduct + kPad; }
 
   Thread place(Arena& arena, Thread at) const {
-    at.weights = q.dx ? arena.take<char>(t.group * weights_bytes()) : nullptr;
+    at.weights = q.dx.data ? arena.take<char>(t.group * weights_bytes()) : nullptr;
     at.products = need_products ? arena.take<char>(t.group * products_bytes()) : nullptr;
     at.panel = arena.take(contexts.along_k_words * 4 * VL);
     at.bias = arena.take(4 * VL);
-    at.turned = q.dx ? arena.take(words<R>(t.across) * NR) : nullptr;
-    at.dx = q.dx && summed() ? arena.take(q.rows->count * t.strip) : nullptr;
+    at.turned = q.dx.data ? arena.take(words<R>(t.across) * NR) : nullptr;
+    at.dx = q.dx.data && summed() ? arena.take(q.rows->count * t.strip) : nullptr;
     at.sums = t.group < q.rows->contexts ? arena.take(t.strip * t.across * (contexts.lanes + 1)) : nullptr;
     row.place(arena, at.row);
     return at;
@@ -256,7 +256,7 @@ struct PanelBackward {
     const int64_t count = q.rows->contexts, strips = (q.d_in + t.strip - 1) / t.strip;
     contexts.pack(q);
     dcontext.clear();
-    if (q.dx && empty()) std::memset(q.dx, 0, static_cast<size_t>(q.tokens * q.d_in * size_of(q.dtype)));
+    if (q.dx.data && empty()) std::memset(q.dx.data, 0, static_cast<size_t>(q.batch.tokens * q.d_in * size_of(q.x.dtype)));
     parallel<R>(t.threads, count, [&](int64_t u, int) { shared.pack(u); });
     parallel<R>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
@@ -277,7 +277,7 @@ struct PanelBackward {
           const Block b{d, rows, e, columns, begin, begin + t.group < count ? begin + t.group : count};
           if (need_products) products(i, b, at);
           rows_of(i, b, range, at);
-          if (q.dx) project(i, b, started, at);
+          if (q.dx.data) project(i, b, started, at);
         }
         started = true;
       }
@@ -306,7 +306,7 @@ struct PanelBackward {
       const int64_t d = b.d + r;
       for (int64_t c = 0; c < b.columns; c += kChunk) {
         const int64_t chunk = b.columns - c < kChunk ? b.columns - c : kChunk;
-        for (int64_t j = c; q.dx && j < c + chunk; j += NR) {
+        for (int64_t j = c; q.dx.data && j < c + chunk; j += NR) {
           Ahead next = j + NR < b.columns ? panel_ahead(q, p, d, b.e + j + NR) : panel_ahead(q, p, d + 2, b.e);
           weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
           char* const to = at.weights + (r * t.across + j) * kWeight;
@@ -330,7 +330,7 @@ struct PanelBackward {
 
   // dx_u[:, strip] (+)= dy_u W_u^T
   void project(int i, const Block& b, bool add, Thread& at) const {
-    const int64_t out_size = size_of(q.dtype);
+    const int64_t out_size = size_of(q.x.dtype);
     for (int64_t u = b.begin; u < b.end; ++u) {
       const char* const weights = at.weights + (u - b.begin) * weights_bytes();
       pack_lanes<R, R::dtype>(at.turned, NR, weights, t.across * kWeight, kWeight, b.rows, b.columns);
@@ -338,7 +338,7 @@ struct PanelBackward {
       dy.pieces(u, [&](const Piece& piece) {
         Left left = dy.at(piece.left);
         left.data += b.e / R::PER * 4;
-        Out out{q.dx + (piece.out * q.d_in + b.d) * out_size, q.d_in * out_size, store_of(q.dtype), b.rows};
+        Out out{q.dx.data + (piece.out * q.d_in + b.d) * out_size, q.d_in * out_size, store_of(q.x.dtype), b.rows};
         out.map = piece.map;
         if (at.dx) {
           // in grouped order, or that of the pieces: the same on the way back
@@ -352,11 +352,11 @@ struct PanelBackward {
 
   void write_dx(int64_t d, int64_t rows, const Thread& at) const {
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
-      shared.dy[0].pieces(u, [&](const Piece& piece) { write_rows(q, piece, at.dx, t.strip, q.dx, q.d_in, d, rows); });
+      shared.dy[0].pieces(u, [&](const Piece& piece) { write_rows(q, piece, at.dx, t.strip, q.dx.data, q.d_in, d, rows); });
     }
   }
 
-  const Problem& q;
+  const Call& q;
   const Tiles t;
   bool need_products;
   Contexts<P> contexts;

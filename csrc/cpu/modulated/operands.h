@@ -1,33 +1,12 @@
 // The operands that all strips of a call share, each laid out once: x, dy and the contexts.
 #pragma once
 
-#include <type_traits>
-
-#include "pack.h"
-#include "threads.h"
+#include "../runtime/pack.h"
+#include "../runtime/parallel.h"
+#include "call.h"
 
 namespace ctxkern {
 namespace {
-
-// parallel_for over body(item, thread), with what words W need around each item.
-template <class W, class F>
-inline void parallel(int64_t threads, int64_t items, F&& body) {
-  const Work work = [](void* f, int64_t i, int thread) {
-    W::enter();
-    (*static_cast<std::remove_reference_t<F>*>(f))(i, thread);
-    W::leave();
-    stream_fence();
-  };
-  parallel_for(static_cast<int>(threads), items, work, &body);
-}
-
-// f(Type<D>{}) with D a dtype that words of W are made of.
-template <class W, class F>
-inline void with_source(Dtype dtype, F&& f) {
-  if (dtype == Dtype::f32) return f(Type<Dtype::f32>{});
-  if (dtype == Dtype::bf16) return f(Type<Dtype::bf16>{});
-  if constexpr (W::PER == 1) f(Type<Dtype::f16>{});
-}
 
 // Rows of x (or y) of one context that lie together in a left operand.
 struct Piece {
@@ -45,10 +24,10 @@ class LeftRows {
  public:
   LeftRows() = default;
 
-  LeftRows(const Problem& q, const char* data, int64_t columns, bool in_place)
-      : rows_(q.rows), source_(data), columns_(columns), dtype_(q.dtype) {
+  LeftRows(const Call& q, const char* data, int64_t columns, bool in_place)
+      : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {
     const bool long_runs = rows_->count >= kShortRun * rows_->run_count();
-    packed_ = q.dtype != W::dtype || columns % (W::PER * W::STEP) != 0 || (rows_->order && !long_runs) || !in_place;
+    packed_ = q.x.dtype != W::dtype || columns % (W::PER * W::STEP) != 0 || (rows_->order && !long_runs) || !in_place;
   }
 
   void place(Arena& arena) { buffer_ = packed_ ? arena.take(rows_->count * step_words() + 2 * VL) : nullptr; }
@@ -94,10 +73,10 @@ class LeftRows {
 };
 
 // Columns c to c + columns of rows that were summed in float32, [rows of a left operand, step], in the dtype of x.
-inline void write_rows(const Problem& q, const Piece& piece, const float* sums, int64_t step, char* to, int64_t width, int64_t c,
+inline void write_rows(const Call& q, const Piece& piece, const float* sums, int64_t step, char* to, int64_t width, int64_t c,
                        int64_t columns) {
-  const int64_t size = size_of(q.dtype);
-  with_dtype(q.dtype, [&](auto type) {
+  const int64_t size = size_of(q.x.dtype);
+  with_dtype(q.x.dtype, [&](auto type) {
     for (int64_t r = 0; r < piece.count; ++r) {
       const float* const from = sums + (piece.left + r) * step;
       char* const row = to + ((piece.map ? piece.map[r] : piece.out + r) * width + c) * size;
@@ -115,8 +94,8 @@ class RowWords {
 
   RowWords() = default;
 
-  RowWords(const Problem& q, const char* data, int64_t columns)
-      : rows_(q.rows), source_(data), columns_(columns), dtype_(q.dtype) {}
+  RowWords(const Call& q, const char* data, int64_t columns)
+      : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {}
 
   void place(Arena& arena) { buffer_ = arena.take(first(rows_->contexts) * round_up(columns_, NR)); }
 
@@ -151,17 +130,17 @@ class RowWords {
 // The contexts in use: words along K, [U, words of K], a left operand; for a backward words along U, [words of U, K padded].
 template <class W>
 struct Contexts {
-  Contexts(const Problem& q, bool along_contexts)
+  Contexts(const Call& q, bool along_contexts)
       : along_k_words(words<W>(q.context_dim)), lanes(round_up(q.context_dim, VL)), both(along_contexts) {}
 
-  void place(const Problem& q, Arena& arena) {
+  void place(const Call& q, Arena& arena) {
     const int64_t count = q.rows->contexts;
     along_k = arena.take(count * along_k_words);
     along_u = both ? arena.take(round_up(words<W>(count), 16) * lanes) : nullptr;
   }
 
-  void pack(const Problem& q) const {
-    const int64_t size = size_of(q.context.dtype), row = q.context.rows * size, count = q.rows->contexts;
+  void pack(const Call& q) const {
+    const int64_t size = size_of(q.context.dtype), row = q.context.strides[0] * size, count = q.rows->contexts;
     with_source<W>(q.context.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       const int64_t* const slots = q.rows->slot;
@@ -185,13 +164,13 @@ struct Contexts {
 };
 
 // What `weight_panel` would read, where it lies dense.
-inline Ahead panel_ahead(const Problem& q, const Projection& p, int64_t d, int64_t e) {
+inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t e) {
   Ahead next;
-  if (d >= q.d_in || e >= p.d_out || p.bilinear.k != 1 || p.bilinear.e != q.context_dim) return next;
+  if (d >= q.d_in || e >= p.d_out || p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return next;
   const int64_t size = size_of(p.bilinear.dtype), columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
   next.bytes = columns * q.context_dim * size;
   for (int64_t i = 0; i < 2; ++i) {
-    next.from[i] = p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.d + e * p.bilinear.e) * size;
+    next.from[i] = p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
   }
   return next;
 }
@@ -199,7 +178,7 @@ inline Ahead panel_ahead(const Problem& q, const Projection& p, int64_t d, int64
 // A panel of `bilinear` for the product that makes weights: rows d and d + 1, columns e to e + 2·VL, as
 // [words of K, 4·VL lanes], and `bias`: those of weight. Lanes that are not there are zeros.
 template <class W>
-inline void weight_panel(const Problem& q, const Projection& p, int64_t d, int64_t e, float* panel, float* bias) {
+inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t e, float* panel, float* bias) {
   const int64_t steps = words<W>(q.context_dim);
   const int64_t columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
   for (int64_t i = 0; i < 2; ++i) {
@@ -207,17 +186,17 @@ inline void weight_panel(const Problem& q, const Projection& p, int64_t d, int64
     with_source<W>(p.bilinear.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       const int64_t size = size_of(D);
-      const char* const from = p.bilinear.data + ((d + i) * p.bilinear.d + e * p.bilinear.e) * size;
+      const char* const from = p.bilinear.data + ((d + i) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
       if (there) {
-        pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.e * size, p.bilinear.k * size, columns, q.context_dim);
+        pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size, columns, q.context_dim);
       } else {
         for (int64_t s = 0; s < steps; ++s) store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});
       }
     });
     const int64_t size = size_of(p.weight.dtype);
     const bool weighted = there && p.weight.data;
-    pack_vector(bias + i * 2 * VL, p.weight.dtype, p.weight.data + (weighted ? ((d + i) * p.weight.rows + e * p.weight.columns) * size : 0),
-                weighted ? p.weight.columns : 1, weighted ? columns : 0, 2 * VL);
+    pack_vector(bias + i * 2 * VL, p.weight.dtype, p.weight.data + (weighted ? ((d + i) * p.weight.strides[0] + e * p.weight.strides[1]) * size : 0),
+                weighted ? p.weight.strides[1] : 1, weighted ? columns : 0, 2 * VL);
   }
 }
 

@@ -9,27 +9,27 @@ namespace {
 
 // Float32 parameters beside a half are rounded as they are read, but not for their own gradients: those are float32 too,
 // and an error of one rounding more would show.
-inline bool mixed(const Problem& q) {
-  bool wide = q.context.dtype != q.dtype;
-  for (int i = 0; i < q.projections; ++i) wide = wide || q.projection[i].bilinear.dtype != q.dtype;
+inline bool mixed(const Call& q) {
+  bool wide = q.context.dtype != q.x.dtype;
+  for (int i = 0; i < q.projections; ++i) wide = wide || q.projection[i].bilinear.dtype != q.x.dtype;
   return wide;
 }
 
 template <class W>
-Tiles tiles_of(const Problem& q, bool backward) {
+Tiles tiles_of(const Call& q, bool backward) {
   if (!backward) return q.outer ? OuterForward<W>::tiles(q) : PanelForward<W>::tiles(q);
   if (W::PER == 2 && mixed(q)) return q.outer ? OuterBackward<F32>::tiles(q) : PanelBackward<F32, W>::tiles(q);
   return q.outer ? OuterBackward<W>::tiles(q) : PanelBackward<W, W>::tiles(q);
 }
 
 template <class W>
-void forward(const Problem& q, const Tiles& tiles, char* workspace) {
+void forward(const Call& q, const Tiles& tiles, char* workspace) {
   if (q.outer) return OuterForward<W>(q, tiles, workspace).run();
   PanelForward<W>(q, tiles, workspace).run();
 }
 
 template <class W>
-void backward(const Problem& q, const Tiles& tiles, char* workspace) {
+void backward(const Call& q, const Tiles& tiles, char* workspace) {
   if (W::PER == 2 && mixed(q)) {
     if (q.outer) return OuterBackward<F32>(q, tiles, workspace).run();
     return PanelBackward<F32, W>(q, tiles, workspace).run();

@@ -1,4 +1,4 @@
-#include "amx.h"
+#include "../runtime/amx.h"
 
 #include "kernels.h"
 
