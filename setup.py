@@ -43,7 +43,7 @@ SOURCES = {
     "csrc/cpu/*/*.cpp": "baseline",
 }
 
-CUDA_SOURCE = "csrc/cuda/modulated.cu"
+CUDA_SOURCES = "csrc/cuda/*/*.cu"
 CUDA_ARCHS = "80,90,100"
 
 
@@ -232,7 +232,7 @@ def build_cuda(target):
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         command += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"] if archs else []
         done = subprocess.run(
-            [*command, CUDA_SOURCE, "-o", str(target)], capture_output=True, text=True, errors="replace"
+            [*command, *sorted(glob(CUDA_SOURCES)), "-o", str(target)], capture_output=True, text=True, errors="replace"
         )
         print(done.stdout, done.stderr, flush=True)
         report["built"] = done.returncode == 0 and target.exists()

@@ -16,7 +16,7 @@ constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 struct Operand {
   char* data;
   Dtype dtype;
-  int64_t strides[3];  // one per dimension
+  int64_t strides[3];  // one per dimension; not read where there are no gaps
 };
 
 // Which row of a table each row of x uses.
@@ -31,7 +31,7 @@ struct Projection {
   Operand weight;     // [D, E]
   Operand bilinear;   // [D, E, K]
   Operand bias;       // [E], without gaps
-  Operand rows;       // [N, E], without gaps, in the dtype of x: y, which a forward writes; dy, which a backward reads
+  char* rows;         // [N, E], without gaps, in the dtype of x: y, which a forward writes; dy, which a backward reads
   Operand dweight;    // absent where not asked for
   Operand dbilinear;  // likewise
 };
@@ -43,8 +43,8 @@ struct Problem {
   Batch batch;
   Operand x;         // [N, D], without gaps
   Operand context;   // [table, K], without gaps
-  Operand dx;        // like x; absent where not asked for
-  Operand dcontext;  // like context, zeros at first; likewise
+  char* dx;          // like x; null where not asked for
+  char* dcontext;    // like context; likewise
   int64_t d_in, context_dim;
   int64_t projections;
   int64_t workspace_bytes;  // for weights and their gradients

@@ -38,18 +38,16 @@ inline void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-// `size` elements of an operand that must be there.
-inline void present(const Operand& operand, int64_t size, const char* name) {
-  require(size == 0 || operand.data != nullptr, name);
-}
+// `size` elements that must be there.
+inline void present(const void* data, int64_t size, const char* name) { require(size == 0 || data != nullptr, name); }
 
-inline void known(const Operand& operand) {
-  require(operand.dtype >= Dtype::f32 && operand.dtype <= Dtype::f16, "an unknown dtype");
-}
+inline void known(Dtype dtype) { require(dtype >= Dtype::f32 && dtype <= Dtype::f16, "an unknown dtype"); }
 
-// Rows without gaps.
-inline void dense(const Operand& operand, int64_t columns, const char* name) {
-  require(operand.data == nullptr || (operand.strides[0] == columns && operand.strides[1] == 1), name);
+// A parameter has the dtype of x, or one of both is float32.
+inline void mixes(const Operand& parameter, Dtype x) {
+  known(parameter.dtype);
+  const bool same = parameter.dtype == x || parameter.dtype == Dtype::f32 || x == Dtype::f32;
+  require(same || parameter.data == nullptr, "bfloat16 and float16 do not mix");
 }
 
 }  // namespace checks
@@ -63,18 +61,16 @@ inline void check_problem(const Problem& q, bool backward) {
     require(size >= 0, "a size is negative");
   require(batch.bounds != nullptr || batch.sequences * batch.length == batch.tokens, "sequences do not make up the rows of x");
   require(batch.index != nullptr || batch.sequences <= batch.table, "there are fewer contexts than sequences");
-  present(q.x, batch.tokens * q.d_in, "x has no memory");
-  present(q.context, batch.table * q.context_dim, "context has no memory");
-  dense(q.x, q.d_in, "x has gaps"), dense(q.dx, q.d_in, "dx has gaps");
-  dense(q.context, q.context_dim, "context has gaps"), dense(q.dcontext, q.context_dim, "dcontext has gaps");
-  for (const Operand* each : {&q.x, &q.context, &q.dx, &q.dcontext}) known(*each);
+  present(q.x.data, batch.tokens * q.d_in, "x has no memory");
+  present(q.context.data, batch.table * q.context_dim, "context has no memory");
+  known(q.x.dtype);
+  mixes(q.context, q.x.dtype);
   for (int64_t i = 0; i < q.projections; ++i) {
     const Projection& p = q.projection[i];
     require(p.d_out >= 0, "a size is negative");
-    present(p.bilinear, q.d_in * p.d_out * q.context_dim, "bilinear has no memory");
+    present(p.bilinear.data, q.d_in * p.d_out * q.context_dim, "bilinear has no memory");
     present(p.rows, batch.tokens * p.d_out, backward ? "a gradient of y has no memory" : "y has no memory");
-    dense(p.rows, p.d_out, "y has gaps");
-    for (const Operand* each : {&p.weight, &p.bilinear, &p.bias, &p.rows, &p.dweight, &p.dbilinear}) known(*each);
+    for (const Operand* each : {&p.weight, &p.bilinear, &p.bias, &p.dweight, &p.dbilinear}) mixes(*each, q.x.dtype);
   }
 }
 

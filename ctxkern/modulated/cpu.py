@@ -4,8 +4,8 @@ from ctypes import addressof
 
 import torch
 
-from ctxkern.modulated.native import problem_of, without_gaps
-from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_gradients, new_outputs
+from ctxkern.modulated.native import new_gradients, problem_of, without_gaps
+from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_outputs
 from ctxkern.modulated.plan import Problem, cpu_terms, describe, outer_above
 from ctxkern.runtime import cpu as cpu_runtime
 
@@ -14,9 +14,10 @@ _PAIRS = ("avx512_bf16", "amx_bf16")
 
 
 def _problem(operands, rows, workspace_bytes, backward, grads=None):
-    tokens = operands.x.shape[:-1].numel()
-    largest = max(t.numel() * t.element_size() for t in operands.bilinears)
-    pairs = operands.x.dtype is torch.bfloat16 and cpu_runtime.cpu_isa() in _PAIRS
+    x = operands.x
+    tokens = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
+    largest = max([t.nbytes for t in operands.bilinears])
+    pairs = x.dtype is torch.bfloat16 and cpu_runtime.cpu_isa() in _PAIRS
     above = outer_above(cpu_terms(pairs, backward, largest), tokens, operands.per_token)
     return problem_of(
         operands,

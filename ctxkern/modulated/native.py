@@ -1,5 +1,7 @@
 """Fills the struct that the C++ kernels of the backends cpu and cuda read (runtime/problem.py, csrc/problem.h)."""
 
+import torch
+
 from ctxkern.dtypes import CODES
 from ctxkern.modulated.operands import Gradients, Operands, contiguous
 from ctxkern.runtime.problem import Problem
@@ -16,6 +18,18 @@ def without_gaps(operands):
     )
 
 
+def new_gradients(douts, operands, needs):
+    """The `Gradients` of operands without gaps that `needs` asks for: biases done, the others not yet written."""
+    like = torch.empty_like
+    return Gradients(
+        like(operands.x) if needs.x else None,
+        like(operands.context) if needs.context else None,
+        [like(w) if need else None for w, need in zip(operands.weights, needs.weights, strict=True)],
+        [like(t) if need else None for t, need in zip(operands.bilinears, needs.bilinears, strict=True)],
+        [d.sum(tuple(range(d.dim() - 1))) if need else None for d, need in zip(douts, needs.biases, strict=True)],
+    )
+
+
 def problem_of(operands, rows, *, outer_above, workspace_bytes, grads: Gradients | None = None, threads=1, tf32=False):
     """The `Problem` of operands without gaps; it keeps no tensor alive.
 
@@ -23,41 +37,39 @@ def problem_of(operands, rows, *, outer_above, workspace_bytes, grads: Gradients
     rows for N sequences of one row each.
     """
     x, context, weights, bilinears, biases, context_index, cu_seqlens = operands
-    d_in, context_dim = x.shape[-1], context.shape[-1]
     q = Problem()
-    q.d_in, q.context_dim = d_in, context_dim
+    q.d_in, q.context_dim = d_in, context_dim = x.shape[-1], context.shape[-1]
     q.outer_above, q.workspace_bytes = outer_above, min(workspace_bytes, _MOST_BYTES)
     q.threads, q.tf32 = threads, tf32
-    _fill_batch(q.batch, operands)
-    _fill_rows(q.x, x, d_in)
-    _fill_rows(q.context, context, context_dim)
+    _fill_batch(q.batch, x.shape, context, context_index, cu_seqlens)
+    _fill(q.x, x)
+    _fill(q.context, context)
+    if grads is not None:
+        if grads.x is not None:
+            q.dx = grads.x.data_ptr()
+        if grads.context is not None:
+            q.dcontext = grads.context.data_ptr()
     q.projections = len(rows)
-    for p, weight, bilinear, each in zip(q.projection, weights, bilinears, rows, strict=False):
-        p.d_out = d_out = bilinear.shape[1]
+    projections = q.projection
+    for i, bilinear in enumerate(bilinears):
+        p, weight, bias = projections[i], weights[i], biases[i]
+        p.d_out = bilinear.shape[1]
         _fill_bilinear(p.bilinear, bilinear)
-        _fill_rows(p.rows, each, d_out)
+        p.rows = rows[i].data_ptr()
         if weight is not None:
             _fill_matrix(p.weight, weight)
-    if grads is None:
-        for p, bias in zip(q.projection, biases, strict=False):
+        if grads is None:
             if bias is not None:
-                p.bias.data, p.bias.dtype, p.bias.stride0 = bias.data_ptr(), CODES[bias.dtype], 1
-        return q
-    if grads.x is not None:
-        _fill_rows(q.dx, grads.x, d_in)
-    if grads.context is not None:
-        _fill_rows(q.dcontext, grads.context, context_dim)
-    for p, dweight, dbilinear in zip(q.projection, grads.weights, grads.bilinears, strict=False):
-        if dweight is not None:
-            _fill_matrix(p.dweight, dweight)
-        if dbilinear is not None:
-            _fill_bilinear(p.dbilinear, dbilinear)
+                _fill(p.bias, bias)
+            continue
+        if grads.weights[i] is not None:
+            _fill_matrix(p.dweight, grads.weights[i])
+        if grads.bilinears[i] is not None:
+            _fill_bilinear(p.dbilinear, grads.bilinears[i])
     return q
 
 
-def _fill_batch(batch, operands):
-    x, context, index, bounds = operands.x, operands.context, operands.context_index, operands.cu_seqlens
-    shape = x.shape
+def _fill_batch(batch, shape, context, index, bounds):
     if context.dim() == 3:
         batch.tokens = batch.table = batch.sequences = shape[0] * shape[1]
         batch.length = 1
@@ -72,16 +84,18 @@ def _fill_batch(batch, operands):
         batch.index = index.data_ptr()
 
 
-def _fill_rows(operand, t, columns):
-    operand.data, operand.dtype = t.data_ptr(), CODES[t.dtype]
-    operand.stride0, operand.stride1 = columns, 1
+def _fill(operand, t):
+    operand.data = t.data_ptr()
+    operand.dtype = CODES[t.dtype]
 
 
 def _fill_matrix(operand, t):
-    operand.data, operand.dtype = t.data_ptr(), CODES[t.dtype]
+    operand.data = t.data_ptr()
+    operand.dtype = CODES[t.dtype]
     operand.stride0, operand.stride1 = t.stride()
 
 
 def _fill_bilinear(operand, t):
-    operand.data, operand.dtype = t.data_ptr(), CODES[t.dtype]
+    operand.data = t.data_ptr()
+    operand.dtype = CODES[t.dtype]
     operand.stride0, operand.stride1, operand.stride2 = t.stride()

@@ -36,6 +36,7 @@ def _attempt() -> tuple[ModuleType | None, str]:
         return None, f"built without the compiled core because {info['cpu']['reason']}"
 
 
+@functools.cache
 def load() -> ModuleType:
     """The module _C.
 

@@ -22,11 +22,13 @@ class Batch(ctypes.Structure):
 
 
 class Projection(ctypes.Structure):
-    """weight [D, E], bilinear [D, E, K], bias [E], rows [N, E] (y of a forward, dy of a backward) and gradients."""
+    """weight [D, E], bilinear [D, E, K], bias [E], gradients; rows: address of y in a forward, of dy in a backward."""
 
     _fields_ = [
         ("d_out", _int),
-        *((name, Operand) for name in ("weight", "bilinear", "bias", "rows", "dweight", "dbilinear")),
+        *((name, Operand) for name in ("weight", "bilinear", "bias")),
+        ("rows", _int),
+        *((name, Operand) for name in ("dweight", "dbilinear")),
     ]
 
 
@@ -34,12 +36,12 @@ MOST_PROJECTIONS = 3
 
 
 class Problem(ctypes.Structure):
-    """A modulated call. outer_above: the number of distinct contexts above which the outer form runs."""
+    """A modulated call. dx, dcontext: addresses; outer_above: distinct contexts above which the outer form runs."""
 
     _fields_ = [
         ("batch", Batch),
-        *((name, Operand) for name in ("x", "context", "dx", "dcontext")),
-        *((name, _int) for name in ("d_in", "context_dim", "projections", "workspace_bytes", "threads", "tf32")),
+        *((name, Operand) for name in ("x", "context")),
+        *((name, _int) for name in ("dx", "dcontext", "d_in", "context_dim", "projections", "workspace_bytes", "threads", "tf32")),
         ("outer_above", ctypes.c_double),
         ("projection", Projection * MOST_PROJECTIONS),
     ]

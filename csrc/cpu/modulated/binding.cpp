@@ -51,10 +51,10 @@ const Kernels& kernels(const Call& q) { return kernels_for(chosen_isa(), q.x.dty
 
 void advise(const Call& q, bool backward) {
   const int64_t size = size_of(q.x.dtype);
-  if (backward) advise_huge(q.dx.data, q.batch.tokens * q.d_in * size);
+  if (backward) advise_huge(q.dx, q.batch.tokens * q.d_in * size);
   for (int i = 0; i < q.projections; ++i) {
     const Projection& p = q.projection[i];
-    if (!backward) advise_huge(p.rows.data, q.batch.tokens * p.d_out * size);
+    if (!backward) advise_huge(p.rows, q.batch.tokens * p.d_out * size);
     advise_huge(p.dbilinear.data, q.d_in * p.d_out * q.context_dim * size_of(p.dbilinear.dtype));
   }
 }

@@ -21,12 +21,12 @@ struct Block {
 };
 
 inline bool needs_products(const Call& q) {
-  bool needed = q.dcontext.data != nullptr;
+  bool needed = q.dcontext != nullptr;
   for (int i = 0; i < q.projections; ++i) needed = needed || q.projection[i].dweight.data || q.projection[i].dbilinear.data;
   return needed;
 }
 
-inline int64_t range_bytes(const Call& q) { return q.dcontext.data ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0; }
+inline int64_t range_bytes(const Call& q) { return q.dcontext ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0; }
 
 // As many as a quarter of the budget holds; a few in any case, for threads to share and for sums that stay short.
 inline int64_t ranges_for(const Call& q, int64_t units) {
@@ -50,7 +50,7 @@ class DContext {
     lanes_ = round_up(q.context_dim, VL);
     size_ = q.rows->contexts * lanes_;
     ranges_ = ranges;
-    sums_ = q.dcontext.data ? arena.take(ranges * size_) : nullptr;
+    sums_ = q.dcontext ? arena.take(ranges * size_) : nullptr;
   }
 
   void clear() const {
@@ -63,8 +63,9 @@ class DContext {
   void write(const Call& q) const {
     if (!sums_) return;
     const int64_t size = size_of(q.context.dtype), row = q.context_dim * size;
+    if (q.rows->contexts < q.batch.table) std::memset(q.dcontext, 0, static_cast<size_t>(q.batch.table * row));
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
-      char* const to = q.dcontext.data + q.rows->slot[u] * row;
+      char* const to = q.dcontext + q.rows->slot[u] * row;
       for (int64_t k = 0; k < q.context_dim; k += VL) {
         V total = load<V>(at(0) + u * lanes_ + k);
         for (int64_t range = 1; range < ranges_; ++range) total += load<V>(at(range) + u * lanes_ + k);
@@ -184,14 +185,14 @@ struct SharedRows {
   static constexpr int64_t NR = 2 * VL;
 
   SharedRows(const Call& q, bool products)
-      : need_products(products), need_dx(q.dx.data != nullptr), count(q.projections), x_words(q, q.x.data, q.d_in) {
+      : need_products(products), need_dx(q.dx != nullptr), count(q.projections), x_words(q, q.x.data, q.d_in) {
     // in place all or none, so that one numbering of rows serves them
     bool whole = true;
     for (int i = 0; i < count; ++i) whole = whole && q.projection[i].d_out % (W::PER * W::STEP) == 0;
     for (int i = 0; i < count; ++i) {
       const Projection& p = q.projection[i];
-      dy[i] = LeftRows<W>(q, p.rows.data, p.d_out, whole);
-      dy_words[i] = RowWords<W>(q, p.rows.data, p.d_out);
+      dy[i] = LeftRows<W>(q, p.rows, p.d_out, whole);
+      dy_words[i] = RowWords<W>(q, p.rows, p.d_out);
     }
   }
 

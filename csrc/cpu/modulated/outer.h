@@ -106,7 +106,7 @@ struct OuterForward {
         }
       }
     }
-    write_rows(q, {0, count, 0, q.rows->order}, y, NR, p.rows.data, p.d_out, e, lanes);
+    write_rows(q, {0, count, 0, q.rows->order}, y, NR, p.rows, p.d_out, e, lanes);
   }
 
   // y = x weight + bias
@@ -185,13 +185,13 @@ struct OuterBackward {
     all.place(arena);
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
-      dy[i] = LeftRows<W>(all.whole, p.rows.data, p.d_out, true);
+      dy[i] = LeftRows<W>(all.whole, p.rows, p.d_out, true);
       dy[i].place(arena);
       need_weight = need_weight || p.dweight.data;
       need_bilinear = need_bilinear || p.dbilinear.data;
       widest = p.d_out > widest ? p.d_out : widest;
       if (p.dweight.data) {
-        dy_words[i] = RowWords<W>(all.whole, p.rows.data, p.d_out);
+        dy_words[i] = RowWords<W>(all.whole, p.rows, p.d_out);
         dy_words[i].place(arena);
       }
     }
@@ -251,11 +251,11 @@ struct OuterBackward {
     const int64_t rows = q.d_in - d < t.strip ? q.d_in - d : t.strip;
     std::memset(at.dx, 0, static_cast<size_t>(q.rows->count * t.strip) * 4);
     for (int i = 0; i < q.projections; ++i) {
-      if (q.dx.data && q.projection[i].weight.data) shared_weight(i, d, rows, at);
-      for (int64_t r = 0; (q.dx.data || q.dcontext.data) && r < rows; ++r) contract(i, d, r, range, at);
+      if (q.dx && q.projection[i].weight.data) shared_weight(i, d, rows, at);
+      for (int64_t r = 0; (q.dx || q.dcontext) && r < rows; ++r) contract(i, d, r, range, at);
       if (q.projection[i].dweight.data) add_dweight(i, d, rows, at);
     }
-    if (q.dx.data) write_rows(q, {0, q.rows->count, 0, q.rows->order}, at.dx, t.strip, q.dx.data, q.d_in, d, rows);
+    if (q.dx) write_rows(q, {0, q.rows->count, 0, q.rows->order}, at.dx, t.strip, q.dx, q.d_in, d, rows);
   }
 
   // dx[:, d...] += dy weight[d...]^T
@@ -293,12 +293,12 @@ struct OuterBackward {
       const int64_t rows = count - n < kRows ? count - n : kRows;
       const Out out{reinterpret_cast<char*>(at.z), all.lanes * 4, Store::f32, all.lanes};
       product_wide<W>(rows, all.lanes, words<W>(p.d_out), dy[i].at(n), right, out);
-      for (int64_t m = 0; q.dx.data && m < rows; ++m) {
+      for (int64_t m = 0; q.dx && m < rows; ++m) {
         V total{};
         for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + m, k) * load<V>(at.z + m * all.lanes + k);
         at.dx[(n + m) * t.strip + r] += sum(total);
       }
-      if (!q.dcontext.data) continue;
+      if (!q.dcontext) continue;
       with_dtype(q.x.dtype, [&](auto type) {
         for (int64_t m = 0; m < rows; ++m) {
           while (n + m >= q.rows->first[u + 1]) ++u;
@@ -367,8 +367,8 @@ struct OuterBackward {
       float* const out = to + s * all.lanes;
       const int64_t m = s * W::PER;
       const bool one = m < rows, two = W::PER == 2 && m + 1 < rows;
-      const V first = splat(one ? element<D>(p.rows.data, n + m, p.d_out, e) : 0.0f);
-      const V second = splat(two ? element<D>(p.rows.data, n + m + 1, p.d_out, e) : 0.0f);
+      const V first = splat(one ? element<D>(p.rows, n + m, p.d_out, e) : 0.0f);
+      const V second = splat(two ? element<D>(p.rows, n + m + 1, p.d_out, e) : 0.0f);
       for (int64_t k = 0; k < all.lanes; k += VL) {
         const V low = one ? first * all.context(n + m, k) : V{};
         if constexpr (W::PER == 1) {

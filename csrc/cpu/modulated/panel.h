@@ -135,7 +135,7 @@ struct PanelForward {
         x.pieces(u, [&](const Piece& piece) {
           Left left = x.at(piece.left);
           left.data += d / W::PER * 4;
-          Out out{p.rows.data + (piece.out * p.d_out + e + j) * size, p.d_out * size, store_of(q.x.dtype), lanes};
+          Out out{p.rows + (piece.out * p.d_out + e + j) * size, p.d_out * size, store_of(q.x.dtype), lanes};
           out.map = piece.map;
           if (summed()) out = Out{reinterpret_cast<char*>(scratch + y_at + piece.left * t.strip + j), t.strip * 4, Store::f32, lanes};
           if (d > 0) out.store = Store::f32_add;
@@ -148,7 +148,7 @@ struct PanelForward {
 
   void write(const Projection& p, int64_t e, int64_t columns, int64_t begin, int64_t end, const float* sums) const {
     for (int64_t u = begin; u < end; ++u) {
-      x.pieces(u, [&](const Piece& piece) { write_rows(q, piece, sums, t.strip, p.rows.data, p.d_out, e, columns); });
+      x.pieces(u, [&](const Piece& piece) { write_rows(q, piece, sums, t.strip, p.rows, p.d_out, e, columns); });
     }
   }
 
@@ -227,12 +227,12 @@ struct PanelBackward {
   int64_t products_bytes() const { return t.strip * t.across * kProduct + kPad; }
 
   Thread place(Arena& arena, Thread at) const {
-    at.weights = q.dx.data ? arena.take<char>(t.group * weights_bytes()) : nullptr;
+    at.weights = q.dx ? arena.take<char>(t.group * weights_bytes()) : nullptr;
     at.products = need_products ? arena.take<char>(t.group * products_bytes()) : nullptr;
     at.panel = arena.take(contexts.along_k_words * 4 * VL);
     at.bias = arena.take(4 * VL);
-    at.turned = q.dx.data ? arena.take(words<R>(t.across) * NR) : nullptr;
-    at.dx = q.dx.data && summed() ? arena.take(q.rows->count * t.strip) : nullptr;
+    at.turned = q.dx ? arena.take(words<R>(t.across) * NR) : nullptr;
+    at.dx = q.dx && summed() ? arena.take(q.rows->count * t.strip) : nullptr;
     at.sums = t.group < q.rows->contexts ? arena.take(t.strip * t.across * (contexts.lanes + 1)) : nullptr;
     row.place(arena, at.row);
     return at;
@@ -256,7 +256,7 @@ struct PanelBackward {
     const int64_t count = q.rows->contexts, strips = (q.d_in + t.strip - 1) / t.strip;
     contexts.pack(q);
     dcontext.clear();
-    if (q.dx.data && empty()) std::memset(q.dx.data, 0, static_cast<size_t>(q.batch.tokens * q.d_in * size_of(q.x.dtype)));
+    if (q.dx && empty()) std::memset(q.dx, 0, static_cast<size_t>(q.batch.tokens * q.d_in * size_of(q.x.dtype)));
     parallel<R>(t.threads, count, [&](int64_t u, int) { shared.pack(u); });
     parallel<R>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
@@ -277,7 +277,7 @@ struct PanelBackward {
           const Block b{d, rows, e, columns, begin, begin + t.group < count ? begin + t.group : count};
           if (need_products) products(i, b, at);
           rows_of(i, b, range, at);
-          if (q.dx.data) project(i, b, started, at);
+          if (q.dx) project(i, b, started, at);
         }
         started = true;
       }
@@ -306,7 +306,7 @@ struct PanelBackward {
       const int64_t d = b.d + r;
       for (int64_t c = 0; c < b.columns; c += kChunk) {
         const int64_t chunk = b.columns - c < kChunk ? b.columns - c : kChunk;
-        for (int64_t j = c; q.dx.data && j < c + chunk; j += NR) {
+        for (int64_t j = c; q.dx && j < c + chunk; j += NR) {
           Ahead next = j + NR < b.columns ? panel_ahead(q, p, d, b.e + j + NR) : panel_ahead(q, p, d + 2, b.e);
           weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
           char* const to = at.weights + (r * t.across + j) * kWeight;
@@ -338,7 +338,7 @@ struct PanelBackward {
       dy.pieces(u, [&](const Piece& piece) {
         Left left = dy.at(piece.left);
         left.data += b.e / R::PER * 4;
-        Out out{q.dx.data + (piece.out * q.d_in + b.d) * out_size, q.d_in * out_size, store_of(q.x.dtype), b.rows};
+        Out out{q.dx + (piece.out * q.d_in + b.d) * out_size, q.d_in * out_size, store_of(q.x.dtype), b.rows};
         out.map = piece.map;
         if (at.dx) {
           // in grouped order, or that of the pieces: the same on the way back
@@ -352,7 +352,7 @@ struct PanelBackward {
 
   void write_dx(int64_t d, int64_t rows, const Thread& at) const {
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
-      shared.dy[0].pieces(u, [&](const Piece& piece) { write_rows(q, piece, at.dx, t.strip, q.dx.data, q.d_in, d, rows); });
+      shared.dy[0].pieces(u, [&](const Piece& piece) { write_rows(q, piece, at.dx, t.strip, q.dx, q.d_in, d, rows); });
     }
   }
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "launch.h"
+#include "../runtime/launch.h"
 
 namespace ctxkern {
 

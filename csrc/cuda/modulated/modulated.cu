@@ -1,15 +1,15 @@
-// The modulated operators, as ctxkern/_cuda.py calls them.
+// The modulated operators, as ctxkern/modulated/cuda.py calls them.
 
-#include <string>
-
+#include "../../problem_checks.h"
+#include "../runtime/library.h"
 #include "schedule.h"
 
 namespace ctxkern {
 namespace {
 
-template <class C, int planes, int exact>
-void run(Launcher& launch, Problem& q, bool backward) {
-  Modulated<C, planes, exact> modulated(launch, q);
+template <class C, class P, int planes, int exact>
+void run(Launcher& launch, Call& q, bool backward) {
+  Modulated<C, P, planes, exact> modulated(launch, q);
   if (backward) {
     modulated.backward();
   } else {
@@ -17,91 +17,66 @@ void run(Launcher& launch, Problem& q, bool backward) {
   }
 }
 
-enum Dtype { kFloat, kBfloat, kHalf };
+// Whether parameters are wider than x.
+bool wide(const Problem& q) {
+  bool found = q.context.dtype != q.x.dtype;
+  for (int64_t i = 0; i < q.projections; ++i) found = found || q.projection[i].bilinear.dtype != q.x.dtype;
+  return found;
+}
 
-thread_local std::string failure;
+void check_sizes(const Problem& q) {
+  for (const int64_t size : {q.batch.tokens, q.d_in, q.context_dim, q.batch.table, q.batch.sequences})
+    if (size > kMost) throw std::runtime_error("a size is over 2^31 - 1");
+  for (int64_t i = 0; i < q.projections; ++i)
+    if (q.projection[i].d_out > kMost) throw std::runtime_error("a size is over 2^31 - 1");
+}
 
 }  // namespace
 }  // namespace ctxkern
 
-#define CTXKERN_EXPORT extern "C" __attribute__((visibility("default")))
-
-// What changes the layout of Problem or what is exported changes this.
-CTXKERN_EXPORT int ctxkern_cuda_abi() { return 3; }
-CTXKERN_EXPORT int ctxkern_cuda_emulated() {
-#ifdef CTXKERN_EMULATE
-  return 1;
-#else
-  return 0;
-#endif
-}
-CTXKERN_EXPORT int64_t ctxkern_cuda_problem_bytes() { return sizeof(ctxkern::Problem); }
-
-// Null where kernels can run on the device, or why not: its driver, or no code for it.
-CTXKERN_EXPORT const char* ctxkern_cuda_unusable([[maybe_unused]] int device) {
-  using namespace ctxkern;
-#ifndef CTXKERN_EMULATE
-  try {
-    int before = 0;
-    Launcher::check(cudaGetDevice(&before), "device");
-    Launcher::check(cudaSetDevice(device), "device");
-    cudaFuncAttributes attributes;
-    const cudaError_t status = cudaFuncGetAttributes(&attributes, outer_sum_kernel<float>);
-    Launcher::check(cudaSetDevice(before), "device");
-    Launcher::check(status, "kernels");
-  } catch (const std::exception& error) {
-    failure = error.what();
-    return failure.c_str();
-  }
-#endif
-  return nullptr;
+// Where the fields of a problem lie; runtime/problem.py must agree.
+CTXKERN_EXPORT const char* ctxkern_cuda_problem_layout() {
+  static const std::string layout = ctxkern::problem_layout();
+  return layout.c_str();
 }
 
-// {rows, columns, group} of {d_in, d_out, context_dim, contexts, bytes of an element, workspace}.
-CTXKERN_EXPORT void ctxkern_cuda_blocks(const int64_t* sizes, int backward, int64_t* cut) {
+// {whether outer runs, most contexts, rows of D, columns of E, contexts of a block} of the first projection.
+CTXKERN_EXPORT void ctxkern_cuda_modulated_tiles(const ctxkern::Problem* problem, int backward, int64_t* tiles) {
   using namespace ctxkern;
-  const Blocks blocks = sizes[0] == 0 ? Blocks{0, sizes[1], sizes[3]}
-                        : backward    ? backward_blocks(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5])
-                                      : forward_blocks(sizes[0], sizes[1], sizes[3], sizes[4], sizes[5]);
-  cut[0] = blocks.rows;
-  cut[1] = blocks.columns;
-  cut[2] = blocks.group;
+  const Problem& q = *problem;
+  const int64_t d_out = q.projection[0].d_out, limit = most_contexts(q), element = size_of(q.x.dtype);
+  const Blocks blocks = q.d_in == 0 ? Blocks{0, d_out, limit}
+                        : backward  ? backward_blocks(q.d_in, d_out, q.context_dim, limit, element, q.workspace_bytes)
+                                    : forward_blocks(q.d_in, d_out, limit, element, q.workspace_bytes);
+  tiles[0] = outer(q);
+  tiles[1] = limit;
+  tiles[2] = blocks.rows;
+  tiles[3] = blocks.columns;
+  tiles[4] = blocks.group;
 }
 
 // Returns null, or what went wrong. Without a workspace nothing is launched, and *bytes is what it must hold.
-CTXKERN_EXPORT const char* ctxkern_cuda_modulated(const ctxkern::Problem* problem, int backward, [[maybe_unused]] int device,
-                                                  void* workspace, int64_t* bytes, void* stream) {
+CTXKERN_EXPORT const char* ctxkern_cuda_modulated(const ctxkern::Problem* problem, int backward, int device, void* workspace,
+                                                  int64_t* bytes, void* stream) {
   using namespace ctxkern;
-  try {
-    Problem q = *problem;
+  return failure_of([&] {
+    check_problem(*problem, backward);
+    check_sizes(*problem);
+    Call q{};
+    static_cast<Problem&>(q) = *problem;
     Launcher launch(static_cast<char*>(workspace), static_cast<Stream>(stream));
-#ifndef CTXKERN_EMULATE
-    if (workspace) Launcher::check(cudaSetDevice(device), "device");
-#endif
-    for (const int64_t size : {q.tokens, q.d_in, q.context_dim, q.table, q.sequences})
-      if (size > kMost) throw std::runtime_error("a size is over 2^31 - 1");
-    bool wide = q.context.wide != 0;
-    for (int i = 0; i < q.projections; ++i) {
-      if (q.projection[i].d_out > kMost) throw std::runtime_error("a size is over 2^31 - 1");
-      wide = wide || q.projection[i].bilinear.wide;
-    }
-    switch (q.dtype) {
-      case kFloat:
-        run<float, 1, 1>(launch, q, backward);
+    if (workspace) use_device(device);
+    switch (q.x.dtype) {
+      case Dtype::f32:
+        run<float, float, 1, 1>(launch, q, backward);
         break;
-      case kBfloat:
-        wide ? run<Bfloat, 2, 3>(launch, q, backward) : run<Bfloat, 1, 1>(launch, q, backward);
+      case Dtype::bf16:
+        wide(q) ? run<Bfloat, Bfloat, 2, 3>(launch, q, backward) : run<Bfloat, Bfloat, 1, 1>(launch, q, backward);
         break;
-      case kHalf:
-        wide ? run<Half, 2, 2>(launch, q, backward) : run<Half, 1, 1>(launch, q, backward);
+      case Dtype::f16:
+        wide(q) ? run<Half, float, 2, 2>(launch, q, backward) : run<Half, Half, 1, 1>(launch, q, backward);
         break;
-      default:
-        throw std::runtime_error("an unknown dtype");
     }
     *bytes = launch.bytes();
-    return nullptr;
-  } catch (const std::exception& error) {
-    failure = error.what();
-    return failure.c_str();
-  }
+  });
 }

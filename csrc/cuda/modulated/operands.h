@@ -3,29 +3,21 @@
 
 #include <type_traits>
 
-#include "groups.h"
-#include "product.h"
+#include "../runtime/product.h"
+#include "call.h"
 
 namespace ctxkern {
 
 // Elements of a parameter, whatever its dtype.
 template <int planes, class C, class H>
-__device__ __forceinline__ void load_parameter(C* to, int plane, const Parameter& p, int64_t at, int64_t stride,
+__device__ __forceinline__ void load_parameter(C* to, int plane, const Operand& p, int64_t at, int64_t stride,
                                                int valid) {
-  if (p.wide) {
-    load_chunk<planes>(to, plane, static_cast<const float*>(p.data) + at, stride, valid);
-  } else {
-    load_chunk<planes>(to, plane, static_cast<const H*>(p.data) + at, stride, valid);
-  }
+  with_elements<H>(p, [&](const auto* data) { load_chunk<kStored<C, planes>>(to, plane, data + at, stride, valid); });
 }
 
 template <class C, class H>
-__device__ __forceinline__ void read_parameter(float (&values)[kChunk<C>], const Parameter& p, int64_t at, int valid) {
-  if (p.wide) {
-    read_chunk<C>(values, static_cast<const float*>(p.data) + at, 1, valid);
-  } else {
-    read_chunk<C>(values, static_cast<const H*>(p.data) + at, 1, valid);
-  }
+__device__ __forceinline__ void read_parameter(float (&values)[kChunk<C>], const Operand& p, int64_t at, int valid) {
+  with_elements<H>(p, [&](const auto* data) { read_chunk<C>(values, data + at, 1, valid); });
 }
 
 // A row-major matrix: m or n are its rows (along the sum), or its columns.
@@ -62,20 +54,20 @@ template <class C, class H, bool along_sum, int planes = 1>
 struct Contexts {
   static constexpr bool kAlongSum = along_sum;
   static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1, kOrders = !along_sum;
-  Parameter table;
+  Operand table;
   int64_t context_dim;
   const int* slots;  // null: in place
   int first, rows, k_begin;
 
   __device__ __forceinline__ bool plain() const {
-    if (table.wide || !in_chunks(static_cast<const C*>(table.data) + k_begin, context_dim)) return false;
+    if (table.dtype != kCode<C> || !in_chunks(elements<C>(table) + k_begin, context_dim)) return false;
     return along_sum ? rows > 0 : context_dim - k_begin >= kChunk<C>;
   }
   __device__ __forceinline__ bool ordered() const { return slots != nullptr; }
   __device__ __forceinline__ const C* from(int line, int part) const {
     line = first + (along_sum ? least(line, rows - 1) : line);
     const int64_t row = slots ? slots[line] : line, most = context_dim - k_begin - kChunk<C>;
-    return static_cast<const C*>(table.data) + k_begin + row * context_dim + (along_sum ? part : least(part, most));
+    return elements<C>(table) + k_begin + row * context_dim + (along_sum ? part : least(part, most));
   }
   __device__ __forceinline__ int64_t step() const { return along_sum ? kDepth<C> : kDepth<C> * context_dim; }
 
@@ -92,17 +84,17 @@ template <class C, class H, bool along_sum, int planes = 1>
 struct Strided {
   static constexpr bool kAlongSum = along_sum;
   static constexpr bool kPlain = std::is_same_v<C, H> && planes == 1, kOrders = false;
-  Parameter parameter;
+  Operand parameter;
   int64_t begin, stride_n, stride_k;
   int n, depth;
 
   __device__ __forceinline__ bool plain() const {
-    if (parameter.wide || (along_sum ? stride_k : stride_n) != 1) return false;
+    if (parameter.dtype != kCode<C> || (along_sum ? stride_k : stride_n) != 1) return false;
     if (along_sum ? n == 0 : n < kChunk<C> || n % kChunk<C>) return false;
-    return in_chunks(static_cast<const C*>(parameter.data) + begin, along_sum ? stride_n : stride_k);
+    return in_chunks(elements<C>(parameter) + begin, along_sum ? stride_n : stride_k);
   }
   __device__ __forceinline__ const C* from(int line, int part) const {
-    const C* data = static_cast<const C*>(parameter.data) + begin;
+    const C* data = elements<C>(parameter) + begin;
     if constexpr (along_sum) return data + least(line, n - 1) * stride_n + part;
     return data + line * stride_k + least(part, n - kChunk<C>);
   }
@@ -145,7 +137,7 @@ template <class C, class H>
 struct BilinearOfPairs {
   static constexpr bool kAlongSum = true;
   static constexpr bool kPlain = false;
-  Parameter bilinear;
+  Operand bilinear;
   int64_t begin, stride_d, stride_e, stride_k;
   int e_size, d_size;
   Pairs<C> pairs;
@@ -159,7 +151,8 @@ struct BilinearOfPairs {
   }
 };
 
-// x ⊗ c, the operand of the outer form: rows n, the sum over (d, k).
+// x ⊗ c, the operand of the outer form: rows n, the sum over (d, k). factors: powers of two that bring the products of a
+// row into the range of C, or null.
 template <class C, class H>
 struct RowsTimesContexts {
   static constexpr bool kAlongSum = true;
@@ -169,13 +162,14 @@ struct RowsTimesContexts {
   Contexts<C, H, true> contexts;
   int d_begin, d_size;
   Pairs<C> pairs;
+  const float* factors;
 
   __device__ __forceinline__ void chunk(C* to, int plane, int at, int k) const {
     int d, inner;
     pairs.split(k, d, inner);
     const bool there = at < contexts.rows && d < d_size;
     const int64_t row = contexts.first + at;
-    const float scale = there ? to_float(x[row * d_in + d_begin + d]) : 0.0f;
+    const float scale = there ? to_float(x[row * d_in + d_begin + d]) * (factors ? factors[at] : 1.0f) : 0.0f;
     const int64_t line = there ? (contexts.slots ? contexts.slots[row] : row) * contexts.context_dim : 0;
     float values[kChunk<C>];
     read_parameter<C, H>(values, contexts.table, line + inner, there ? pairs.inner - inner : 0);
@@ -203,11 +197,11 @@ struct RowsTimesRows {
 };
 
 // G [U, D_BLOCK, E_BLOCK] with the sum over (d, e) of a range of D, and its partner, bilinear with k as n.
-template <class C>
+template <class C, class H>
 struct ProductsOfPairs {
   static constexpr bool kAlongSum = true;
   static constexpr bool kPlain = false;
-  const C* data;
+  const H* data;
   int64_t stride_u, stride_d;
   int contexts, d_size;
   Pairs<C> pairs;
@@ -224,7 +218,7 @@ template <class C, class H, int planes>
 struct BilinearByPairs {
   static constexpr bool kAlongSum = false;
   static constexpr bool kPlain = false;
-  Parameter bilinear;
+  Operand bilinear;
   int64_t begin, stride_d, stride_e, stride_k;
   int k_size, d_size;
   Pairs<C> pairs;

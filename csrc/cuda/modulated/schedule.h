@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "blocks.h"
 #include "outer.h"
@@ -16,42 +17,26 @@ constexpr int64_t kMost = std::numeric_limits<int>::max();
 // Whether tiles of 128 would compute more than an eighth of a size in vain.
 inline bool wasted(int64_t size) { return ceil_div(size, 128) * 128 * 8 > size * 9; }
 
+// The most contexts that there can be: how many differ is known on the device alone.
+inline int64_t most_contexts(const Problem& q) { return std::min(q.batch.sequences, q.batch.table); }
+
+inline bool outer(const Problem& q) { return static_cast<double>(most_contexts(q)) > q.outer_above; }
+
 template <class F>
 void over(int64_t size, int64_t step, F f) {
   for (int64_t at = 0; at < size; at += step) f(static_cast<int>(at), static_cast<int>(std::min(step, size - at)));
 }
 
-inline void group_rows(Launcher& launch, Problem& q, int block) {
-  Groups& g = q.groups;
-  const bool indexed = q.index != nullptr;
-  g.block = block;
-  g.uniform = !indexed && !q.bounds;
-  g.ordered = indexed;
-  if (g.uniform) {
-    g.limit = static_cast<int>(q.sequences);
-    g.tiles = static_cast<int>(q.sequences * ceil_div(q.length, block));
-    return;
-  }
-  g.limit = static_cast<int>(std::min(q.sequences, q.table));
-  g.tiles = static_cast<int>(q.tokens / block + g.limit);
-  g.buffer = launch.take<int>(4 + 3 * g.limit + g.tiles + (indexed ? q.tokens : 0));
-  int* seen = launch.take<int>(4 * q.sequences);
-  if (indexed)
-    launch("seen", seen_kernel, ceil_div(q.sequences, kGroupThreads), 1, 1, kGroupThreads, 0, q, seen);
-  launch("number", number_kernel, 1, 1, 1, kGroupThreads, kNumberShared, q, seen);
-  launch("place", place_kernel, q.sequences, 1, 1, kGroupThreads, 0, q, seen);
-}
-
-// C: dtype of x. planes: into how many halves a float32 parameter is split where nothing else is rounded; exact: where
-// its product is not rounded either.
-template <class C, int planes, int exact>
+// C: dtype of x. P: dtype of products with parameters (panel.h). planes: into how many values a float32 parameter is split
+// where nothing else is rounded; exact: where its product is not rounded either.
+template <class C, class P, int planes, int exact>
 class Modulated {
  public:
-  Modulated(Launcher& launch, Problem& q) : launch(launch), q(q) {}
+  Modulated(Launcher& launch, Call& q) : launch(launch), q(q) {}
 
   void forward() {
-    if (q.outer) return outer_forward();
-    group_rows(launch, q, block_rows());
+    if (outer(q)) return outer_forward();
+    q.groups = group_rows(launch, q.batch, block_rows());
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
       if (!p.d_out) continue;
@@ -68,9 +53,10 @@ class Modulated {
   }
 
   void backward() {
-    if (q.outer) return outer_backward();
-    group_rows(launch, q, block_rows());
-    const bool contexts = q.dcontext.data && q.context_dim;
+    zero_dcontext();
+    if (outer(q)) return outer_backward();
+    q.groups = group_rows(launch, q.batch, block_rows());
+    const bool contexts = q.dcontext && q.context_dim;
     const int64_t limit = q.groups.limit, row = limit * q.context_dim * static_cast<int64_t>(sizeof(float));
     const int64_t share = contexts ? std::min(q.workspace_bytes / 4, kBusy * row) : 0;
     int64_t widest = 0;
@@ -90,7 +76,7 @@ class Modulated {
       launch.zero(partial, ranges.count * row);
     }
     for (int i = 0; i < q.projections; ++i) pieces += ceil_div(q.projection[i].d_out, blocks.columns);
-    float* dx_sums = q.dx && pieces > 1 ? launch.take<float>(q.tokens * blocks.rows) : nullptr;
+    float* dx_sums = q.dx && pieces > 1 ? launch.take<float>(q.batch.tokens * blocks.rows) : nullptr;
     over(q.d_in, blocks.rows, [&](int d_begin, int d_size) {
       piece = 0;
       for (int i = 0; i < q.projections; ++i) {
@@ -118,6 +104,11 @@ class Modulated {
   }
 
  private:
+  // Rows of the table that no sequence uses have a gradient of zero.
+  void zero_dcontext() {
+    if (q.dcontext) launch.zero(q.dcontext, q.batch.table * q.context_dim * size_of(q.context.dtype));
+  }
+
   // What a sum over rows and columns of a block is cut into.
   struct Ranges {
     int64_t rows, columns, parts, count;
@@ -145,7 +136,7 @@ class Modulated {
 
   // Rows of a tile: large ones where contexts fill them and products are of halves.
   int block_rows() const {
-    const int64_t each = q.tokens / std::max<int64_t>(1, std::min(q.sequences, q.table));
+    const int64_t each = q.batch.tokens / std::max<int64_t>(1, std::min(q.batch.sequences, q.batch.table));
     return sizeof(C) == 2 && each >= LargeTile::kM && q.d_in >= 64 ? LargeTile::kM : SmallTile::kM;
   }
 
@@ -160,8 +151,8 @@ class Modulated {
 
   void make(const Projection& p, const Block& block, C* panel) {
     const int64_t pieces = block.d_size * ceil_div(block.e_size, MakeTile::kN);
-    launch("make", make_kernel<C>, pieces * ceil_div(block.u_size, MakeTile::kM), 1, 1, MakeTile::kThreads,
-           MakeProduct<C>::kShared, q, p, block, panel);
+    launch("make", make_kernel<P, C>, pieces * ceil_div(block.u_size, MakeTile::kM), 1, 1, MakeTile::kThreads,
+           MakeProduct<P, C>::kShared, q, p, block, panel);
   }
 
   template <class T>
@@ -199,8 +190,8 @@ class Modulated {
   template <class T>
   void spread_by(const Projection& p, const Block& block, C* products, float* sums, bool started, bool last) {
     const int64_t blocks_k = p.dbilinear.data ? std::max<int64_t>(1, ceil_div(q.context_dim, T::kN)) : 1;
-    launch("spread", spread_kernel<C, T, planes>, block.d_size * ceil_div(block.e_size, T::kM), blocks_k, 1, T::kThreads,
-           SpreadProduct<C, T, planes>::kShared, q, p, block, products, sums, started, last);
+    launch("spread", spread_kernel<P, C, T, planes>, block.d_size * ceil_div(block.e_size, T::kM), blocks_k, 1, T::kThreads,
+           SpreadProduct<P, C, T, planes>::kShared, q, p, block, products, sums, started, last);
   }
 
   void sum_dcontext(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
@@ -211,17 +202,10 @@ class Modulated {
 
   template <class T>
   void sum_dcontext_by(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
-    launch("dcontext", dcontext_kernel<C, T, planes>, ceil_div(block.u_size, T::kM), ceil_div(q.context_dim, T::kN),
-           ceil_div(block.d_size, ranges.rows) * ranges.parts, T::kThreads, ContextProduct<C, T, planes>::kShared, q, p,
+    launch("dcontext", dcontext_kernel<P, C, T, planes>, ceil_div(block.u_size, T::kM), ceil_div(q.context_dim, T::kN),
+           ceil_div(block.d_size, ranges.rows) * ranges.parts, T::kThreads, ContextProduct<P, C, T, planes>::kShared, q, p,
            block, products, partial, static_cast<int>(ranges.rows), static_cast<int>(ranges.parts),
            static_cast<int>(ranges.columns));
-  }
-
-  void find_slots() {
-    if (q.per_token) return;
-    q.slots = launch.take<int>(q.tokens);
-    launch.zero(q.slots, q.tokens * static_cast<int64_t>(sizeof(int)));
-    launch("slots", slots_kernel, q.sequences, 1, 1, kGroupThreads, 0, q);
   }
 
   // Rows of D of a split, at least `least`, so that there are blocks enough and their sums fit.
@@ -233,13 +217,13 @@ class Modulated {
   }
 
   void outer_forward() {
-    find_slots();
+    q.slots = find_slots(launch, q.batch);
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
       if (!p.d_out) continue;
-      if (q.tokens <= FewTile::kM) {
+      if (q.batch.tokens <= FewTile::kM) {
         outer_forward_by<FewTile>(p, i);
-      } else if (q.tokens <= MakeTile::kM) {
+      } else if (q.batch.tokens <= MakeTile::kM) {
         outer_forward_by<MakeTile>(p, i);
       } else {
         outer_forward_by<SmallTile>(p, i);
@@ -249,23 +233,22 @@ class Modulated {
 
   template <class T>
   void outer_forward_by(const Projection& p, int i) {
-    const int64_t blocks = ceil_div(q.tokens, T::kM) * ceil_div(p.d_out, T::kN), size = q.tokens * p.d_out;
+    const int64_t blocks = ceil_div(q.batch.tokens, T::kM) * ceil_div(p.d_out, T::kN), size = q.batch.tokens * p.d_out;
     const int64_t step = step_of(blocks, size * static_cast<int64_t>(sizeof(float)), 16);
     const int64_t splits = ceil_div(q.d_in, step);
     float* sums = splits > 1 ? part<float>(i, splits * size) : nullptr;
-    const size_t shared = std::max(OuterProduct<C, T>::kShared, WeightProduct<C, T>::kShared);
-    launch("outer_forward", outer_forward_kernel<C, T>, blocks, splits, 1, T::kThreads, shared, q, p, sums,
+    launch("outer_forward", outer_forward_kernel<P, C, T>, blocks, splits, 1, T::kThreads, kOuterShared<P, C, T>, q, p, sums,
            static_cast<int>(step));
     if (sums)
       launch("outer_sum", outer_sum_kernel<C>, ceil_div(size, 256), 1, 1, 256, 0, q, p, sums, static_cast<int>(splits));
   }
 
   void outer_backward() {
-    find_slots();
-    const bool contexts = q.dcontext.data && q.context_dim;
+    q.slots = find_slots(launch, q.batch);
+    const bool contexts = q.dcontext && q.context_dim;
     const bool narrow = q.context_dim <= NarrowTurnTile::kN;
     const int64_t width = narrow ? NarrowTurnTile::kN : TurnTile::kN, blocks_k = ceil_div(q.context_dim, width);
-    const int64_t row_blocks = ceil_div(q.tokens, SmallTile::kM), d_blocks = ceil_div(q.d_in, SmallTile::kM);
+    const int64_t row_blocks = ceil_div(q.batch.tokens, SmallTile::kM), d_blocks = ceil_div(q.d_in, SmallTile::kM);
     int64_t weighted = 0, pieces = 0;
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
@@ -273,27 +256,25 @@ class Modulated {
       if (p.dweight.data)
         launch("dweight", dweight_kernel<C>, d_blocks * e_blocks, 1, 1, SmallTile::kThreads,
                GradientProduct<C>::kShared, q, p);
-      if (p.dbilinear.data && q.context.wide) {
-        spread_outer<float>(p);
-      } else if (p.dbilinear.data) {
-        spread_outer<C>(p);
-      }
+      // where parameters are wider than x, so are their gradients
+      using G = std::conditional_t<(planes > 1), float, C>;
+      if (p.dbilinear.data) spread_outer<G>(p);
       weighted += p.weight.data != nullptr && p.d_out;
       pieces += p.d_out ? std::max<int64_t>(1, blocks_k) : 0;
     }
     if (!q.dx && !contexts) return;
-    float* dx_sums = q.dx && (weighted || pieces > 1) ? launch.take<float>(q.tokens * q.d_in) : nullptr;
+    float* dx_sums = q.dx && (weighted || pieces > 1) ? launch.take<float>(q.batch.tokens * q.d_in) : nullptr;
     bool started = false;
     for (int i = 0; q.dx && i < q.projections; ++i) {
       const Projection& p = q.projection[i];
       if (!p.weight.data || !p.d_out) continue;
-      launch("weight_turn", weight_turn_kernel<C>, row_blocks * d_blocks, 1, 1, SmallTile::kThreads,
-             TransposedProduct<C>::kShared, q, p, dx_sums, started);
+      launch("weight_turn", weight_turn_kernel<P, C>, row_blocks * d_blocks, 1, 1, SmallTile::kThreads,
+             TransposedProduct<P, C>::kShared, q, p, dx_sums, started);
       started = true;
     }
-    const int64_t step = step_of(row_blocks, q.tokens * q.context_dim * static_cast<int64_t>(sizeof(float)), 4);
+    const int64_t step = step_of(row_blocks, q.batch.tokens * q.context_dim * static_cast<int64_t>(sizeof(float)), 4);
     const int64_t splits = ceil_div(q.d_in, step);
-    float* partial = contexts ? launch.take<float>(splits * q.tokens * q.context_dim) : nullptr;
+    float* partial = contexts ? launch.take<float>(splits * q.batch.tokens * q.context_dim) : nullptr;
     int64_t piece = 0;
     bool added = false;
     for (int i = 0; i < q.projections; ++i) {
@@ -311,7 +292,7 @@ class Modulated {
       added = true;
     }
     if (!contexts) return;
-    group_rows(launch, q, SmallTile::kM);
+    q.groups = group_rows(launch, q.batch, SmallTile::kM);
     launch("outer_dcontext", outer_dcontext_kernel<C>, q.groups.limit, ceil_div(q.context_dim, 32), 1, kSumThreads,
            kSumShared, q, partial, static_cast<int>(splits));
   }
@@ -324,26 +305,26 @@ class Modulated {
 
   template <class T>
   void outer_turn(const Projection& p, const Turn& now) {
-    launch("outer_turn", outer_turn_kernel<C, T, exact>, ceil_div(q.tokens, T::kM), now.splits, 1, T::kThreads,
-           OuterTurnProduct<C, T, exact>::kShared, q, p, now.dx_sums, now.partial, static_cast<int>(now.k0),
+    launch("outer_turn", outer_turn_kernel<P, C, T, exact>, ceil_div(q.batch.tokens, T::kM), now.splits, 1, T::kThreads,
+           OuterTurnProduct<P, C, T, exact>::kShared, q, p, now.dx_sums, now.partial, static_cast<int>(now.k0),
            static_cast<int>(now.step), now.started, now.last, now.added);
   }
 
-  // P: the dtype of products.
-  template <class P>
+  // G: the dtype of products.
+  template <class G>
   void spread_outer(const Projection& p) {
-    if (q.context_dim <= NarrowTile::kN) return spread_outer_by<P, NarrowTile>(p);
-    spread_outer_by<P, SmallTile>(p);
+    if (q.context_dim <= NarrowTile::kN) return spread_outer_by<G, NarrowTile>(p);
+    spread_outer_by<G, SmallTile>(p);
   }
 
-  template <class P, class T>
+  template <class G, class T>
   void spread_outer_by(const Projection& p) {
-    launch("outer_spread", outer_spread_kernel<P, C, T>, q.d_in * ceil_div(p.d_out, T::kM), ceil_div(q.context_dim, T::kN),
-           1, T::kThreads, OuterSpreadProduct<P, C, T>::kShared, q, p);
+    launch("outer_spread", outer_spread_kernel<G, C, T>, q.d_in * ceil_div(p.d_out, T::kM), ceil_div(q.context_dim, T::kN),
+           1, T::kThreads, OuterSpreadProduct<G, C, T>::kShared, q, p);
   }
 
   Launcher& launch;
-  Problem& q;
+  Call& q;
   int64_t held = 0;
   void* at = nullptr;
 };

@@ -43,6 +43,12 @@ __device__ __forceinline__ void load_vector(T* to, const T* from) {
   const uint4 words = *reinterpret_cast<const uint4*>(from);
   memcpy(to, &words, 16);
 }
+// Half as many, likewise.
+template <class T>
+__device__ __forceinline__ void load_half_vector(T* to, const T* from) {
+  const uint2 words = *reinterpret_cast<const uint2*>(from);
+  memcpy(to, &words, 8);
+}
 template <class T>
 __device__ __forceinline__ void store_vector(T* to, const T* from) {
   uint4 words;
@@ -113,6 +119,13 @@ __device__ __forceinline__ void multiply<Bfloat>(float (&c)[4], const uint32_t (
                "{%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// To 10 bits of fraction.
+__device__ __forceinline__ float to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
 }
 
 // sums [16, 8] += a [16, 8] · b [8, 8] of floats rounded to TF32, as mma.m16n8k8 has them.

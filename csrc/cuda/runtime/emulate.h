@@ -201,6 +201,11 @@ void load_vector(T* to, const T* from) {
   std::memcpy(to, from, 16);
 }
 template <class T>
+void load_half_vector(T* to, const T* from) {
+  emulated::aligned(from, 8);
+  std::memcpy(to, from, 8);
+}
+template <class T>
 void store_vector(T* to, const T* from) {
   emulated::aligned(to, 16);
   std::memcpy(to, from, 16);
@@ -343,6 +348,8 @@ void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t* b) {
   emulated::Product mine{sums, a, b};
   emulated::together(emulated::multiply<T>, &mine);
 }
+
+inline float to_tf32(float x) { return emulated::to_tf32(x); }
 
 inline void multiply_tf32(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
   emulated::ProductTf32 mine{sums, a, b};

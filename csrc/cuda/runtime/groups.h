@@ -14,9 +14,17 @@
 //   seen [4, B]              scratch: first of the same index, rows of it before, rows of it in all; first grouped row
 #pragma once
 
-#include "problem.h"
+#include <algorithm>
+
+#include "../../problem.h"
+#include "launch.h"
 
 namespace ctxkern {
+
+struct Groups {
+  int* buffer;
+  int limit, tiles, block, uniform, ordered;
+};
 
 struct Range {
   int begin, end;
@@ -29,9 +37,8 @@ __device__ __forceinline__ int tile_count(const Groups& g) { return g.uniform ? 
 
 __device__ __forceinline__ int slot_of(const Groups& g, int u) { return g.uniform ? u : g.buffer[2 + u]; }
 
-__device__ __forceinline__ Range range_of(const Problem& q, int u) {
-  const Groups& g = q.groups;
-  if (g.uniform) return {static_cast<int>(u * q.length), static_cast<int>((u + 1) * q.length)};
+__device__ __forceinline__ Range range_of(const Batch& batch, const Groups& g, int u) {
+  if (g.uniform) return {static_cast<int>(u * batch.length), static_cast<int>((u + 1) * batch.length)};
   return {g.buffer[2 + g.limit + u], g.buffer[3 + g.limit + u]};
 }
 
@@ -46,26 +53,25 @@ struct TileOfRows {
   int context, begin, end;
 };
 
-__device__ __forceinline__ TileOfRows tile_of(const Problem& q, int tile) {
-  const Groups& g = q.groups;
+__device__ __forceinline__ TileOfRows tile_of(const Batch& batch, const Groups& g, int tile) {
   int u, inside;
   if (g.uniform) {
-    const int each = static_cast<int>((q.length + g.block - 1) / g.block);
+    const int each = static_cast<int>((batch.length + g.block - 1) / g.block);
     u = tile / each;
     inside = tile % each;
   } else {
     u = g.buffer[4 + 3 * g.limit + tile];
     inside = tile - g.buffer[3 + 2 * g.limit + u];
   }
-  const Range range = range_of(q, u);
+  const Range range = range_of(batch, g, u);
   return {u, range.begin + inside * g.block, range.end};
 }
 
 // The rows of a sequence, cut to those that there are.
-__device__ __forceinline__ Range sequence_of(const Problem& q, int b) {
-  if (!q.bounds) return {static_cast<int>(b * q.length), static_cast<int>((b + 1) * q.length)};
-  const int begin = q.bounds[b] < 0 ? 0 : least(q.bounds[b], q.tokens);
-  const int end = q.bounds[b + 1] < begin ? begin : least(q.bounds[b + 1], q.tokens);
+__device__ __forceinline__ Range sequence_of(const Batch& batch, int b) {
+  if (!batch.bounds) return {static_cast<int>(b * batch.length), static_cast<int>((b + 1) * batch.length)};
+  const int begin = batch.bounds[b] < 0 ? 0 : least(batch.bounds[b], batch.tokens);
+  const int end = batch.bounds[b + 1] < begin ? begin : least(batch.bounds[b + 1], batch.tokens);
   return {begin, end};
 }
 
@@ -80,15 +86,15 @@ __device__ __forceinline__ void require(bool holds) {
 
 constexpr int kGroupThreads = 128;
 
-__global__ void seen_kernel(Problem q, int* seen) {
-  const int b = blockIdx.x * blockDim.x + threadIdx.x, sequences = static_cast<int>(q.sequences);
+static __global__ void seen_kernel(Batch batch, int* seen) {
+  const int b = blockIdx.x * blockDim.x + threadIdx.x, sequences = static_cast<int>(batch.sequences);
   if (b >= sequences) return;
-  const int64_t mine = q.index[b];
-  require(mine >= 0 && mine < q.table);
+  const int64_t mine = batch.index[b];
+  require(mine >= 0 && mine < batch.table);
   int first = b, before = 0, total = 0;
   for (int j = 0; j < sequences; ++j) {
-    if (q.index[j] != mine) continue;
-    const Range range = sequence_of(q, j);
+    if (batch.index[j] != mine) continue;
+    const Range range = sequence_of(batch, j);
     first = j < first ? j : first;
     before += j < b ? range.end - range.begin : 0;
     total += range.end - range.begin;
@@ -101,20 +107,19 @@ __global__ void seen_kernel(Problem q, int* seen) {
 constexpr size_t kNumberShared = 3 * kGroupThreads * sizeof(int);
 
 // One block: contexts, rows and tiles summed over sequences, kGroupThreads of them at a time.
-__global__ void number_kernel(Problem q, int* seen) {
-  const Groups& g = q.groups;
-  const int sequences = static_cast<int>(q.sequences), t = threadIdx.x;
+static __global__ void number_kernel(Batch batch, Groups g, int* seen) {
+  const int sequences = static_cast<int>(batch.sequences), t = threadIdx.x;
   int* sums = reinterpret_cast<int*>(shared_memory());
-  if (q.bounds && t == 0) require(q.bounds[0] == 0 && q.bounds[sequences] == q.tokens);
+  if (batch.bounds && t == 0) require(batch.bounds[0] == 0 && batch.bounds[sequences] == batch.tokens);
   int before[3] = {0, 0, 0};
   for (int start = 0; start < sequences; start += kGroupThreads) {
     const int b = start + t;
     int mine[3] = {0, 0, 0};
     if (b < sequences) {
-      if (q.bounds) require(q.bounds[b] <= q.bounds[b + 1]);
-      const Range range = sequence_of(q, b);
-      const int total = q.index ? seen[2 * sequences + b] : range.end - range.begin;
-      if (total && (!q.index || seen[b] == b)) {
+      if (batch.bounds) require(batch.bounds[b] <= batch.bounds[b + 1]);
+      const Range range = sequence_of(batch, b);
+      const int total = batch.index ? seen[2 * sequences + b] : range.end - range.begin;
+      if (total && (!batch.index || seen[b] == b)) {
         mine[0] = 1;
         mine[1] = total;
         mine[2] = (total + g.block - 1) / g.block;
@@ -132,7 +137,7 @@ __global__ void number_kernel(Problem q, int* seen) {
     if (mine[0]) {
       int at[3];
       CTXKERN_UNROLL for (int i = 0; i < 3; ++i) at[i] = before[i] + sums[i * kGroupThreads + t] - mine[i];
-      g.buffer[2 + at[0]] = q.index ? static_cast<int>(q.index[b]) : b;
+      g.buffer[2 + at[0]] = batch.index ? static_cast<int>(batch.index[b]) : b;
       g.buffer[2 + g.limit + at[0]] = at[1];
       g.buffer[3 + 2 * g.limit + at[0]] = at[2];
       seen[3 * sequences + b] = at[1];
@@ -148,14 +153,13 @@ __global__ void number_kernel(Problem q, int* seen) {
 }
 
 // A block a sequence: the tiles of a context, the order of a sequence's rows.
-__global__ void place_kernel(Problem q, const int* seen) {
-  const Groups& g = q.groups;
-  const int b = blockIdx.x, sequences = static_cast<int>(q.sequences);
+static __global__ void place_kernel(Batch batch, Groups g, const int* seen) {
+  const int b = blockIdx.x, sequences = static_cast<int>(batch.sequences);
   if (b < g.buffer[0])
     for (int t = g.buffer[3 + 2 * g.limit + b] + threadIdx.x; t < g.buffer[4 + 2 * g.limit + b]; t += blockDim.x)
       g.buffer[4 + 3 * g.limit + t] = b;
-  if (!q.index) return;
-  const Range range = sequence_of(q, b);
+  if (!batch.index) return;
+  const Range range = sequence_of(batch, b);
   if (range.begin == range.end) return;
   const int at = seen[3 * sequences + seen[b]] + seen[sequences + b];
   for (int i = threadIdx.x; i < range.end - range.begin; i += blockDim.x)
@@ -163,13 +167,42 @@ __global__ void place_kernel(Problem q, const int* seen) {
 }
 
 // A block a sequence: the row of the context table of each row of x.
-__global__ void slots_kernel(Problem q) {
+static __global__ void slots_kernel(Batch batch, int* slots) {
   const int b = blockIdx.x;
-  const int64_t slot = q.index ? q.index[b] : b;
-  require(slot >= 0 && slot < q.table);
-  if (q.bounds) require(q.bounds[b] <= q.bounds[b + 1] && q.bounds[0] == 0 && q.bounds[q.sequences] == q.tokens);
-  const Range range = sequence_of(q, b);
-  for (int i = range.begin + threadIdx.x; i < range.end; i += blockDim.x) q.slots[i] = static_cast<int>(slot);
+  const int64_t slot = batch.index ? batch.index[b] : b;
+  require(slot >= 0 && slot < batch.table);
+  if (batch.bounds) require(batch.bounds[b] <= batch.bounds[b + 1] && batch.bounds[0] == 0 && batch.bounds[batch.sequences] == batch.tokens);
+  const Range range = sequence_of(batch, b);
+  for (int i = range.begin + threadIdx.x; i < range.end; i += blockDim.x) slots[i] = static_cast<int>(slot);
+}
+
+// Finds them in a buffer of the workspace; block: rows of a tile.
+inline Groups group_rows(Launcher& launch, const Batch& batch, int block) {
+  const bool indexed = batch.index != nullptr;
+  Groups g{nullptr, 0, 0, block, !indexed && !batch.bounds, indexed};
+  if (g.uniform) {
+    g.limit = static_cast<int>(batch.sequences);
+    g.tiles = static_cast<int>(batch.sequences * ceil_div(batch.length, block));
+    return g;
+  }
+  g.limit = static_cast<int>(std::min(batch.sequences, batch.table));
+  g.tiles = static_cast<int>(batch.tokens / block + g.limit);
+  g.buffer = launch.take<int>(4 + 3 * g.limit + g.tiles + (indexed ? batch.tokens : 0));
+  int* seen = launch.take<int>(4 * batch.sequences);
+  if (indexed)
+    launch("seen", seen_kernel, ceil_div(batch.sequences, kGroupThreads), 1, 1, kGroupThreads, 0, batch, seen);
+  launch("number", number_kernel, 1, 1, 1, kGroupThreads, kNumberShared, batch, g, seen);
+  launch("place", place_kernel, batch.sequences, 1, 1, kGroupThreads, 0, batch, g, seen);
+  return g;
+}
+
+// The row of the table of each row of x; null where that is the row itself.
+inline int* find_slots(Launcher& launch, const Batch& batch) {
+  if (!batch.index && !batch.bounds && batch.length == 1) return nullptr;
+  int* slots = launch.take<int>(batch.tokens);
+  launch.zero(slots, batch.tokens * static_cast<int64_t>(sizeof(int)));
+  launch("slots", slots_kernel, batch.sequences, 1, 1, kGroupThreads, 0, batch, slots);
+  return slots;
 }
 
 }  // namespace ctxkern

@@ -13,7 +13,7 @@
 // and where kOrders is true, which is never along the sum
 //   ordered()                 whether lines lie in an order of their own, so that there is no such step
 // C: float (multiplied and added in float32, or rounded to TF32 for the matrix unit) or a half (the matrix unit); sums
-// are float32.
+// are float32. planes: into how many values of C one of b is split: 2 of float are rounded to TF32 in registers.
 #pragma once
 
 #include "device.h"
@@ -26,6 +26,9 @@ constexpr int kChunk = 16 / static_cast<int>(sizeof(C));
 template <class C>
 constexpr int kDepth = sizeof(C) == 2 ? 32 : 16;
 constexpr int kStages = 3;
+// Values of C that a stage holds for each of an operand that is split into `planes`.
+template <class C, int planes>
+constexpr int kStored = sizeof(C) == 4 ? 1 : planes;
 
 // Rows and columns of a tile, and of the warps that share it.
 template <int M, int N, int WarpsM, int WarpsN>
@@ -169,7 +172,8 @@ template <class C, class T, int planes, class A, class B, bool apart = false>
 struct Product {
   using StageA = Stage<C, A::kAlongSum, T::kM>;
   using StageB = Stage<C, B::kAlongSum, T::kN>;
-  static constexpr int kElements = StageA::kElements + planes * StageB::kElements;
+  static constexpr int kPlanes = kStored<C, planes>;
+  static constexpr int kElements = StageA::kElements + kPlanes * StageB::kElements;
   static constexpr size_t kShared = kStages * kElements * sizeof(C);
 
   // Adds the product over k from 0 to depth; all threads of the block together.
@@ -215,19 +219,20 @@ struct Product {
       __syncthreads();
       fill(step + kStages - 1);
       const C* stage = shared + step % kStages * kElements;
-      CTXKERN_UNROLL for (int plane = 0; plane < planes; ++plane)
-        multiply_stage(apart && plane ? rest : sums, stage, stage + StageA::kElements + plane * StageB::kElements, tf32);
+      CTXKERN_UNROLL for (int plane = 0; plane < kPlanes; ++plane)
+        multiply_stage(apart && plane ? rest : sums, apart ? rest : sums, stage,
+                       stage + StageA::kElements + plane * StageB::kElements, tf32);
     }
     wait_copies<0>();
     __syncthreads();
   }
 
-  static __device__ __forceinline__ void multiply_stage(Sums<T>& sums, const C* a, const C* b,
-                                                        [[maybe_unused]] bool tf32) {
+  static __device__ __forceinline__ void multiply_stage(Sums<T>& sums, [[maybe_unused]] Sums<T>& rest, const C* a,
+                                                        const C* b, [[maybe_unused]] bool tf32) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int m = warp / T::kWarpsN * (T::kM / T::kWarpsM), n = warp % T::kWarpsN * (T::kN / T::kWarpsN);
     if constexpr (sizeof(C) == 4) {
-      if (tf32) return multiply_stage_tf32(sums, a, b, m, n);
+      if (planes > 1 || tf32) return multiply_stage_tf32(sums, rest, a, b, m, n);
       // a stage by itself first: rounding grows with the number of terms of a sum
       Sums<T> stage;
       stage.clear();
@@ -264,7 +269,8 @@ struct Product {
     }
   }
 
-  static __device__ __forceinline__ void multiply_stage_tf32(Sums<T>& sums, const C* a, const C* b, int m, int n) {
+  static __device__ __forceinline__ void multiply_stage_tf32(Sums<T>& sums, [[maybe_unused]] Sums<T>& rest, const C* a,
+                                                             const C* b, int m, int n) {
     const int group = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     CTXKERN_UNROLL for (int k = 0; k < kDepth<C>; k += 8) {
       float left[T::kRows][4], right[T::kColumns][2];
@@ -275,6 +281,12 @@ struct Product {
         CTXKERN_UNROLL for (int h = 0; h < 2; ++h) right[j][h] = b[StageB::at(n + 8 * j + group, k + t + h * 4)];
       CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
         CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j) multiply_tf32(sums.at[i][j], left[i], right[j]);
+      if constexpr (planes > 1) {
+        CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
+          CTXKERN_UNROLL for (int h = 0; h < 2; ++h) right[j][h] -= to_tf32(right[j][h]);
+        CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+          CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j) multiply_tf32(rest.at[i][j], left[i], right[j]);
+      }
     }
   }
 };
@@ -283,7 +295,14 @@ struct Product {
 template <class C, class S>
 __device__ __forceinline__ void read_chunk(float (&values)[kChunk<C>], const S* from, int64_t stride, int valid) {
   constexpr int each = kChunk<S>;
-  if constexpr (each <= kChunk<C>) {
+  if constexpr (each > kChunk<C>) {
+    if (stride == 1 && valid >= kChunk<C> && reinterpret_cast<uintptr_t>(from) % 8 == 0) {
+      S part[kChunk<C>];
+      load_half_vector(part, from);
+      CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) values[i] = to_float(part[i]);
+      return;
+    }
+  } else {
     if (stride == 1 && valid >= kChunk<C> && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
       CTXKERN_UNROLL for (int at = 0; at < kChunk<C>; at += each) {
         S part[each];
