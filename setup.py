@@ -140,7 +140,9 @@ def build_core(target, temp, report):
     compiler = find_compiler()
     report["compiler"] = shlex.join(compiler)
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    base = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    # those of the environment first: an -O0 meant for other packages would undo -O3 and cost a factor of 20
+    base = [*shlex.split(os.environ.get("CXXFLAGS", "")), "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+    report["flags"] = shlex.join(base)
     link = [*shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
     error = probe([*compiler, *base, *link], FLAG_SETS["baseline"][1])
@@ -257,7 +259,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         target = self.target()
-        cpu = {"built": False, "reason": "", "compiler": None, "compiler_version": None}
+        cpu = {"built": False, "reason": "", "compiler": None, "compiler_version": None, "flags": None}
         cpu |= {"flag_sets": [], "refused": {}, "openmp": False}
         try:
             build_core(target, Path(self.build_temp), cpu)

@@ -51,7 +51,9 @@ def compiled(nvcc, arch):
 
 def plain(name):
     """A kernel's demangled name without its arguments."""
-    name = re.split(r"\(ctxkern::(?:Call|Batch)", name)[0].removeprefix("void ").replace("ctxkern::", "").replace(" ", "")
+    name = (
+        re.split(r"\(ctxkern::(?:Call|Batch)", name)[0].removeprefix("void ").replace("ctxkern::", "").replace(" ", "")
+    )
     for dtype, short in {"__nv_bfloat16": "bf16", "Bfloat": "bf16", "__half": "f16", "Half": "f16"}.items():
         name = name.replace(dtype, short)
     return name

@@ -9,7 +9,14 @@ from contextlib import nullcontext
 import torch
 
 from ctxkern.modulated.native import new_gradients, problem_of, without_gaps
-from ctxkern.modulated.operands import Gradients, check_values, contiguous, fill_with_biases, new_outputs, rounds_to_tf32
+from ctxkern.modulated.operands import (
+    Gradients,
+    check_values,
+    contiguous,
+    fill_with_biases,
+    new_outputs,
+    rounds_to_tf32,
+)
 from ctxkern.modulated.plan import Problem, describe, gpu_terms, outer_above
 from ctxkern.runtime import cuda as cuda_runtime
 

@@ -38,7 +38,7 @@ def problem_of(operands, rows, *, outer_above, workspace_bytes, grads: Gradients
     """
     x, context, weights, bilinears, biases, context_index, cu_seqlens = operands
     q = Problem()
-    q.d_in, q.context_dim = d_in, context_dim = x.shape[-1], context.shape[-1]
+    q.d_in, q.context_dim = x.shape[-1], context.shape[-1]
     q.outer_above, q.workspace_bytes = outer_above, min(workspace_bytes, _MOST_BYTES)
     q.threads, q.tf32 = threads, tf32
     _fill_batch(q.batch, x.shape, context, context_index, cu_seqlens)

@@ -43,7 +43,14 @@ def _attempt():
     library.ctxkern_cuda_modulated.restype = library.ctxkern_cuda_unusable.restype = ctypes.c_char_p
     problem, size = ctypes.POINTER(Problem), ctypes.POINTER(ctypes.c_int64)
     # problem, backward, device, workspace, bytes that it must hold, stream
-    library.ctxkern_cuda_modulated.argtypes = problem, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, size, ctypes.c_void_p
+    library.ctxkern_cuda_modulated.argtypes = (
+        problem,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        size,
+        ctypes.c_void_p,
+    )
     library.ctxkern_cuda_modulated_tiles.argtypes = problem, ctypes.c_int, ctypes.c_int64 * 5
     library.ctxkern_cuda_modulated_tiles.restype = None
     return library, ""

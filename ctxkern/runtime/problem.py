@@ -41,7 +41,10 @@ class Problem(ctypes.Structure):
     _fields_ = [
         ("batch", Batch),
         *((name, Operand) for name in ("x", "context")),
-        *((name, _int) for name in ("dx", "dcontext", "d_in", "context_dim", "projections", "workspace_bytes", "threads", "tf32")),
+        *(
+            (name, _int)
+            for name in ("dx", "dcontext", "d_in", "context_dim", "projections", "workspace_bytes", "threads", "tf32")
+        ),
         ("outer_above", ctypes.c_double),
         ("projection", Projection * MOST_PROJECTIONS),
     ]

@@ -14,6 +14,21 @@ constexpr int64_t kChunk = 128;
 constexpr int64_t kRanges = 64;
 // Steps of a sum in float32 before it is added to what is in memory: over rows of a context, and over D or E.
 constexpr int64_t kLongest = 256, kDeepest = 512;
+// Likewise of contexts.
+constexpr int64_t kFewContexts = 32;
+
+// to [rows, lanes] in float32, rows `step` apart, (+)= a product whose sum is cut to `longest` steps in float32.
+template <class W>
+inline void product_in_pieces(int64_t rows, int64_t lanes, int64_t steps, int64_t longest, Left a, Right b, float* to,
+                              int64_t step, bool add = false) {
+  Out out{reinterpret_cast<char*>(to), step * 4, add ? Store::f32_add : Store::f32, lanes};
+  if (W::PER == 2) longest = steps;
+  for (int64_t s = 0; s == 0 || s < steps; s += longest) {
+    const int64_t piece = steps - s < longest ? steps - s : longest;
+    product_wide<W>(rows, lanes, piece, {a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step}, out);
+    out.store = Store::f32_add;
+  }
+}
 
 // Rows d to d + rows and columns e to e + columns of a projection's weight, of contexts begin to end.
 struct Block {
@@ -138,7 +153,14 @@ class RowGradients {
     float* const kept = sums.dweight ? sums.dweight : at.out;
     for (int64_t j = 0; j < columns; j += VL) {
       V total = sums.started ? load_f32_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), columns - j) : V{};
-      for (int64_t u = 0; u < g.count; ++u) total += load_f32_first<W::dtype>(g.data + u * g.context + j * size, columns - j);
+      // a few contexts first: rounding grows with the length of a sum
+      for (int64_t u = 0; u < g.count;) {
+        V part{};
+        for (const int64_t end = g.count - u < kFewContexts ? g.count : u + kFewContexts; u < end; ++u) {
+          part += load_f32_first<W::dtype>(g.data + u * g.context + j * size, columns - j);
+        }
+        total += part;
+      }
       store_as_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), total, columns - j);
     }
     if (sums.last) {
@@ -155,7 +177,8 @@ class RowGradients {
     }
     const int64_t steps = words<W>(g.count), size = size_of(p.dbilinear.dtype);
     char* const to = p.dbilinear.data + (d * p.dbilinear.strides[0] + e * p.dbilinear.strides[1]) * size;
-    if (!sums.dbilinear && p.dbilinear.strides[2] == 1) {
+    const bool whole = W::PER == 2 || steps <= kLongest;
+    if (whole && !sums.dbilinear && p.dbilinear.strides[2] == 1) {
       Out out{to, p.dbilinear.strides[1] * size, store_of(p.dbilinear.dtype), q_.context_dim};
       const bool large = VL > 4 && q_.d_in * p.d_out * q_.context_dim * size >= kCached;
       if (large && streamable(out)) out = streamed(out);
@@ -167,8 +190,8 @@ class RowGradients {
       return;
     }
     float* const kept = sums.dbilinear ? sums.dbilinear : at.out;
-    const Out out{reinterpret_cast<char*>(kept), contexts_.lanes * 4, sums.started ? Store::f32_add : Store::f32, contexts_.lanes};
-    product_wide<W>(columns, contexts_.lanes, steps, left, contexts_.right(g.begin), out);
+    product_in_pieces<W>(columns, contexts_.lanes, steps, kLongest, left, contexts_.right(g.begin), kept, contexts_.lanes,
+                         sums.started);
     for (int64_t j = 0; sums.last && j < columns; ++j) {
       write_vector(p.dbilinear.dtype, to + j * p.dbilinear.strides[1] * size, p.dbilinear.strides[2], kept + j * contexts_.lanes, q_.context_dim);
     }

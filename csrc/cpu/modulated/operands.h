@@ -140,7 +140,7 @@ struct Contexts {
   }
 
   void pack(const Call& q) const {
-    const int64_t size = size_of(q.context.dtype), row = q.context.strides[0] * size, count = q.rows->contexts;
+    const int64_t size = size_of(q.context.dtype), row = q.context_dim * size, count = q.rows->contexts;
     with_source<W>(q.context.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       const int64_t* const slots = q.rows->slot;

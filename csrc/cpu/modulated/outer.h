@@ -30,7 +30,7 @@ struct Together {
 
   // Of each row, [N, K padded].
   void pack() const {
-    const int64_t row = q.context.strides[0] * size_of(q.context.dtype);
+    const int64_t row = q.context_dim * size_of(q.context.dtype);
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
       for (int64_t n = q.rows->first[u]; n < q.rows->first[u + 1]; ++n) {
         pack_vector(contexts + n * lanes, q.context.dtype, q.context.data + q.rows->slot[u] * row, 1, q.context_dim, lanes);
@@ -96,8 +96,8 @@ struct OuterForward {
         const int64_t rows = count - n < kRows ? count - n : kRows;
         for (int64_t c = 0; c < columns; ++c) {
           float* const z = scratch + z_at;
-          const Out out{reinterpret_cast<char*>(z), all.lanes * 4, Store::f32, all.lanes};
-          product_wide<W>(rows, all.lanes, depth, x.at(n), {scratch + c * depth * all.lanes, all.lanes}, out);
+          const Right columns_of_bilinear{scratch + c * depth * all.lanes, all.lanes};
+          product_in_pieces<W>(rows, all.lanes, depth, kDeepest, x.at(n), columns_of_bilinear, z, all.lanes);
           for (int64_t r = 0; r < rows; ++r) {
             V total{};
             for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + r, k) * load<V>(z + r * all.lanes + k);
@@ -186,7 +186,7 @@ struct OuterBackward {
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
       dy[i] = LeftRows<W>(all.whole, p.rows, p.d_out, true);
-      dy[i].place(arena);
+      if (need_z()) dy[i].place(arena);
       need_weight = need_weight || p.dweight.data;
       need_bilinear = need_bilinear || p.dbilinear.data;
       widest = p.d_out > widest ? p.d_out : widest;
@@ -220,11 +220,11 @@ struct OuterBackward {
 
   void run() {
     const int64_t strips = (q.d_in + t.strip - 1) / t.strip;
-    all.pack();
+    if (q.dx || need_bilinear) all.pack();
     dcontext.clear();
     if (need_weight || need_bilinear) x.pack(0);
     for (int i = 0; i < q.projections; ++i) {
-      dy[i].pack(0);
+      if (need_z()) dy[i].pack(0);
       if (q.projection[i].dweight.data) dy_words[i].pack(0);
     }
     parallel<W>(t.threads, t.ranges, [&](int64_t range, int thread) {
@@ -247,12 +247,15 @@ struct OuterBackward {
     });
   }
 
+  // Products of dy with `bilinear`.
+  bool need_z() const { return q.dx || q.dcontext; }
+
   void strip(int64_t d, int64_t range, const Thread& at) const {
     const int64_t rows = q.d_in - d < t.strip ? q.d_in - d : t.strip;
-    std::memset(at.dx, 0, static_cast<size_t>(q.rows->count * t.strip) * 4);
+    if (q.dx) std::memset(at.dx, 0, static_cast<size_t>(q.rows->count * t.strip) * 4);
     for (int i = 0; i < q.projections; ++i) {
       if (q.dx && q.projection[i].weight.data) shared_weight(i, d, rows, at);
-      for (int64_t r = 0; (q.dx || q.dcontext) && r < rows; ++r) contract(i, d, r, range, at);
+      for (int64_t r = 0; need_z() && r < rows; ++r) contract(i, d, r, range, at);
       if (q.projection[i].dweight.data) add_dweight(i, d, rows, at);
     }
     if (q.dx) write_rows(q, {0, q.rows->count, 0, q.rows->order}, at.dx, t.strip, q.dx, q.d_in, d, rows);
@@ -291,8 +294,7 @@ struct OuterBackward {
     int64_t u = 0;
     for (int64_t n = 0; n < count; n += kRows) {
       const int64_t rows = count - n < kRows ? count - n : kRows;
-      const Out out{reinterpret_cast<char*>(at.z), all.lanes * 4, Store::f32, all.lanes};
-      product_wide<W>(rows, all.lanes, words<W>(p.d_out), dy[i].at(n), right, out);
+      product_in_pieces<W>(rows, all.lanes, words<W>(p.d_out), kDeepest, dy[i].at(n), right, at.z, all.lanes);
       for (int64_t m = 0; q.dx && m < rows; ++m) {
         V total{};
         for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + m, k) * load<V>(at.z + m * all.lanes + k);

@@ -245,6 +245,12 @@ struct PanelBackward {
     return several;
   }
 
+  bool need_contexts() const {
+    bool needed = q.dx != nullptr;
+    for (int i = 0; i < q.projections; ++i) needed = needed || q.projection[i].dbilinear.data;
+    return needed;
+  }
+
   // Whether no projection has columns.
   bool empty() const {
     int64_t columns = 0;
@@ -254,7 +260,7 @@ struct PanelBackward {
 
   void run() {
     const int64_t count = q.rows->contexts, strips = (q.d_in + t.strip - 1) / t.strip;
-    contexts.pack(q);
+    if (need_contexts()) contexts.pack(q);
     dcontext.clear();
     if (q.dx && empty()) std::memset(q.dx, 0, static_cast<size_t>(q.batch.tokens * q.d_in * size_of(q.x.dtype)));
     parallel<R>(t.threads, count, [&](int64_t u, int) { shared.pack(u); });

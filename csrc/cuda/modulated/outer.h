@@ -23,10 +23,6 @@ using OuterProduct = Product<P, T, 1, RowsTimesContexts<P, C>, BilinearOfPairs<P
 template <class P, class C, class T>
 using WeightProduct = Product<P, T, 1, Rows<P, C, true>, Strided<P, C, false>>;
 
-// Rows of D that float32 sums by themselves first, as rounding grows with the number of terms of a sum.
-template <class P>
-constexpr int kSummedRows = sizeof(P) == 4 ? 16 : 1 << 30;
-
 // Whether products of x and context are brought into the range of P by a factor for each row, and where they lie.
 template <class P>
 constexpr bool kScaled = kCode<P> == Dtype::f16;
@@ -81,20 +77,9 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
     const Pairs<P> pairs{static_cast<int>(q.context_dim)};
     const Contexts<P, C, true> contexts{q.context, q.context_dim, q.slots, static_cast<int>(n0), rows, 0};
     if constexpr (kScaled<P>) find_factors<C, T::kThreads>(factors, q, q.slots, n0, rows, d0, d_size);
-    for (int d = d0; d < d0 + d_size; d += kSummedRows<P>) {
-      const int size = least(kSummedRows<P>, d0 + d_size - d);
-      const RowsTimesContexts<P, C> a{x, q.d_in, contexts, d, size, pairs, factors};
-      const BilinearOfPairs<P, C> b{p.bilinear, d * st[0] + e0 * st[1], st[0], st[1], st[2], columns, size, pairs};
-      if constexpr (sizeof(P) == 4) {
-        Sums<T> part;
-        part.clear();
-        OuterProduct<P, C, T>::add(part, a, b, pairs.depth(size), tf32);
-        sums.add(part);
-      } else {
-        OuterProduct<P, C, T>::add(sums, a, b, pairs.depth(size), tf32);
-        break;
-      }
-    }
+    const RowsTimesContexts<P, C> a{x, q.d_in, contexts, d0, d_size, pairs, factors};
+    const BilinearOfPairs<P, C> b{p.bilinear, d0 * st[0] + e0 * st[1], st[0], st[1], st[2], columns, d_size, pairs};
+    OuterProduct<P, C, T>::add(sums, a, b, pairs.depth(d_size), tf32);
     if constexpr (kScaled<P>)
       sums.rows([&](int r) { return r < rows ? 1.0f / factors[r] : 1.0f; },
                 [](float scale, int, int, float& a, float& b) {
@@ -151,7 +136,7 @@ __global__ void __launch_bounds__(T::kThreads, sizeof(P) == 2 && (planes == 1 ||
   const int64_t split = static_cast<int64_t>(blockIdx.y) * q.batch.tokens;
   dcontext.clear();
   c.each([&](int r, int k, float& value) {
-    const bool there = r < rows && k0 + k < context_dim;
+    const bool there = q.dx && r < rows && k0 + k < context_dim;
     value = there ? read<C>(q.context, (slots ? slots[n0 + r] : n0 + r) * q.context_dim + k0 + k) : 0.0f;
   });
   if (partial && added)
@@ -167,7 +152,7 @@ __global__ void __launch_bounds__(T::kThreads, sizeof(P) == 2 && (planes == 1 ||
     CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
       CTXKERN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t r = threadIdx.x / 32 * (T::kM / T::kWarpsM) + 16 * i + 8 * h + threadIdx.x % 32 / 4;
-        const float x = r < rows ? to_float(elements<C>(q.x)[(n0 + r) * q.d_in + d]) : 0.0f;
+        const float x = partial && r < rows ? to_float(elements<C>(q.x)[(n0 + r) * q.d_in + d]) : 0.0f;
         float total = 0;
         CTXKERN_UNROLL for (int j = 0; j < T::kColumns; ++j)
           CTXKERN_UNROLL for (int w = 0; w < 2; ++w) {
