@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_helpers import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 
 import ctxkern
 from ctxkern.modulated import cpu as cpu_backend
@@ -20,6 +19,7 @@ from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.force import STRATEGIES, force
 from ctxkern.testing.kinds import BY_ID
+from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check, run
 
 pytestmark = pytest.mark.skipif(not cpu_runtime.available(), reason=cpu_runtime.reason() or "available")
@@ -252,6 +252,7 @@ import ctxkern
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.testing.kinds import BY_ID
 from ctxkern.testing.cases import make_inputs
+from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check
 check(ctxkern.modulated_linear, make_inputs(BY_ID["prime"]))
 print(cpu_runtime.cpu_isa())

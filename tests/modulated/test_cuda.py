@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_helpers import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 
 import ctxkern
 from ctxkern import registry
@@ -21,6 +20,7 @@ from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.families import by_projection, qkv_arguments
 from ctxkern.testing.force import STRATEGIES, force
 from ctxkern.testing.measure import peak_extra_bytes
+from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check, check_family, oracle, run
 
 SOURCES = Path(__file__).parents[2] / "csrc"
@@ -330,6 +330,7 @@ _CHECK = """
 import functools, torch, ctxkern
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.measure import peak_extra_bytes
+from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check
 
 planner.GPU_OUTER_ROWS = -1

@@ -1,4 +1,4 @@
-"""What the tests of both C++ backends share: calls of a backend's module itself, mixes of dtypes, unreadable tensors."""
+"""What tests of both C++ backends share: calls of a backend's module itself, mixes of dtypes, unreadable tensors."""
 
 import itertools
 
