@@ -41,7 +41,8 @@ void print_parameters() {
   print_of<&dcontext_kernel<P, C, SmallTile, planes>, SmallTile, ContextProduct<P, C, SmallTile, planes>>();
   print_of<&dcontext_kernel<P, C, LeastTile, planes>, LeastTile, ContextProduct<P, C, LeastTile, planes>>();
   print_of<&outer_turn_kernel<P, C, TurnTile, exact>, TurnTile, OuterTurnProduct<P, C, TurnTile, exact>>();
-  print_of<&outer_turn_kernel<P, C, NarrowTurnTile, exact>, NarrowTurnTile, OuterTurnProduct<P, C, NarrowTurnTile, exact>>();
+  print_of<&outer_turn_kernel<P, C, NarrowTurnTile, exact>, NarrowTurnTile,
+           OuterTurnProduct<P, C, NarrowTurnTile, exact>>();
   print_of<&weight_turn_kernel<P, C>, SmallTile, TransposedProduct<P, C>>();
   print<&outer_forward_kernel<P, C, FewTile>>(kOuterShared<P, C, FewTile>, FewTile::kThreads);
   print<&outer_forward_kernel<P, C, MakeTile>>(kOuterShared<P, C, MakeTile>, MakeTile::kThreads);

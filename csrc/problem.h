@@ -41,10 +41,10 @@ constexpr int kMaxProjections = 3;
 // A modulated call: up to three projections of one x.
 struct Problem {
   Batch batch;
-  Operand x;         // [N, D], without gaps
-  Operand context;   // [table, K], without gaps
-  char* dx;          // like x; null where not asked for
-  char* dcontext;    // like context; likewise
+  Operand x;        // [N, D], without gaps
+  Operand context;  // [table, K], without gaps
+  char* dx;         // like x; null where not asked for
+  char* dcontext;   // like context; likewise
   int64_t d_in, context_dim;
   int64_t projections;
   int64_t workspace_bytes;  // for weights and their gradients

@@ -12,7 +12,9 @@ namespace ctxkern {
 // "Operand 40\nOperand.data 0\n...": sizes of the structs and where their fields lie.
 inline std::string problem_layout() {
   std::string text;
-  const auto add = [&](const char* name, size_t bytes) { text += std::string(name) + " " + std::to_string(bytes) + "\n"; };
+  const auto add = [&](const char* name, size_t bytes) {
+    text += std::string(name) + " " + std::to_string(bytes) + "\n";
+  };
 #define SIZE(type) add(#type, sizeof(type))
 #define FIELD(type, field) add(#type "." #field, offsetof(type, field))
   SIZE(Operand);
@@ -59,7 +61,8 @@ inline void check_problem(const Problem& q, bool backward) {
   require(q.projections >= 1 && q.projections <= kMaxProjections, "1 to 3 projections are taken");
   for (const int64_t size : {batch.tokens, batch.sequences, batch.length, batch.table, q.d_in, q.context_dim})
     require(size >= 0, "a size is negative");
-  require(batch.bounds != nullptr || batch.sequences * batch.length == batch.tokens, "sequences do not make up the rows of x");
+  require(batch.bounds != nullptr || batch.sequences * batch.length == batch.tokens,
+          "sequences do not make up the rows of x");
   require(batch.index != nullptr || batch.sequences <= batch.table, "there are fewer contexts than sequences");
   present(q.x.data, batch.tokens * q.d_in, "x has no memory");
   present(q.context.data, batch.table * q.context_dim, "context has no memory");

@@ -19,8 +19,8 @@ constexpr double kWorkOfAThread = 0.75e6;
 int64_t threads_for(const Call& q) {
   double columns = 0;
   for (int i = 0; i < q.projections; ++i) columns += static_cast<double>(q.projection[i].d_out);
-  const double rows =
-      static_cast<double>(q.batch.tokens + q.rows->contexts * q.context_dim) * static_cast<double>(q.outer ? q.context_dim : 1);
+  const double rows = static_cast<double>(q.batch.tokens + q.rows->contexts * q.context_dim) *
+                      static_cast<double>(q.outer ? q.context_dim : 1);
   const double most = 2 * rows * static_cast<double>(q.d_in) * columns / kWorkOfAThread;
   if (most < static_cast<double>(q.threads)) return most < 1 ? 1 : static_cast<int64_t>(most);
   return q.threads;

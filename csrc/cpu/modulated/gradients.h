@@ -37,11 +37,14 @@ struct Block {
 
 inline bool needs_products(const Call& q) {
   bool needed = q.dcontext != nullptr;
-  for (int i = 0; i < q.projections; ++i) needed = needed || q.projection[i].dweight.data || q.projection[i].dbilinear.data;
+  for (int i = 0; i < q.projections; ++i)
+    needed = needed || q.projection[i].dweight.data || q.projection[i].dbilinear.data;
   return needed;
 }
 
-inline int64_t range_bytes(const Call& q) { return q.dcontext ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0; }
+inline int64_t range_bytes(const Call& q) {
+  return q.dcontext ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0;
+}
 
 // As many as a quarter of the budget holds; a few in any case, for threads to share and for sums that stay short.
 inline int64_t ranges_for(const Call& q, int64_t units) {
@@ -84,7 +87,8 @@ class DContext {
       for (int64_t k = 0; k < q.context_dim; k += VL) {
         V total = load<V>(at(0) + u * lanes_ + k);
         for (int64_t range = 1; range < ranges_; ++range) total += load<V>(at(range) + u * lanes_ + k);
-        with_dtype(q.context.dtype, [&](auto type) { store_as_first<decltype(type)::value>(to + k * size, total, q.context_dim - k); });
+        with_dtype(q.context.dtype,
+                   [&](auto type) { store_as_first<decltype(type)::value>(to + k * size, total, q.context_dim - k); });
       }
     }
   }
@@ -123,8 +127,8 @@ class RowGradients {
     at.out = arena.take(columns_ * (contexts_.lanes + 1));
   }
 
-  void add(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext, const Sums& sums,
-           const RowScratch& at) const {
+  void add(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext,
+           const Sums& sums, const RowScratch& at) const {
     if (dcontext) add_dcontext(p, d, e, columns, g, dcontext, at);
     if (p.dweight.data) add_dweight(p, d, e, columns, g, sums, at);
     if (p.dbilinear.data) add_dbilinear(p, d, e, columns, g, sums, at);
@@ -138,12 +142,13 @@ class RowGradients {
     Right right{reinterpret_cast<const float*>(from), p.bilinear.strides[1]};
     if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.strides[2] != 1 || q_.context_dim % VL != 0) {
       with_source<W>(p.bilinear.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(at.rows, contexts_.lanes, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size, columns,
-                                            q_.context_dim);
+        pack_rows<W, decltype(type)::value>(at.rows, contexts_.lanes, from, p.bilinear.strides[1] * size,
+                                            p.bilinear.strides[2] * size, columns, q_.context_dim);
       });
       right = {at.rows, contexts_.lanes};
     }
-    Out out{reinterpret_cast<char*>(dcontext + g.begin * contexts_.lanes), contexts_.lanes * 4, Store::f32_add, contexts_.lanes};
+    Out out{reinterpret_cast<char*>(dcontext + g.begin * contexts_.lanes), contexts_.lanes * 4, Store::f32_add,
+            contexts_.lanes};
     product_wide<W>(g.count, contexts_.lanes, words<W>(columns), {g.data, g.context, 4}, right, out);
   }
 
@@ -164,7 +169,8 @@ class RowGradients {
       store_as_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), total, columns - j);
     }
     if (sums.last) {
-      write_vector(p.dweight.dtype, p.dweight.data + (d * p.dweight.strides[0] + e * p.dweight.strides[1]) * out_size, p.dweight.strides[1], kept, columns);
+      write_vector(p.dweight.dtype, p.dweight.data + (d * p.dweight.strides[0] + e * p.dweight.strides[1]) * out_size,
+                   p.dweight.strides[1], kept, columns);
     }
   }
 
@@ -190,10 +196,11 @@ class RowGradients {
       return;
     }
     float* const kept = sums.dbilinear ? sums.dbilinear : at.out;
-    product_in_pieces<W>(columns, contexts_.lanes, steps, kLongest, left, contexts_.right(g.begin), kept, contexts_.lanes,
-                         sums.started);
+    product_in_pieces<W>(columns, contexts_.lanes, steps, kLongest, left, contexts_.right(g.begin), kept,
+                         contexts_.lanes, sums.started);
     for (int64_t j = 0; sums.last && j < columns; ++j) {
-      write_vector(p.dbilinear.dtype, to + j * p.dbilinear.strides[1] * size, p.dbilinear.strides[2], kept + j * contexts_.lanes, q_.context_dim);
+      write_vector(p.dbilinear.dtype, to + j * p.dbilinear.strides[1] * size, p.dbilinear.strides[2],
+                   kept + j * contexts_.lanes, q_.context_dim);
     }
   }
 
@@ -248,7 +255,8 @@ struct SharedRows {
       const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
       for (int64_t s = 0; s == 0 || s < steps; s += longest) {
         const int64_t piece = steps - s < longest ? steps - s : longest;
-        product_wide<W>(b.rows, part.lanes, piece, {left.data + s * left.step, left.row, left.step}, {right + s * NR, NR}, part);
+        product_wide<W>(b.rows, part.lanes, piece, {left.data + s * left.step, left.row, left.step},
+                        {right + s * NR, NR}, part);
         part.store = Store::f32_add;
       }
     }

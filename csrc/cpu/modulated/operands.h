@@ -38,7 +38,8 @@ class LeftRows {
     const int64_t begin = rows_->first[u], count = rows_->first[u + 1] - begin, row = columns_ * size_of(dtype_);
     const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
     with_source<W>(dtype_, [&](auto type) {
-      pack_left<W, decltype(type)::value>(buffer_ + begin * step_words(), source_ + (map ? 0 : begin * row), row, count, columns_, map);
+      pack_left<W, decltype(type)::value>(buffer_ + begin * step_words(), source_ + (map ? 0 : begin * row), row, count,
+                                          columns_, map);
     });
   }
 
@@ -73,14 +74,15 @@ class LeftRows {
 };
 
 // Columns c to c + columns of rows that were summed in float32, [rows of a left operand, step], in the dtype of x.
-inline void write_rows(const Call& q, const Piece& piece, const float* sums, int64_t step, char* to, int64_t width, int64_t c,
-                       int64_t columns) {
+inline void write_rows(const Call& q, const Piece& piece, const float* sums, int64_t step, char* to, int64_t width,
+                       int64_t c, int64_t columns) {
   const int64_t size = size_of(q.x.dtype);
   with_dtype(q.x.dtype, [&](auto type) {
     for (int64_t r = 0; r < piece.count; ++r) {
       const float* const from = sums + (piece.left + r) * step;
       char* const row = to + ((piece.map ? piece.map[r] : piece.out + r) * width + c) * size;
-      for (int64_t j = 0; j < columns; j += VL) store_as_first<decltype(type)::value>(row + j * size, load<V>(from + j), columns - j);
+      for (int64_t j = 0; j < columns; j += VL)
+        store_as_first<decltype(type)::value>(row + j * size, load<V>(from + j), columns - j);
     }
   });
 }
@@ -170,7 +172,8 @@ inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t 
   const int64_t size = size_of(p.bilinear.dtype), columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
   next.bytes = columns * q.context_dim * size;
   for (int64_t i = 0; i < 2; ++i) {
-    next.from[i] = p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
+    next.from[i] =
+        p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
   }
   return next;
 }
@@ -188,14 +191,17 @@ inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t 
       const int64_t size = size_of(D);
       const char* const from = p.bilinear.data + ((d + i) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
       if (there) {
-        pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size, columns, q.context_dim);
+        pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size,
+                         columns, q.context_dim);
       } else {
-        for (int64_t s = 0; s < steps; ++s) store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});
+        for (int64_t s = 0; s < steps; ++s)
+          store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});
       }
     });
     const int64_t size = size_of(p.weight.dtype);
     const bool weighted = there && p.weight.data;
-    pack_vector(bias + i * 2 * VL, p.weight.dtype, p.weight.data + (weighted ? ((d + i) * p.weight.strides[0] + e * p.weight.strides[1]) * size : 0),
+    pack_vector(bias + i * 2 * VL, p.weight.dtype,
+                p.weight.data + (weighted ? ((d + i) * p.weight.strides[0] + e * p.weight.strides[1]) * size : 0),
                 weighted ? p.weight.strides[1] : 1, weighted ? columns : 0, 2 * VL);
   }
 }

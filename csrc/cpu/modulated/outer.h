@@ -33,7 +33,8 @@ struct Together {
     const int64_t row = q.context_dim * size_of(q.context.dtype);
     for (int64_t u = 0; u < q.rows->contexts; ++u) {
       for (int64_t n = q.rows->first[u]; n < q.rows->first[u + 1]; ++n) {
-        pack_vector(contexts + n * lanes, q.context.dtype, q.context.data + q.rows->slot[u] * row, 1, q.context_dim, lanes);
+        pack_vector(contexts + n * lanes, q.context.dtype, q.context.data + q.rows->slot[u] * row, 1, q.context_dim,
+                    lanes);
       }
     }
   }
@@ -58,7 +59,11 @@ struct OuterForward {
   }
 
   OuterForward(const Call& problem, const Tiles& tiles, char* workspace)
-      : q(problem), t(tiles), all(problem), x(all.whole, problem.x.data, problem.d_in, true), depth(words<W>(problem.d_in)) {
+      : q(problem),
+        t(tiles),
+        all(problem),
+        x(all.whole, problem.x.data, problem.d_in, true),
+        depth(words<W>(problem.d_in)) {
     const int64_t each = depth * all.lanes > 0 ? depth * all.lanes : 1;
     columns_at_once = kLaidOut / 4 / each;
     columns_at_once = columns_at_once < 1 ? 1 : columns_at_once > NR ? NR : columns_at_once;
@@ -116,8 +121,8 @@ struct OuterForward {
     if (p.weight.data) {
       const int64_t size = size_of(p.weight.dtype);
       with_source<W>(p.weight.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(scratch, NR, p.weight.data + e * p.weight.strides[1] * size, p.weight.strides[0] * size,
-                                            p.weight.strides[1] * size, q.d_in, lanes);
+        pack_rows<W, decltype(type)::value>(scratch, NR, p.weight.data + e * p.weight.strides[1] * size,
+                                            p.weight.strides[0] * size, p.weight.strides[1] * size, q.d_in, lanes);
       });
     }
     Out out{reinterpret_cast<char*>(y), NR * 4, Store::f32, NR};
@@ -133,9 +138,10 @@ struct OuterForward {
         const int64_t rows = q.d_in - d < kStep * W::PER ? q.d_in - d : kStep * W::PER;
         for (int64_t c = 0; c < columns; ++c) {
           fetch(p, d + kStep * W::PER, e, columns, c);
-          pack_rows<W, decltype(type)::value>(to + c * each + d / W::PER * all.lanes, all.lanes,
-                                              p.bilinear.data + (d * p.bilinear.strides[0] + (e + c) * p.bilinear.strides[1]) * size,
-                                              p.bilinear.strides[0] * size, p.bilinear.strides[2] * size, rows, q.context_dim);
+          pack_rows<W, decltype(type)::value>(
+              to + c * each + d / W::PER * all.lanes, all.lanes,
+              p.bilinear.data + (d * p.bilinear.strides[0] + (e + c) * p.bilinear.strides[1]) * size,
+              p.bilinear.strides[0] * size, p.bilinear.strides[2] * size, rows, q.context_dim);
         }
       }
     });
@@ -230,12 +236,14 @@ struct OuterBackward {
     parallel<W>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
       const Thread at = place(arena, Thread{});
-      for (int64_t s = strips * range / t.ranges; s < strips * (range + 1) / t.ranges; ++s) strip(s * t.strip, range, at);
+      for (int64_t s = strips * range / t.ranges; s < strips * (range + 1) / t.ranges; ++s)
+        strip(s * t.strip, range, at);
     });
     dcontext.write(q);
     int64_t first[kMaxProjections + 1] = {0};
     for (int i = 0; i < q.projections; ++i) {
-      first[i + 1] = first[i] + (q.projection[i].dbilinear.data ? (q.projection[i].d_out + kColumns - 1) / kColumns : 0);
+      first[i + 1] =
+          first[i] + (q.projection[i].dbilinear.data ? (q.projection[i].d_out + kColumns - 1) / kColumns : 0);
     }
     parallel<W>(t.threads, first[q.projections], [&](int64_t unit, int thread) {
       Arena arena(threads + thread * each_thread);
@@ -268,7 +276,8 @@ struct OuterBackward {
     for (int64_t e = 0; e < p.d_out; e += kChunk) {
       const int64_t columns = p.d_out - e < kChunk ? p.d_out - e : kChunk;
       with_source<W>(p.weight.dtype, [&](auto type) {
-        pack_lanes<W, decltype(type)::value>(at.right, NR, p.weight.data + (d * p.weight.strides[0] + e * p.weight.strides[1]) * size,
+        pack_lanes<W, decltype(type)::value>(at.right, NR,
+                                             p.weight.data + (d * p.weight.strides[0] + e * p.weight.strides[1]) * size,
                                              p.weight.strides[0] * size, p.weight.strides[1] * size, rows, columns);
       });
       Left left = dy[i].at(0);
@@ -286,8 +295,8 @@ struct OuterBackward {
     Right right{reinterpret_cast<const float*>(from), p.bilinear.strides[1]};
     if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.strides[2] != 1 || q.context_dim % VL != 0) {
       with_source<W>(p.bilinear.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(at.right, all.lanes, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size, p.d_out,
-                                            q.context_dim);
+        pack_rows<W, decltype(type)::value>(at.right, all.lanes, from, p.bilinear.strides[1] * size,
+                                            p.bilinear.strides[2] * size, p.d_out, q.context_dim);
       });
       right = {at.right, all.lanes};
     }
@@ -306,7 +315,8 @@ struct OuterBackward {
           while (n + m >= q.rows->first[u + 1]) ++u;
           float* const to = dcontext.at(range) + u * all.lanes;
           const V scale = splat(element<decltype(type)::value>(q.x.data, n + m, q.d_in, d + r));
-          for (int64_t k = 0; k < all.lanes; k += VL) store(to + k, load<V>(to + k) + scale * load<V>(at.z + m * all.lanes + k));
+          for (int64_t k = 0; k < all.lanes; k += VL)
+            store(to + k, load<V>(to + k) + scale * load<V>(at.z + m * all.lanes + k));
         }
       });
     }
@@ -330,12 +340,14 @@ struct OuterBackward {
       const int64_t lanes = p.d_out - e < NR ? p.d_out - e : NR;
       for (int64_t n = 0; n == 0 || n < q.rows->count; n += kSummed) {
         const int64_t summed = q.rows->count - n < kSummed ? q.rows->count - n : kSummed;
-        product_wide<W>(rows, lanes, words<W>(summed), x_left(d, n / W::PER), {dy_words[i].panel(0, e) + n / W::PER * NR, NR}, out);
+        product_wide<W>(rows, lanes, words<W>(summed), x_left(d, n / W::PER),
+                        {dy_words[i].panel(0, e) + n / W::PER * NR, NR}, out);
         out.store = Store::f32_add;
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      write_vector(p.dweight.dtype, p.dweight.data + (d + r) * p.dweight.strides[0] * size, p.dweight.strides[1], at.out + r * width, p.d_out);
+      write_vector(p.dweight.dtype, p.dweight.data + (d + r) * p.dweight.strides[0] * size, p.dweight.strides[1],
+                   at.out + r * width, p.d_out);
     }
   }
 
@@ -350,13 +362,17 @@ struct OuterBackward {
       with_dtype(q.x.dtype, [&](auto type) { gated_contexts<decltype(type)::value>(i, e, n, summed, at.right); });
       for (int64_t d = 0; d < q.d_in; d += NR) {
         const int64_t rows = q.d_in - d < NR ? q.d_in - d : NR;
-        Out out{reinterpret_cast<char*>(at.out + d * all.lanes), all.lanes * 4, n > 0 ? Store::f32_add : Store::f32, all.lanes};
-        if (direct) out = Out{to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[0] * size, store_of(p.dbilinear.dtype), q.context_dim};
+        Out out{reinterpret_cast<char*>(at.out + d * all.lanes), all.lanes * 4, n > 0 ? Store::f32_add : Store::f32,
+                all.lanes};
+        if (direct)
+          out = Out{to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[0] * size, store_of(p.dbilinear.dtype),
+                    q.context_dim};
         product_wide<W>(rows, out.lanes, words<W>(summed), x_left(d, n / W::PER), {at.right, all.lanes}, out);
       }
     }
     for (int64_t d = 0; !direct && d < q.d_in; ++d) {
-      write_vector(p.dbilinear.dtype, to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[2], at.out + d * all.lanes, q.context_dim);
+      write_vector(p.dbilinear.dtype, to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[2],
+                   at.out + d * all.lanes, q.context_dim);
     }
   }
 

@@ -28,7 +28,8 @@ struct PanelForward {
 
   // The rows of D that fit, with those of all contexts, and columns enough for every thread.
   static Tiles tiles(const Call& q) {
-    const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1, threads = q.threads, share = q.workspace_bytes / threads;
+    const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1, threads = q.threads,
+                  share = q.workspace_bytes / threads;
     int64_t widest = 0;
     for (int i = 0; i < q.projections; ++i) {
       const int64_t panels = round_up(q.projection[i].d_out, NR) / NR;
@@ -77,7 +78,8 @@ struct PanelForward {
     contexts.pack(q);
     int64_t first[kMaxProjections + 1] = {0};
     const int64_t groups = (count + t.group - 1) / t.group;
-    for (int i = 0; i < q.projections; ++i) first[i + 1] = first[i] + round_up(q.projection[i].d_out, t.strip) / t.strip * groups;
+    for (int i = 0; i < q.projections; ++i)
+      first[i + 1] = first[i] + round_up(q.projection[i].d_out, t.strip) / t.strip * groups;
     parallel<W>(t.threads, first[q.projections], [&](int64_t unit, int thread) {
       int i = 0;
       while (unit >= first[i + 1]) ++i;
@@ -99,7 +101,8 @@ struct PanelForward {
   }
 
   // Rows d to d + rows of W_u as panels [words of D, NR] of every context of a group.
-  void make(const Projection& p, int64_t d, int64_t rows, int64_t e, int64_t columns, int64_t begin, int64_t end, float* scratch) const {
+  void make(const Projection& p, int64_t d, int64_t rows, int64_t e, int64_t columns, int64_t begin, int64_t end,
+            float* scratch) const {
     float* const panel = scratch;
     float* const bias = scratch + contexts.along_k_words * 4 * VL;
     float* const weights = scratch + weights_at;
@@ -137,7 +140,9 @@ struct PanelForward {
           left.data += d / W::PER * 4;
           Out out{p.rows + (piece.out * p.d_out + e + j) * size, p.d_out * size, store_of(q.x.dtype), lanes};
           out.map = piece.map;
-          if (summed()) out = Out{reinterpret_cast<char*>(scratch + y_at + piece.left * t.strip + j), t.strip * 4, Store::f32, lanes};
+          if (summed())
+            out =
+                Out{reinterpret_cast<char*>(scratch + y_at + piece.left * t.strip + j), t.strip * 4, Store::f32, lanes};
           if (d > 0) out.store = Store::f32_add;
           out.bias = last && p.bias.data ? bias : nullptr;
           product_wide<W>(piece.count, lanes, words<W>(rows), left, {panel, NR}, out);
@@ -189,7 +194,8 @@ struct PanelBackward {
     Tiles t{strip, across, group, 1, 1, 0, 0};
     const int64_t strips = (q.d_in + strip - 1) / strip;
     t.ranges = ranges_for(q, strips);
-    const int64_t a_thread = each() * group + (group < contexts ? strip * across * (round_up(q.context_dim, VL) + 1) * 4 : 0);
+    const int64_t a_thread =
+        each() * group + (group < contexts ? strip * across * (round_up(q.context_dim, VL) + 1) * 4 : 0);
     t.threads = threads_for(q, a_thread, t.ranges);
     t.weights_bytes = t.threads * a_thread + t.ranges * range_bytes(q);
     PanelBackward counted(q, t, nullptr);
@@ -267,7 +273,8 @@ struct PanelBackward {
     parallel<R>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
       Thread at = place(arena, Thread{});
-      for (int64_t s = strips * range / t.ranges; s < strips * (range + 1) / t.ranges; ++s) strip(s * t.strip, range, at);
+      for (int64_t s = strips * range / t.ranges; s < strips * (range + 1) / t.ranges; ++s)
+        strip(s * t.strip, range, at);
     });
     dcontext.write(q);
   }
@@ -318,7 +325,8 @@ struct PanelBackward {
           char* const to = at.weights + (r * t.across + j) * kWeight;
           Out out{to, weights_bytes(), store_of(R::dtype), 4 * VL, t.across * kWeight};
           out.bias = at.bias;
-          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out, &next);
+          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out,
+                        &next);
         }
         for (int64_t i = 0; need_products && i < 2 && r + i < b.rows; ++i) {
           const char* const g = at.products + ((r + i) * t.across + c) * kProduct;

@@ -22,11 +22,10 @@ inline void tile_configure(int top, int bottom) {
 }
 inline void tile_release() { emulated = Tiles16{}; }
 
-inline void emulated_zero(int T) {
-  std::memset(emulated.words[T], 0, sizeof emulated.words[T]);
-}
+inline void emulated_zero(int T) { std::memset(emulated.words[T], 0, sizeof emulated.words[T]); }
 inline void emulated_read(int T, const void* from, int64_t stride) {
-  for (int i = 0; i < emulated.rows[T]; ++i) std::memcpy(emulated.words[T][i], static_cast<const char*>(from) + i * stride, 64);
+  for (int i = 0; i < emulated.rows[T]; ++i)
+    std::memcpy(emulated.words[T][i], static_cast<const char*>(from) + i * stride, 64);
 }
 inline void emulated_write(int T, void* to, int64_t stride) {
   for (int i = 0; i < emulated.rows[T]; ++i) std::memcpy(static_cast<char*>(to) + i * stride, emulated.words[T][i], 64);
@@ -150,7 +149,8 @@ inline void block(int64_t rows, int64_t steps, Left a, Right b, const Out& out, 
     } else {
       for (int64_t s = 0; s < steps; s += kTile) {
         turn(buffer, rows, kTile, {a.data + s * a.step, a.row, a.step});
-        multiply<kPair>(rows, kTile, {reinterpret_cast<const char*>(buffer), kTile * 4, 4}, {panel.data + s * b.step, b.step});
+        multiply<kPair>(rows, kTile, {reinterpret_cast<const char*>(buffer), kTile * 4, 4},
+                        {panel.data + s * b.step, b.step});
       }
     }
     constexpr int64_t stride = NV * VL * 4;
@@ -179,8 +179,8 @@ inline std::enable_if_t<std::is_same_v<W, Amx>> product(int64_t rows, int64_t st
 }
 
 template <class W>
-inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a, Right b,
-                                                             const Out& out) {
+inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a,
+                                                             Right b, const Out& out) {
   alignas(64) float turned[kBlock * kTurned];
   for (int64_t row = 0; row < rows; row += kBlock) {
     const int64_t height = rows - row < kBlock ? rows - row : kBlock;

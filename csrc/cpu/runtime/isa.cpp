@@ -84,7 +84,8 @@ Isa detect() {
   const Registers leaf1 = cpuid(1, 0), leaf7 = cpuid(7, 0), leaf7_1 = cpuid(7, 1);
   const uint64_t fma = bit(12), osxsave = bit(27), avx = bit(28), f16c = bit(29), avx2 = bit(5);
   if (!has(leaf1.ecx, fma | osxsave | avx | f16c) || !has(leaf7.ebx, avx2)) return Isa::scalar;
-  const uint64_t states = saved_states(), ymm = bit(1) | bit(2), zmm = bit(5) | bit(6) | bit(7), tiles = bit(17) | bit(18);
+  const uint64_t states = saved_states(), ymm = bit(1) | bit(2), zmm = bit(5) | bit(6) | bit(7),
+                 tiles = bit(17) | bit(18);
   if (!has(states, ymm)) return Isa::scalar;
   const uint64_t f = bit(16), dq = bit(17), bw = bit(30), vl = bit(31);
   if (!has(leaf7.ebx, f | dq | bw | vl) || !has(states, zmm)) return Isa::avx2;

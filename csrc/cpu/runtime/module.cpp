@@ -29,9 +29,11 @@ std::string force_cpu_isa(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of ctxkern.";
   m.def("cpu_isas", &cpu_isas, "The instruction sets that this build has code for and this machine runs, best last.");
-  m.def("cpu_isa", [] { return ctxkern::isa_name(ctxkern::chosen_isa()); },
-        "The instruction set in use: the best, or the one named by CTXKERN_CPU_ISA.");
-  m.def("force_cpu_isa", &force_cpu_isa, "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
+  m.def(
+      "cpu_isa", [] { return ctxkern::isa_name(ctxkern::chosen_isa()); },
+      "The instruction set in use: the best, or the one named by CTXKERN_CPU_ISA.");
+  m.def("force_cpu_isa", &force_cpu_isa,
+        "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
   m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
   ctxkern::bind_modulated(m);
 }

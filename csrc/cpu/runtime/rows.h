@@ -28,8 +28,9 @@ struct GroupedRows {
   std::vector<Run> runs;
 
   Rows view() const {
-    return {static_cast<int64_t>(slot.size()), first.back(), slot.data(), first.data(), runs.data(), run_first.data(),
-            order.empty() ? nullptr : order.data()};
+    return {
+        static_cast<int64_t>(slot.size()),     first.back(), slot.data(), first.data(), runs.data(), run_first.data(),
+        order.empty() ? nullptr : order.data()};
   }
 };
 

@@ -67,10 +67,10 @@ constexpr Store store_of(Dtype dtype) {
 
 struct Out {
   char* data;
-  int64_t row;           // bytes
+  int64_t row;  // bytes
   Store store;
-  int64_t lanes;         // of one or two vectors: those that are written; of four: all
-  int64_t half = 0;      // bytes from the first two vectors to the other two
+  int64_t lanes;                 // of one or two vectors: those that are written; of four: all
+  int64_t half = 0;              // bytes from the first two vectors to the other two
   const float* bias = nullptr;   // [lanes, padded to vectors], added
   const int64_t* map = nullptr;  // row of the output of each row
 
@@ -107,12 +107,13 @@ CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
   constexpr int64_t vector = VL * size_of(D);
   const int64_t last = NV == 4 ? VL : out.lanes - (NV - 1) * VL;
   if (last >= VL) {
-    each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+    each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) store_as<D>(c + (NV == 4 && j >= 2 ? out.half + (j - 2) * vector : j * vector), v[j]);
+      for (int j = 0; j < NV; ++j)
+        store_as<D>(c + (NV == 4 && j >= 2 ? out.half + (j - 2) * vector : j * vector), v[j]);
     });
   } else {
-    each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+    each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int j = 0; j < NV - 1; ++j) store_as<D>(c + j * vector, v[j]);
       store_as_first<D>(c + (NV - 1) * vector, v[NV - 1], last);
@@ -124,7 +125,7 @@ template <int MR, int NV>
 CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
   switch (out.store) {
     case Store::f32_add:
-      each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+      each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) v[j] += load_f32_first<Dtype::f32>(c + j * VL * 4, out.lanes - j * VL);
       });
@@ -133,18 +134,18 @@ CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
     case Store::bf16: return put_as<Dtype::bf16>(acc, out, row);
     case Store::f16: return put_as<Dtype::f16>(acc, out, row);
     case Store::f32_stream:
-      return each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+      return each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) stream_as<Dtype::f32>(c + j * VL * 4, v[j]);
       });
     case Store::bf16_stream:
-      return each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+      return each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) stream_as<Dtype::bf16>(c + j * VL * 2, v[j]);
       });
     case Store::pairs:
       if constexpr (NV == 4) {
-        each_row(acc, out, row, [&](char* c, V (&v)[NV]) __attribute__((always_inline)) {
+        each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
           for (int j = 0; j < 2; ++j) store(c + j * VL * 4, pair(v[j], v[j + 2]));
         });
@@ -236,7 +237,8 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t s
   const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
-    TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1](steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
+    TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1](
+        steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
     row += height;
   }
 }
@@ -252,8 +254,8 @@ inline Out panel_of(const Out& out, int64_t j, int64_t columns) {
 
 // All panels of `columns` lanes; B must be readable up to a multiple of VL lanes. bias, if any, is padded alike.
 template <class W>
-inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a, Right b,
-                                                              const Out& out) {
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a,
+                                                              Right b, const Out& out) {
   for (int64_t j = 0; j < columns; j += 2 * VL) {
     const Out part = panel_of(out, j, columns);
     const Right panel{b.data + j, b.step};

@@ -56,8 +56,8 @@ CTXKERN_EXPORT void ctxkern_cuda_modulated_tiles(const ctxkern::Problem* problem
 }
 
 // Returns null, or what went wrong. Without a workspace nothing is launched, and *bytes is what it must hold.
-CTXKERN_EXPORT const char* ctxkern_cuda_modulated(const ctxkern::Problem* problem, int backward, int device, void* workspace,
-                                                  int64_t* bytes, void* stream) {
+CTXKERN_EXPORT const char* ctxkern_cuda_modulated(const ctxkern::Problem* problem, int backward, int device,
+                                                  void* workspace, int64_t* bytes, void* stream) {
   using namespace ctxkern;
   return failure_of([&] {
     check_problem(*problem, backward);
@@ -67,9 +67,7 @@ CTXKERN_EXPORT const char* ctxkern_cuda_modulated(const ctxkern::Problem* proble
     Launcher launch(static_cast<char*>(workspace), static_cast<Stream>(stream));
     if (workspace) use_device(device);
     switch (q.x.dtype) {
-      case Dtype::f32:
-        run<float, float, 1, 1>(launch, q, backward);
-        break;
+      case Dtype::f32: run<float, float, 1, 1>(launch, q, backward); break;
       case Dtype::bf16:
         wide(q) ? run<Bfloat, Bfloat, 2, 3>(launch, q, backward) : run<Bfloat, Bfloat, 1, 1>(launch, q, backward);
         break;

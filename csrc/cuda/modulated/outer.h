@@ -27,9 +27,9 @@ using WeightProduct = Product<P, T, 1, Rows<P, C, true>, Strided<P, C, false>>;
 template <class P>
 constexpr bool kScaled = kCode<P> == Dtype::f16;
 template <class P, class C, class T>
-constexpr size_t kStaged = OuterProduct<P, C, T>::kShared > WeightProduct<P, C, T>::kShared
-                               ? OuterProduct<P, C, T>::kShared
-                               : WeightProduct<P, C, T>::kShared;
+constexpr size_t kStaged =
+    OuterProduct<P, C, T>::kShared > WeightProduct<P, C, T>::kShared ? OuterProduct<P, C, T>::kShared
+                                                                     : WeightProduct<P, C, T>::kShared;
 template <class P, class C, class T>
 constexpr size_t kOuterShared = kStaged<P, C, T> + (kScaled<P> ? T::kM * sizeof(float) : 0);
 
@@ -146,10 +146,10 @@ __global__ void __launch_bounds__(T::kThreads, sizeof(P) == 2 && (planes == 1 ||
   for (int d = d0; d < d1; ++d) {
     Sums<T> z;
     z.clear();
-    const Strided<P, C, false, planes> b{p.bilinear, d * st[0] + k0 * st[2], st[2], st[1], context_dim - k0,
-                                         static_cast<int>(p.d_out)};
+    const Strided<P, C, false, planes> b{p.bilinear, d * st[0] + k0 * st[2], st[2],
+                                         st[1],      context_dim - k0,       static_cast<int>(p.d_out)};
     OuterTurnProduct<P, C, T, planes>::add(z, a, b, static_cast<int>(p.d_out), q.tf32);
-    CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
+  CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
       CTXKERN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t r = threadIdx.x / 32 * (T::kM / T::kWarpsM) + 16 * i + 8 * h + threadIdx.x % 32 / 4;
         const float x = partial && r < rows ? to_float(elements<C>(q.x)[(n0 + r) * q.d_in + d]) : 0.0f;

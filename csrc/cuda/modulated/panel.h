@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(MakeTile::kThreads, resident<P, MakeTile>())
   const int* slots = q.groups.uniform ? nullptr : q.groups.buffer + 2;
   const Contexts<P, C, true> a{q.context, q.context_dim, slots, block.u_begin + u0, count - u0, 0};
   const int64_t *st = p.bilinear.strides, *sw = p.weight.strides;
-  const Strided<P, C, true> b{p.bilinear, d * st[0] + e * st[1],           st[1], st[2], block.e_size - e0,
-                              static_cast<int>(q.context_dim)};
+  const Strided<P, C, true> b{p.bilinear, d * st[0] + e * st[1], st[1],
+                              st[2],      block.e_size - e0,     static_cast<int>(q.context_dim)};
   const int left = block.e_size - e0;
   Sums<MakeTile> sums;
   sums.clear();
@@ -61,10 +61,11 @@ __global__ void __launch_bounds__(MakeTile::kThreads, resident<P, MakeTile>())
     read_two<C>(weight[j], p.weight, d * sw[0] + (e + column) * sw[1], sw[1], left - column);
   });
   C* to = panel + (static_cast<int64_t>(u0) * block.d_size + row) * block.e_size + e0;
-  sums.rows([&](int u) { return u0 + u < count ? to + static_cast<int64_t>(u) * block.d_size * block.e_size : nullptr; },
-            [&](C* line, int j, int column, float a, float b) {
-              if (line) write_two(line + column, a + weight[j][0], b + weight[j][1], left - column);
-            });
+  sums.rows(
+      [&](int u) { return u0 + u < count ? to + static_cast<int64_t>(u) * block.d_size * block.e_size : nullptr; },
+      [&](C* line, int j, int column, float a, float b) {
+        if (line) write_two(line + column, a + weight[j][0], b + weight[j][1], left - column);
+      });
 }
 
 template <class C, class T>
@@ -111,10 +112,9 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
   const Range range = range_of(q.batch, q.groups, block.u_begin + u);
   const int rows = range.end - range.begin;
   const int* order = order_of(q.groups);
-  const Rows<C, C, false> a{elements<C>(q.x) + block.d_begin + d0, q.d_in, order, range.begin, rows,
-                            block.d_size - d0};
-  const Rows<C, C, false> b{reinterpret_cast<const C*>(p.rows) + block.e_begin + e0, p.d_out, order, range.begin, rows,
-                            block.e_size - e0};
+  const Rows<C, C, false> a{elements<C>(q.x) + block.d_begin + d0, q.d_in, order, range.begin, rows, block.d_size - d0};
+  const Rows<C, C, false> b{
+      reinterpret_cast<const C*>(p.rows) + block.e_begin + e0, p.d_out, order, range.begin, rows, block.e_size - e0};
   Sums<T> sums;
   sums.clear();
   GatherProduct<C, T>::add(sums, a, b, rows, q.tf32);
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
   const int u = rows.context - block.u_begin, here = least(rows.end - rows.begin, T::kM);
   if (u < 0 || u >= block.u_size) return;
   const int* order = order_of(q.groups);
-  const Rows<C, C, true> a{reinterpret_cast<const C*>(p.rows) + block.e_begin, p.d_out, order, rows.begin, here, block.e_size};
+  const Rows<C, C, true> a{
+      reinterpret_cast<const C*>(p.rows) + block.e_begin, p.d_out, order, rows.begin, here, block.e_size};
   const C* weights = panel + (static_cast<int64_t>(u) * block.d_size + d0) * block.e_size;
   const Rows<C, C, true> b{weights, block.e_size, nullptr, 0, block.d_size - d0, block.e_size};
   Sums<T> sums;
@@ -244,7 +245,8 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
   const Pairs<P> pairs{least(columns, block.e_size - e0)};
   const C* from = products + u0 * each + static_cast<int64_t>(first) * block.e_size + e0;
   const ProductsOfPairs<P, C> a{from, each, block.e_size, count - u0, d_size, pairs};
-  const int64_t begin = (static_cast<int64_t>(block.d_begin) + first) * st[0] + (block.e_begin + e0) * st[1] + k0 * st[2];
+  const int64_t begin =
+      (static_cast<int64_t>(block.d_begin) + first) * st[0] + (block.e_begin + e0) * st[1] + k0 * st[2];
   const BilinearByPairs<P, C, planes> b{p.bilinear, begin, st[0], st[1], st[2], context_dim - k0, d_size, pairs};
   Sums<T> sums;
   sums.clear();

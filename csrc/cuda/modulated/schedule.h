@@ -61,8 +61,7 @@ class Modulated {
     const int64_t share = contexts ? std::min(q.workspace_bytes / 4, kBusy * row) : 0;
     int64_t widest = 0;
     for (int i = 0; i < q.projections; ++i) widest = std::max(widest, q.projection[i].d_out);
-    const Blocks blocks =
-        backward_blocks(q.d_in, widest, q.context_dim, limit, sizeof(C), q.workspace_bytes - share);
+    const Blocks blocks = backward_blocks(q.d_in, widest, q.context_dim, limit, sizeof(C), q.workspace_bytes - share);
     // G, and when it has been read W
     C* panel = launch.take<C>(blocks.rows * blocks.columns * blocks.group);
     float* sums =
@@ -90,9 +89,8 @@ class Modulated {
             if (spreads) spread(p, block, panel, sums, u_begin > 0, u_begin + u_size >= limit);
             if (!q.dx) return;
             make(p, block, panel);
-            by_tile(d_size, [&](auto tile) {
-              turn<decltype(tile)>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces);
-            });
+            by_tile(d_size,
+                    [&](auto tile) { turn<decltype(tile)>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces); });
           });
           ++piece;
         });
@@ -172,8 +170,8 @@ class Modulated {
 
   template <class T>
   void gather_by(const Projection& p, const Block& block, C* products) {
-    launch("gather", gather_kernel<C, T>, ceil_div(block.d_size, T::kM) * ceil_div(block.e_size, T::kN), block.u_size, 1,
-           T::kThreads, GatherProduct<C, T>::kShared, q, p, block, products);
+    launch("gather", gather_kernel<C, T>, ceil_div(block.d_size, T::kM) * ceil_div(block.e_size, T::kN), block.u_size,
+           1, T::kThreads, GatherProduct<C, T>::kShared, q, p, block, products);
   }
 
   template <class T>
@@ -190,8 +188,8 @@ class Modulated {
   template <class T>
   void spread_by(const Projection& p, const Block& block, C* products, float* sums, bool started, bool last) {
     const int64_t blocks_k = p.dbilinear.data ? std::max<int64_t>(1, ceil_div(q.context_dim, T::kN)) : 1;
-    launch("spread", spread_kernel<P, C, T, planes>, block.d_size * ceil_div(block.e_size, T::kM), blocks_k, 1, T::kThreads,
-           SpreadProduct<P, C, T, planes>::kShared, q, p, block, products, sums, started, last);
+    launch("spread", spread_kernel<P, C, T, planes>, block.d_size * ceil_div(block.e_size, T::kM), blocks_k, 1,
+           T::kThreads, SpreadProduct<P, C, T, planes>::kShared, q, p, block, products, sums, started, last);
   }
 
   void sum_dcontext(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
@@ -203,8 +201,8 @@ class Modulated {
   template <class T>
   void sum_dcontext_by(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
     launch("dcontext", dcontext_kernel<P, C, T, planes>, ceil_div(block.u_size, T::kM), ceil_div(q.context_dim, T::kN),
-           ceil_div(block.d_size, ranges.rows) * ranges.parts, T::kThreads, ContextProduct<P, C, T, planes>::kShared, q, p,
-           block, products, partial, static_cast<int>(ranges.rows), static_cast<int>(ranges.parts),
+           ceil_div(block.d_size, ranges.rows) * ranges.parts, T::kThreads, ContextProduct<P, C, T, planes>::kShared, q,
+           p, block, products, partial, static_cast<int>(ranges.rows), static_cast<int>(ranges.parts),
            static_cast<int>(ranges.columns));
   }
 
@@ -237,8 +235,8 @@ class Modulated {
     const int64_t step = step_of(blocks, size * static_cast<int64_t>(sizeof(float)), 16);
     const int64_t splits = ceil_div(q.d_in, step);
     float* sums = splits > 1 ? part<float>(i, splits * size) : nullptr;
-    launch("outer_forward", outer_forward_kernel<P, C, T>, blocks, splits, 1, T::kThreads, kOuterShared<P, C, T>, q, p, sums,
-           static_cast<int>(step));
+    launch("outer_forward", outer_forward_kernel<P, C, T>, blocks, splits, 1, T::kThreads, kOuterShared<P, C, T>, q, p,
+           sums, static_cast<int>(step));
     if (sums)
       launch("outer_sum", outer_sum_kernel<C>, ceil_div(size, 256), 1, 1, 256, 0, q, p, sums, static_cast<int>(splits));
   }
@@ -319,8 +317,8 @@ class Modulated {
 
   template <class G, class T>
   void spread_outer_by(const Projection& p) {
-    launch("outer_spread", outer_spread_kernel<G, C, T>, q.d_in * ceil_div(p.d_out, T::kM), ceil_div(q.context_dim, T::kN),
-           1, T::kThreads, OuterSpreadProduct<G, C, T>::kShared, q, p);
+    launch("outer_spread", outer_spread_kernel<G, C, T>, q.d_in * ceil_div(p.d_out, T::kM),
+           ceil_div(q.context_dim, T::kN), 1, T::kThreads, OuterSpreadProduct<G, C, T>::kShared, q, p);
   }
 
   Launcher& launch;

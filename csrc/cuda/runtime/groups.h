@@ -125,7 +125,7 @@ static __global__ void number_kernel(Batch batch, Groups g, int* seen) {
         mine[2] = (total + g.block - 1) / g.block;
       }
     }
-    CTXKERN_UNROLL for (int i = 0; i < 3; ++i) sums[i * kGroupThreads + t] = mine[i];
+  CTXKERN_UNROLL for (int i = 0; i < 3; ++i) sums[i * kGroupThreads + t] = mine[i];
     __syncthreads();
     for (int step = 1; step < kGroupThreads; step *= 2) {
       int more[3];
