@@ -211,7 +211,7 @@ def build_cuda(target):
     """Compiles the CUDA kernels into `target`, a library that links neither torch nor Python; returns the report.
 
     Machine code for every architecture, PTX of the last for later ones. Where CUDA was asked for (CTXKERN_BUILD_CUDA=1)
-    a failure is an error, else it is told in the report.
+    a failure is an error, else it is in the report.
     """
     wanted = os.environ.get("CTXKERN_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):

@@ -1,5 +1,5 @@
 """What the CUDA C++ kernels compile to, without a GPU: registers, spills, stack, shared memory, and how many blocks and
-warps of 64 a multiprocessor holds of it (cuda_shared.cpp tells threads and shared memory, which launches ask for).
+warps of 64 a multiprocessor holds of it (cuda_shared.cpp prints threads and shared memory, which launches ask for).
 
     python bench/audit_cuda.py                   sm_80, sm_90 and sm_100, into bench/results/cuda-audit.csv
     python bench/audit_cuda.py --arch 90         one of them, printed only

@@ -1,4 +1,4 @@
-"""Loads the compiled core ctxkern._C when it is first asked for, and tells why it is missing."""
+"""Loads the compiled core ctxkern._C when it is first asked for, and says why it is missing."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""Loads the CUDA kernels, a library without torch, when they are first asked for, and tells why they are missing."""
+"""Loads the CUDA kernels, a library without torch, when they are first asked for, and says why they are missing."""
 
 import ctypes
 import functools

@@ -329,14 +329,13 @@ OUT_OF_BOUNDS = ("a column too many is written",)
 _CHECK = """
 import functools, torch, ctxkern
 from ctxkern.testing.cases import Case, make_inputs
-from ctxkern.testing.measure import peak_extra_bytes
-from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
+from ctxkern.testing.force import force
 from ctxkern.testing.oracle import check
 
-planner.GPU_OUTER_ROWS = -1
-for dtype in (torch.bfloat16, torch.float32):
-    inputs = make_inputs(Case("planted", 2, 70, 40, 72, 24, bias=True), dtype)
-    check(functools.partial(ctxkern.modulated_linear, backend="cuda"), inputs)
+with force(strategy="panel"):
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = make_inputs(Case("planted", 2, 70, 40, 72, 24, bias=True), dtype)
+        check(functools.partial(ctxkern.modulated_linear, backend="cuda"), inputs)
 """
 
 

@@ -1,4 +1,4 @@
-"""ctxkern.runtime.cpu: what it tells when there is no core, and what the core tells of the machine."""
+"""ctxkern.runtime.cpu: what it says when there is no core, and what the core says of the machine."""
 
 import importlib.machinery
 import json

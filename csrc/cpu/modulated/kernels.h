@@ -7,8 +7,8 @@
 namespace ctxkern {
 namespace {
 
-// Float32 parameters beside a half are rounded as they are read, but not for their own gradients: those are float32 too,
-// and an error of one rounding more would show.
+// Whether parameters are wider than x. They are rounded as they are read, but not for their own gradients: those are wide
+// too, and an error of one more rounding would show.
 inline bool mixed(const Call& q) {
   bool wide = q.context.dtype != q.x.dtype;
   for (int i = 0; i < q.projections; ++i) wide = wide || q.projection[i].bilinear.dtype != q.x.dtype;

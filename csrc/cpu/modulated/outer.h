@@ -147,7 +147,7 @@ struct OuterForward {
     });
   }
 
-  // Brings the piece of the rows from d on near that is due beside column c, where a run of columns lies together.
+  // Brings the piece of the rows from d on near that is due with column c, where a run of columns lies together.
   void fetch(const Projection& p, int64_t d, int64_t e, int64_t columns, int64_t c) const {
     if (p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return;
     const int64_t size = size_of(p.bilinear.dtype), bytes = columns * q.context_dim * size;

@@ -13,7 +13,7 @@
 namespace ctxkern {
 namespace {
 
-// Bytes of a block of weights, and in the backward of their gradients, that stay in the second level of cache beside what
+// Bytes of a block of weights, and in the backward of their gradients, that stay in the second level of cache with what
 // they are multiplied with, and the shortest sum that a product is cut to for that (bench/LOG.md).
 constexpr int64_t kBlockBytes = 1 << 20, kShortest = 64;
 // Shares of the budget for one thread's strip; more threads than that take turns.

@@ -153,7 +153,7 @@ CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
   }
 }
 
-// Rows of a tile by vectors a row: what the registers hold beside a row of B and one broadcast.
+// Rows of a tile by vectors a row: what the registers hold in addition to a row of B and one broadcast.
 constexpr int kRegisters = VL == 16 ? 28 : 12;
 template <int NV>
 constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;

@@ -1,7 +1,7 @@
 // CUDA on the CPU, for tests: the threads of a block are fibers that run one at a time and change places at barriers and
 // at what a warp does together. Blocks run one after another.
 //
-// What it is strict about: threads run in an order drawn anew after every barrier, shared memory begins as NaNs and ends
+// What it is strict about: threads run in a new random order after every barrier, shared memory begins as NaNs and ends
 // where it was asked to end (an address sanitizer sees what lies beyond), asynchronous copies land only when they are
 // waited for, all lanes of a warp must take part in what it does together, and a barrier that some threads never reach
 // is an error.

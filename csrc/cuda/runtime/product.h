@@ -167,7 +167,7 @@ __device__ __forceinline__ bool in_chunks(const C* from, int64_t stride) {
   return reinterpret_cast<uintptr_t>(from) % 16 == 0 && stride % kChunk<C> == 0;
 }
 
-// apart: what rounding leaves of b is summed by itself, as matrix units cut off what does not fit beside a large sum.
+// apart: the residual of b is summed by itself, as matrix units drop bits of a term that is small next to the sum.
 template <class C, class T, int planes, class A, class B, bool apart = false>
 struct Product {
   using StageA = Stage<C, A::kAlongSum, T::kM>;
@@ -315,7 +315,7 @@ __device__ __forceinline__ void read_chunk(float (&values)[kChunk<C>], const S* 
   CTXKERN_UNROLL for (int i = 0; i < kChunk<C>; ++i) values[i] = i < valid ? to_float(from[i * stride]) : 0.0f;
 }
 
-// Into a stage, and planes - 1 times what rounding leaves.
+// Into a stage, and planes - 1 times the residual.
 template <int planes, class C>
 __device__ __forceinline__ void write_chunk(C* to, int plane, float (&values)[kChunk<C>]) {
   CTXKERN_UNROLL for (int p = 0; p < planes; ++p) {
