@@ -59,7 +59,7 @@ class Launcher {
 #else
     if (shared > (48 << 10))
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
-    kernel<<<grid, threads, shared, stream_> > >(static_cast<Parameters>(arguments)...);
+    kernel<<<grid, threads, shared, stream_>>>(static_cast<Parameters>(arguments)...);
     check(cudaGetLastError(), name);
 #endif
   }
