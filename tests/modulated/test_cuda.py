@@ -153,7 +153,7 @@ def test_products_of_x_and_context_beyond_float16():
     """x c leaves the range of float16 while every weight and result is small."""
     inputs = make_inputs(Case("large-x", 8, 1, 32, 24, 16), torch.float16)
     inputs.x[:, :, 3], inputs.context[:, 5] = 6000.0, 12.0
-    inputs.bilinear, inputs.weight = inputs.bilinear * 0.02, inputs.weight * 0.02
+    inputs.bilinear, inputs.weight, inputs.dy = inputs.bilinear * 0.02, inputs.weight * 0.02, inputs.dy * 0.02
     with force(strategy="outer"):
         check(cuda_linear, inputs)
 
