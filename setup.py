@@ -36,15 +36,14 @@ FLAG_SETS = {
 
 # The first pattern that fits a source names its flag set; files of a set that the compiler refuses are left out.
 SOURCES = {
-    "csrc/cpu/*_avx2.cpp": "avx2",
-    "csrc/cpu/*_avx512.cpp": "avx512",
-    "csrc/cpu/*_avx512_bf16.cpp": "avx512_bf16",
-    "csrc/cpu/*_amx_bf16.cpp": "amx_bf16",
-    "csrc/cpu/*.cpp": "baseline",
-    "csrc/*.cpp": "baseline",
+    "csrc/cpu/*/*_avx2.cpp": "avx2",
+    "csrc/cpu/*/*_avx512.cpp": "avx512",
+    "csrc/cpu/*/*_avx512_bf16.cpp": "avx512_bf16",
+    "csrc/cpu/*/*_amx_bf16.cpp": "amx_bf16",
+    "csrc/cpu/*/*.cpp": "baseline",
 }
 
-CUDA_SOURCE = "csrc/cuda/modulated.cu"
+CUDA_SOURCES = "csrc/cuda/*/*.cu"
 CUDA_ARCHS = "80,90,100"
 
 
@@ -141,7 +140,9 @@ def build_core(target, temp, report):
     compiler = find_compiler()
     report["compiler"] = shlex.join(compiler)
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    base = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    # those of the environment first: an -O0 meant for other packages would undo -O3 and cost a factor of 20
+    base = [*shlex.split(os.environ.get("CXXFLAGS", "")), "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+    report["flags"] = shlex.join(base)
     link = [*shared, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
     error = probe([*compiler, *base, *link], FLAG_SETS["baseline"][1])
@@ -210,7 +211,7 @@ def build_cuda(target):
     """Compiles the CUDA kernels into `target`, a library that links neither torch nor Python; returns the report.
 
     Machine code for every architecture, PTX of the last for later ones. Where CUDA was asked for (CTXKERN_BUILD_CUDA=1)
-    a failure is an error, else it is told in the report.
+    a failure is an error, else it is in the report.
     """
     wanted = os.environ.get("CTXKERN_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
@@ -233,7 +234,7 @@ def build_cuda(target):
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         command += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"] if archs else []
         done = subprocess.run(
-            [*command, CUDA_SOURCE, "-o", str(target)], capture_output=True, text=True, errors="replace"
+            [*command, *sorted(glob(CUDA_SOURCES)), "-o", str(target)], capture_output=True, text=True, errors="replace"
         )
         print(done.stdout, done.stderr, flush=True)
         report["built"] = done.returncode == 0 and target.exists()
@@ -258,7 +259,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         target = self.target()
-        cpu = {"built": False, "reason": "", "compiler": None, "compiler_version": None}
+        cpu = {"built": False, "reason": "", "compiler": None, "compiler_version": None, "flags": None}
         cpu |= {"flag_sets": [], "refused": {}, "openmp": False}
         try:
             build_core(target, Path(self.build_temp), cpu)

@@ -1,5 +1,5 @@
 """What the CUDA C++ kernels compile to, without a GPU: registers, spills, stack, shared memory, and how many blocks and
-warps of 64 a multiprocessor holds of it (cuda_shared.cpp tells threads and shared memory, which launches ask for).
+warps of 64 a multiprocessor holds of it (cuda_shared.cpp prints threads and shared memory, which launches ask for).
 
     python bench/audit_cuda.py                   sm_80, sm_90 and sm_100, into bench/results/cuda-audit.csv
     python bench/audit_cuda.py --arch 90         one of them, printed only
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "csrc" / "cuda" / "modulated.cu"
+SOURCE = ROOT / "csrc" / "cuda" / "modulated" / "modulated.cu"
 COLUMNS = ("arch", "kernel", "registers", "spill_bytes", "stack_bytes", "threads", "shared", "blocks", "warps", "nvcc")
 # of a multiprocessor: registers, which a block takes in units of 256 a warp, and bytes of shared memory, of which every
 # block takes 1024 more; blocks and warps at most
@@ -51,7 +51,9 @@ def compiled(nvcc, arch):
 
 def plain(name):
     """A kernel's demangled name without its arguments."""
-    name = name.partition("(ctxkern::Problem")[0].removeprefix("void ").replace("ctxkern::", "").replace(" ", "")
+    name = (
+        re.split(r"\(ctxkern::(?:Call|Batch)", name)[0].removeprefix("void ").replace("ctxkern::", "").replace(" ", "")
+    )
     for dtype, short in {"__nv_bfloat16": "bf16", "Bfloat": "bf16", "__half": "f16", "Half": "f16"}.items():
         name = name.replace(dtype, short)
     return name

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <typeinfo>
 
-#include "../csrc/cuda/outer.h"
+#include "../csrc/cuda/modulated/outer.h"
 
 using namespace ctxkern;
 
@@ -32,24 +32,26 @@ void print_rows() {
   print_of<&turn_kernel<C, T>, T, TurnProduct<C, T>>();
 }
 
-template <class C, int planes, int exact>
-void print_planes() {
-  print_of<&spread_kernel<C, SmallTile, planes>, SmallTile, SpreadProduct<C, SmallTile, planes>>();
-  print_of<&spread_kernel<C, NarrowTile, planes>, NarrowTile, SpreadProduct<C, NarrowTile, planes>>();
-  print_of<&dcontext_kernel<C, SmallTile, planes>, SmallTile, ContextProduct<C, SmallTile, planes>>();
-  print_of<&dcontext_kernel<C, LeastTile, planes>, LeastTile, ContextProduct<C, LeastTile, planes>>();
-  print_of<&outer_turn_kernel<C, TurnTile, exact>, TurnTile, OuterTurnProduct<C, TurnTile, exact>>();
-  print_of<&outer_turn_kernel<C, NarrowTurnTile, exact>, NarrowTurnTile, OuterTurnProduct<C, NarrowTurnTile, exact>>();
+// P, C, planes and exact as in schedule.h.
+template <class P, class C, int planes, int exact>
+void print_parameters() {
+  print_of<&make_kernel<P, C>, MakeTile, MakeProduct<P, C>>();
+  print_of<&spread_kernel<P, C, SmallTile, planes>, SmallTile, SpreadProduct<P, C, SmallTile, planes>>();
+  print_of<&spread_kernel<P, C, NarrowTile, planes>, NarrowTile, SpreadProduct<P, C, NarrowTile, planes>>();
+  print_of<&dcontext_kernel<P, C, SmallTile, planes>, SmallTile, ContextProduct<P, C, SmallTile, planes>>();
+  print_of<&dcontext_kernel<P, C, LeastTile, planes>, LeastTile, ContextProduct<P, C, LeastTile, planes>>();
+  print_of<&outer_turn_kernel<P, C, TurnTile, exact>, TurnTile, OuterTurnProduct<P, C, TurnTile, exact>>();
+  print_of<&outer_turn_kernel<P, C, NarrowTurnTile, exact>, NarrowTurnTile,
+           OuterTurnProduct<P, C, NarrowTurnTile, exact>>();
+  print_of<&weight_turn_kernel<P, C>, SmallTile, TransposedProduct<P, C>>();
+  print<&outer_forward_kernel<P, C, FewTile>>(kOuterShared<P, C, FewTile>, FewTile::kThreads);
+  print<&outer_forward_kernel<P, C, MakeTile>>(kOuterShared<P, C, MakeTile>, MakeTile::kThreads);
+  print<&outer_forward_kernel<P, C, SmallTile>>(kOuterShared<P, C, SmallTile>, SmallTile::kThreads);
 }
 
 template <class C, class T>
 void print_gather() {
   print_of<&gather_kernel<C, T>, T, GatherProduct<C, T>>();
-}
-
-template <class C, class T>
-void print_outer() {
-  print_of<&outer_forward_kernel<C, T>, T, OuterProduct<C, T>, WeightProduct<C, T>>();
 }
 
 template <class P, class C>
@@ -60,34 +62,30 @@ void print_spread() {
 
 template <class C>
 void print_dtype() {
-  print_of<&make_kernel<C>, MakeTile, MakeProduct<C>>();
   print_rows<C, SmallTile>();
   print_gather<C, SmallTile>();
-  print_planes<C, 1, 1>();
-  print_outer<C, FewTile>();
-  print_outer<C, MakeTile>();
-  print_outer<C, SmallTile>();
+  print_parameters<C, C, 1, 1>();
   print_spread<C, C>();
   print_of<&dweight_kernel<C>, SmallTile, GradientProduct<C>>();
-  print_of<&weight_turn_kernel<C>, SmallTile, TransposedProduct<C>>();
   print<&sum_partials_kernel<C>>(kSumShared, kSumThreads);
   print<&outer_dcontext_kernel<C>>(kSumShared, kSumThreads);
 }
 
-template <class C, int exact>
+// P and exact: of products with float32 parameters.
+template <class C, class P, int exact>
 void print_half() {
   print_dtype<C>();
   print_rows<C, HighTile>();
   print_rows<C, LargeTile>();
   print_gather<C, WideTile>();
   print_gather<C, LargeTile>();
-  print_planes<C, 2, exact>();
+  print_parameters<P, C, 2, exact>();
   print_spread<float, C>();
 }
 
 int main() {
   print_dtype<float>();
-  print_half<Bfloat, 3>();
-  print_half<Half, 2>();
+  print_half<Bfloat, Bfloat, 3>();
+  print_half<Half, float, 2>();
   print<&number_kernel>(kNumberShared, kGroupThreads);
 }

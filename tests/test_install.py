@@ -167,11 +167,11 @@ def test_broken_compiler(tools, source, tmp_path, text):
 
 
 def test_compile_error_is_told(tools, compiler, source, tmp_path):
-    source.joinpath("csrc", "cpu", "wrong.cpp").write_text("int f() { return undeclared; }\n")
+    source.joinpath("csrc", "cpu", "runtime", "wrong.cpp").write_text("int f() { return undeclared; }\n")
     build_in_place(tools, source)
     available, reason, _, _ = installed(source, tmp_path)
     assert not available
-    assert "compilation failed: csrc/cpu/wrong.cpp:1" in reason
+    assert "compilation failed: csrc/cpu/runtime/wrong.cpp:1" in reason
     assert "undeclared" in reason
 
 
@@ -190,7 +190,7 @@ def add_kernels(source):
         lines = [f"#ifndef {macro}\n#error {macro} is missing\n#endif" for macro in wanted]
         lines += [f"#ifdef {unwanted}\n#error {unwanted} is set\n#endif"] if unwanted else []
         lines.append(f'extern "C" __attribute__((visibility("default"))) int probe{suffix}() {{ return 0; }}')
-        source.joinpath("csrc", "cpu", f"probe{suffix}.cpp").write_text("\n".join(lines) + "\n")
+        source.joinpath("csrc", "cpu", "runtime", f"probe{suffix}.cpp").write_text("\n".join(lines) + "\n")
 
 
 def kernels_in(library):
@@ -279,7 +279,7 @@ def test_sdist_builds_the_same_wheel(tools, compiler, source, tmp_path):
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     csrc = {str(path.relative_to(source)) for path in source.glob("csrc/**/*.*")}
-    assert {"csrc/cpu/isa.h", "csrc/cpu/isa.cpp"} <= csrc
+    assert {"csrc/cpu/runtime/isa.h", "csrc/cpu/runtime/isa.cpp", "csrc/problem.h"} <= csrc
     assert csrc | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= in_sdist
     names = wheel_names(tools, sdist, tmp_path / "sdist")
     assert names == wheel_names(tools, source, tmp_path / "tree")

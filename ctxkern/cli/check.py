@@ -74,5 +74,6 @@ def _compiled() -> Iterator[tuple[str, str]]:
     if not cpu_runtime.available():
         yield "compiled core", f"no: {cpu_runtime.reason()}"
         return
-    yield "compiled core", f"yes: {cpu_runtime.build_info().get('cpu', {}).get('compiler', 'compiler not recorded')}"
+    built = cpu_runtime.build_info().get("cpu", {})
+    yield "compiled core", f"yes: {built.get('compiler', 'compiler not recorded')} {built.get('flags') or ''}"
     yield "instructions", f"{', '.join(cpu_runtime.cpu_isas())}; in use: {cpu_runtime.cpu_isa()}"

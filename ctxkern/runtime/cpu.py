@@ -1,4 +1,4 @@
-"""Loads the compiled core ctxkern._C when it is first asked for, and tells why it is missing."""
+"""Loads the compiled core ctxkern._C when it is first asked for, and says why it is missing."""
 
 import functools
 import importlib
@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from .problem import difference
 
 
 def build_info() -> dict[str, Any]:
@@ -21,7 +23,9 @@ def build_info() -> dict[str, Any]:
 def _attempt() -> tuple[ModuleType | None, str]:
     try:
         importlib.import_module("torch")  # first, so that both share the OpenMP runtime that torch brings
-        return importlib.import_module("ctxkern._C"), ""
+        module = importlib.import_module("ctxkern._C")
+        wrong = difference(module.problem_layout()) if hasattr(module, "problem_layout") else "it is of another version"
+        return (None, f"_C does not fit this package: {wrong}: run pip install . again") if wrong else (module, "")
     except ImportError as error:
         info = build_info()
         if not info:
@@ -32,6 +36,7 @@ def _attempt() -> tuple[ModuleType | None, str]:
         return None, f"built without the compiled core because {info['cpu']['reason']}"
 
 
+@functools.cache
 def load() -> ModuleType:
     """The module _C.
 

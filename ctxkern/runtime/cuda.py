@@ -1,4 +1,4 @@
-"""Loads the CUDA kernels, a library without torch, when they are first asked for, and tells why they are missing."""
+"""Loads the CUDA kernels, a library without torch, when they are first asked for, and says why they are missing."""
 
 import ctypes
 import functools
@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from .cpu import build_info
+from .problem import Problem, difference
 
-# csrc/cuda/modulated.cu
-_ABI = 3
+# csrc/cuda/runtime/library.cu
+_ABI = 4
 
 
 def _path():
@@ -35,10 +36,23 @@ def _attempt():
         return None, f"{path.name} does not load: {error}"
     if found != _ABI:
         return None, f"{path.name} is of another version ({found}, not {_ABI}): run pip install . again"
-    library.ctxkern_cuda_problem_bytes.restype = ctypes.c_int64
+    library.ctxkern_cuda_problem_layout.restype = ctypes.c_char_p
+    wrong = difference(library.ctxkern_cuda_problem_layout().decode())
+    if wrong:
+        return None, f"{path.name} does not fit this package: {wrong}: run pip install . again"
     library.ctxkern_cuda_modulated.restype = library.ctxkern_cuda_unusable.restype = ctypes.c_char_p
-    pointers = ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
-    library.ctxkern_cuda_modulated.argtypes = (*pointers, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
+    problem, size = ctypes.POINTER(Problem), ctypes.POINTER(ctypes.c_int64)
+    # problem, backward, device, workspace, bytes that it must hold, stream
+    library.ctxkern_cuda_modulated.argtypes = (
+        problem,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        size,
+        ctypes.c_void_p,
+    )
+    library.ctxkern_cuda_modulated_tiles.argtypes = problem, ctypes.c_int, ctypes.c_int64 * 5
+    library.ctxkern_cuda_modulated_tiles.restype = None
     return library, ""
 
 

@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ctxkern
-from ctxkern import plan as planner
 from ctxkern.modulated import cpu as cpu_backend
+from ctxkern.modulated.operands import Operands
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
+from ctxkern.testing.force import STRATEGIES, force
 from ctxkern.testing.kinds import BY_ID
+from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check, run
 
 pytestmark = pytest.mark.skipif(not cpu_runtime.available(), reason=cpu_runtime.reason() or "available")
 
 ISAS = cpu_runtime.cpu_isas() or []
-# panel always, outer always: (rows, contexts, fixed) of `planner.cpu_outer_terms`
-STRATEGIES = {"panel": (1.0, 0.0, 0.0), "outer": (0.0, 1.0, -1.0)}
 # more contexts than a group of a small budget holds, more rows than a sum is cut to, more columns than a chunk
 LARGER = [
     Case("many-contexts", 70, 5, 40, 72, 20, bias=True),
@@ -40,11 +40,14 @@ LARGER = [
 ]
 
 
-# sums that are cut, in the strategy that is chosen for them
+# sums that are cut, and the strategy, None for the one that is chosen for them
 LONG = [
-    Case("long-rows", 2, 2048, 24, 40, 8),
-    Case("long-sums", 2, 40, 4096, 40, 4),
-    Case("long-sums-of-dx", 2, 40, 40, 4096, 4),
+    (Case("long-rows", 2, 2048, 24, 40, 8), None),
+    (Case("long-sums", 2, 40, 4096, 40, 4), None),
+    (Case("long-sums-of-dx", 2, 40, 40, 4096, 4), None),
+    (Case("long-sums-of-d-and-k", 16, 1, 512, 64, 64), "outer"),
+    (Case("long-sums-of-e", 8, 1, 32, 4096, 16), "outer"),
+    (Case("long-sums-of-contexts", 1500, 2, 16, 16, 4), "panel"),
 ]
 
 
@@ -62,11 +65,8 @@ def inputs_of(case, *dtypes):
 
 @pytest.fixture
 def isa(request):
-    before = cpu_runtime.load().force_cpu_isa(request.param)
-    cpu_backend._has_pairs.cache_clear()
-    yield request.param
-    cpu_runtime.load().force_cpu_isa(before)
-    cpu_backend._has_pairs.cache_clear()
+    with force(isa=request.param):
+        yield request.param
 
 
 def cpu(**how):
@@ -74,9 +74,9 @@ def cpu(**how):
 
 
 @pytest.fixture(params=STRATEGIES)
-def strategy(request, monkeypatch):
-    monkeypatch.setattr(planner, "cpu_outer_terms", lambda *_: STRATEGIES[request.param])
-    return request.param
+def strategy(request):
+    with force(strategy=request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -87,10 +87,73 @@ def test_the_case_table(isa, strategy, dtypes):
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("case", LONG, ids=lambda c: c.id)
-def test_long_sums(isa, case):
+@pytest.mark.parametrize(("case", "strategy"), LONG, ids=[case.id for case, _ in LONG])
+def test_long_sums(isa, case, strategy):
     for dtypes in DTYPES.values():
-        check(cpu(), make_inputs(case, *dtypes), f"{isa} {case.id}")
+        with force(strategy=strategy):
+            check(cpu(), make_inputs(case, *dtypes), f"{isa} {case.id}")
+
+
+MIXED_CASES = [
+    Case("mixed", 3, 9, 35, 37, 18, bias=True),
+    Case("mixed-shared", 5, 2, 16, 24, 16, rows=4, index=(3, 0, 3, 1, 0), bias=True),
+    Case("mixed-per-token", 2, 5, 12, 9, 6, per_token=True),
+    Case("mixed-no-weight", 2, 6, 20, 33, 8, weight=False),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("mix", MIXES, ids=mix_id)
+def test_every_operand_has_its_own_dtype(isa, strategy, mix):
+    for case in MIXED_CASES:
+        check(direct(cpu_backend), mixed(make_inputs(case), mix), f"{isa} {strategy} {case.id}")
+
+
+def test_a_gradient_reads_nothing_that_it_does_not_need():
+    """Of one operand alone, in a process that dies where it reads others."""
+    assert python(UNREAD_CODE.format(backend="cpu", unread=UNREAD)) == "read nothing else"
+
+
+def test_operands_without_memory_are_refused():
+    inputs = make_inputs(BY_ID["tiny"])
+    operands = Operands(inputs.x, inputs.context, [inputs.weight], [inputs.bilinear], [None])
+    for name, wrong in {
+        "x": operands._replace(x=torch._efficientzerotensor(inputs.x.shape)),
+        "context": operands._replace(context=torch._efficientzerotensor(inputs.context.shape)),
+        "bilinear": operands._replace(bilinears=[torch._efficientzerotensor(inputs.bilinear.shape)]),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} has no memory"):
+            cpu_backend.forward(wrong, 1 << 20)
+
+
+def test_any_workspace_is_taken():
+    inputs = make_inputs(BY_ID["odd"])
+    same_bits(run(cpu(), inputs), run(cpu(workspace_bytes=1 << 90), inputs))
+
+
+_DEFAULT_DEVICE = """
+import functools, torch, ctxkern
+from ctxkern.testing.cases import Case, make_inputs
+from ctxkern.testing.force import force
+from ctxkern.testing.oracle import run
+
+fn = functools.partial(ctxkern.modulated_linear, backend="cpu")
+# a workspace of more than a megabyte, rows to gather, gradients of a strided bilinear
+case = Case("large", 24, 40, 256, 256, 32, rows=9, index=tuple(i % 9 for i in range(24)), bias=True)
+for strategy in ("panel", "outer"):
+    with force(strategy=strategy):
+        inputs = make_inputs(case)
+        before = run(fn, inputs)
+        torch.set_default_device("meta")
+        after = run(fn, inputs)
+        torch.set_default_device(None)
+    for name, value in before.items():
+        assert after[name].device.type == "cpu" and torch.equal(value, after[name]), name
+"""
+
+
+def test_memory_does_not_follow_the_default_device():
+    python(_DEFAULT_DEVICE)
 
 
 @pytest.mark.parametrize("isa", ISAS[-1:], indirect=True)
@@ -189,6 +252,7 @@ import ctxkern
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.testing.kinds import BY_ID
 from ctxkern.testing.cases import make_inputs
+from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check
 check(ctxkern.modulated_linear, make_inputs(BY_ID["prime"]))
 print(cpu_runtime.cpu_isa())
@@ -262,10 +326,7 @@ def drawn_cases(draw):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(
-    drawn_cases(), st.sampled_from(list(DTYPES)), st.sampled_from(list(STRATEGIES)), st.sampled_from((1, 1 << 15, None))
-)
+@given(drawn_cases(), st.sampled_from(list(DTYPES)), st.sampled_from(STRATEGIES), st.sampled_from((1, 1 << 15, None)))
 def test_any_shape_and_stride(case, dtypes, strategy, workspace):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "cpu_outer_terms", lambda *_: STRATEGIES[strategy])
+    with force(strategy=strategy):
         check(cpu(workspace_bytes=workspace), make_inputs(case, *DTYPES[dtypes]), f"{case} {dtypes} {strategy}")

@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import ctxkern
-from ctxkern import plan as planner
 from ctxkern import registry
 from ctxkern.reference import modulated_qkv_ref
 from ctxkern.runtime import cuda as cuda_runtime
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.families import by_projection, qkv_arguments
+from ctxkern.testing.force import STRATEGIES, force
 from ctxkern.testing.measure import peak_extra_bytes
+from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check, check_family, oracle, run
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-FORMS = {"panel": -1, "outer": 1 << 30}
+SOURCES = Path(__file__).parents[2] / "csrc"
+FORMS = STRATEGIES
 # the emulation needs seconds for each of these, and longer in many strips
 LARGE = ("deep", "non-power-of-two", "debug", "prime", "narrow-k")
 
@@ -37,7 +38,8 @@ def compiled(folder, *flags, sources=SOURCES):
         pytest.skip("no C++ compiler or no sources here")
     library, given = Path(folder) / "emulated.so", shlex.split(os.environ.get("CXXFLAGS", ""))
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *given, *flags]
-    command += ["-DCTXKERN_EMULATE", "-x", "c++", str(sources / "modulated.cu"), "-o", str(library)]
+    kernels = sorted(map(str, sources.glob("cuda/*/*.cu")))
+    command += ["-DCTXKERN_EMULATE", "-x", "c++", *kernels, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
@@ -45,7 +47,7 @@ def compiled(folder, *flags, sources=SOURCES):
 
 def forget():
     cuda_runtime._attempt.cache_clear()
-    registry.statuses.clear()
+    registry.forget()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,8 +63,9 @@ def emulated(tmp_path_factory):
 
 
 @pytest.fixture
-def form(request, monkeypatch):
-    monkeypatch.setattr(planner, "GPU_OUTER_ROWS", FORMS[request.param])
+def form(request):
+    with force(strategy=request.param):
+        yield request.param
 
 
 def _table():
@@ -101,7 +104,7 @@ SMALL = [
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(("case", "workspace"), SMALL, ids=[case.id for case, _ in SMALL])
 def test_small_workspace(form, case, workspace, dtypes):
-    if case.id.startswith("large") and planner.GPU_OUTER_ROWS > 0:
+    if case.id.startswith("large") and form == "outer":
         pytest.skip("the outer form has no large tiles")
     fn = functools.partial(cuda_linear, workspace_bytes=workspace)
     check(fn, make_inputs(case, *DTYPES[dtypes]), case.id)
@@ -137,6 +140,72 @@ def test_one_gradient_alone(form, needed):
     positional, keyword = inputs.arguments()
     (got,) = torch.autograd.grad(cuda_linear(*positional, **keyword), leaf, inputs.dy)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("mix", MIXES, ids=mix_id)
+def test_every_operand_has_its_own_dtype(form, mix):
+    module = importlib.import_module("ctxkern.modulated.cuda")
+    check(direct(module), mixed(make_inputs(Case("mixed", 3, 3, 10, 12, 9, bias=True)), mix))
+
+
+def test_products_of_x_and_context_beyond_float16():
+    """x c leaves the range of float16 while every weight and result is small."""
+    inputs = make_inputs(Case("large-x", 8, 1, 32, 24, 16), torch.float16)
+    inputs.x[:, :, 3], inputs.context[:, 5] = 6000.0, 12.0
+    inputs.bilinear, inputs.weight, inputs.dy = inputs.bilinear * 0.02, inputs.weight * 0.02, inputs.dy * 0.02
+    with force(strategy="outer"):
+        check(cuda_linear, inputs)
+
+
+@pytest.mark.parametrize(("x", "context"), [(1e-5, 12.0), (1e-5, 1e-3), (1000.0, 1e-4), (0.0, 1.0)])
+def test_small_and_large_rows_of_float16(x, context):
+    inputs = make_inputs(Case("scaled", 6, 1, 40, 32, 16), torch.float16)
+    inputs.x, inputs.context = inputs.x * x, inputs.context * context
+    with force(strategy="outer"):
+        check(cuda_linear, inputs)
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize("weight", [True, False], ids=["weight", "no-weight"])
+@pytest.mark.parametrize("factor", [1e-2, 1e-4, 1e-6])
+def test_small_parameters_next_to_float16(form, weight, factor):
+    """Their rounded values and residuals are subnormal in float16."""
+    case = Case("small-bilinear", 4, 12, 32, 32, 16, weight=weight)
+    inputs = make_inputs(case, torch.float16, torch.float32)
+    inputs.bilinear = inputs.bilinear * factor
+    check(cuda_linear, inputs)
+
+
+@pytest.mark.parametrize(
+    "case", [Case("d256", 16, 2, 256, 24, 32), Case("d512", 8, 2, 512, 24, 64)], ids=lambda c: c.id
+)
+def test_long_sums_of_d_and_k(case):
+    with force(strategy="outer"):
+        check(cuda_linear, make_inputs(case))
+
+
+def test_a_gradient_reads_nothing_that_it_does_not_need(emulated):
+    """Of one operand alone, in a process that dies where it reads others."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(ctxkern.__file__).parents[1])}
+    code = UNREAD_CODE.format(backend="cuda", unread=UNREAD)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
+    assert done.stdout.strip() == "read nothing else", (done.returncode, done.stderr[-2000:])
+
+
+def test_a_library_of_another_layout_is_refused(tmp_path, monkeypatch):
+    sources = tmp_path / "csrc"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / "problem.h").read_text()
+    fields = "  int64_t d_in, context_dim;\n"
+    assert fields in text
+    (sources / "problem.h").write_text(text.replace(fields, "  int64_t context_dim, d_in;\n"))
+    monkeypatch.setenv("CTXKERN_CUDA_LIBRARY", str(compiled(tmp_path, "-O0", sources=sources)))
+    forget()
+    reason = cuda_runtime.reason()
+    monkeypatch.undo()
+    forget()
+    assert "it was built from other sources (Problem.d_in " in reason
 
 
 def test_what_cannot_run_says_so():
@@ -190,7 +259,7 @@ def test_temporaries_stay_within_the_workspace(form, dtypes):
 
 def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
     x, context, bilinear = torch.randn(2, 3, 4), torch.randn(2, 2), torch.randn(4, 6, 2)
-    monkeypatch.setattr(importlib.import_module("ctxkern.modulated.cuda"), "_CODES", {torch.float32: 7})
+    monkeypatch.setattr(importlib.import_module("ctxkern.modulated.native"), "CODES", {torch.float32: 7})
     with pytest.raises(
         RuntimeError, match=r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*failed: an unknown dtype"
     ):
@@ -221,35 +290,35 @@ def test_explain_tells_form_and_blocks():
 
 
 PLANTED = {
-    "nothing": ("product.h", "constexpr int kStages = 3;", "constexpr int kStages = 3 + 0;"),
+    "nothing": ("cuda/runtime/product.h", "constexpr int kStages = 3;", "constexpr int kStages = 3 + 0;"),
     "no barrier before a stage is read": (
-        "product.h",
+        "cuda/runtime/product.h",
         "wait_copies<kStages - 2>();\n      __syncthreads();",
         "wait_copies<kStages - 2>();",
     ),
-    "copies are not waited for": ("product.h", "wait_copies<kStages - 2>();", "wait_copies<kStages>();"),
+    "copies are not waited for": ("cuda/runtime/product.h", "wait_copies<kStages - 2>();", "wait_copies<kStages>();"),
     "zeros": (
-        "panel.h",
+        "cuda/modulated/panel.h",
         "a + bias[j][0], b + bias[j][1]",
         "0 * a + bias[j][0], b + bias[j][1]",
     ),
     "the neighbour's context": (
-        "panel.h",
+        "cuda/modulated/panel.h",
         "{q.context, q.context_dim, slots, block.u_begin + u0, count - u0, 0}",
         "{q.context, q.context_dim, slots, block.u_begin + u0 + 1, count - u0 - 1, 0}",
     ),
     "half the lanes leave": (
-        "product.h",
+        "cuda/runtime/product.h",
         "      const int low = lane % 8,",
         "      if (lane >= 16) return;\n      const int low = lane % 8,",
     ),
     "a column too many is written": (
-        "panel.h",
+        "cuda/modulated/panel.h",
         "a + bias[j][0], b + bias[j][1], left - column);",
         "a + bias[j][0], b + bias[j][1], left - column + 1);",
     ),
     "a row too many is read": (
-        "operands.h",
+        "cuda/modulated/operands.h",
         "const int valid = row < rows ? columns - column : 0;\n    const int64_t line = row < rows ?",
         "const int valid = row < rows + 9999 ? columns - column : 0;\n    const int64_t line = row < rows + 9999 ?",
     ),
@@ -259,15 +328,14 @@ OUT_OF_BOUNDS = ("a column too many is written",)
 
 _CHECK = """
 import functools, torch, ctxkern
-from ctxkern import plan as planner
 from ctxkern.testing.cases import Case, make_inputs
-from ctxkern.testing.measure import peak_extra_bytes
+from ctxkern.testing.force import force
 from ctxkern.testing.oracle import check
 
-planner.GPU_OUTER_ROWS = -1
-for dtype in (torch.bfloat16, torch.float32):
-    inputs = make_inputs(Case("planted", 2, 70, 40, 72, 24, bias=True), dtype)
-    check(functools.partial(ctxkern.modulated_linear, backend="cuda"), inputs)
+with force(strategy="panel"):
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = make_inputs(Case("planted", 2, 70, 40, 72, 24, bias=True), dtype)
+        check(functools.partial(ctxkern.modulated_linear, backend="cuda"), inputs)
 """
 
 
@@ -277,7 +345,7 @@ QUICK = ("nothing", "no barrier before a stage is read", "a column too many is w
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANTED])
 def test_planted_faults_are_caught(name, tmp_path):
     file, old, new = PLANTED[name]
-    sources = tmp_path / "cuda"
+    sources = tmp_path / "csrc"
     shutil.copytree(SOURCES, sources)
     text = (sources / file).read_text()
     assert old in text

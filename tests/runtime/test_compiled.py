@@ -1,9 +1,10 @@
-"""ctxkern.runtime.cpu: what it tells when there is no core, and what the core tells of the machine."""
+"""ctxkern.runtime.cpu: what it says when there is no core, and what the core says of the machine."""
 
 import importlib.machinery
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,13 +38,14 @@ def output(code, path, **env):
 
 @pytest.fixture
 def stub(tmp_path):
-    """A package with nothing but cpu_runtime.py, and a torch with nothing in it."""
+    """A package with nothing but what loads the core, and a torch with nothing in it."""
     package = tmp_path / "ctxkern"
     package.joinpath("runtime").mkdir(parents=True)
     package.joinpath("__init__.py").touch()
     package.joinpath("runtime", "__init__.py").touch()
     tmp_path.joinpath("torch.py").touch()
-    shutil.copy(PACKAGE / "runtime" / "cpu.py", package / "runtime")
+    for name in ("cpu.py", "problem.py"):
+        shutil.copy(PACKAGE / "runtime" / name, package / "runtime")
     return package
 
 
@@ -89,17 +91,37 @@ def test_reason_when_the_library_does_not_load(stub):
     assert library in reason
 
 
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("", "it is of another version"),
+        ("from ctxkern.runtime import problem\n"
+         "def problem_layout(): return problem.layout().replace('Problem.d_in', 'Problem.context_dim')\n",
+         "it was built from other sources (Problem.context_dim"),
+    ],
+    ids=["without a layout", "another order"],
+)  # fmt: skip
+def test_a_core_of_other_sources_is_refused(stub, module, reason):
+    stub.joinpath("_build.json").write_text(json.dumps(BUILT))
+    stub.joinpath("_C.py").write_text(module)
+    assert reason in stub_reason(stub)
+
+
 def test_torch_is_imported_before_the_core_and_neither_at_import(stub):
-    stub.joinpath("_C.py").write_text("import sys\ntorch_first = 'torch' in sys.modules\n")
+    stub.joinpath("_C.py").write_text(
+        "import sys\ntorch_first = 'torch' in sys.modules\n"
+        "from ctxkern.runtime.problem import layout as problem_layout\n"
+    )
     code = """
 import sys
 from ctxkern.runtime import cpu as cpu_runtime
 loaded = {name for name in sys.modules if name.startswith(("ctxkern", "torch"))}
-assert loaded == {"ctxkern", "ctxkern.runtime", "ctxkern.runtime.cpu"}, loaded
+assert loaded == {"ctxkern", "ctxkern.runtime", "ctxkern.runtime.cpu", "ctxkern.runtime.problem"}, loaded
 assert cpu_runtime.load().torch_first
 assert cpu_runtime.available() and cpu_runtime.reason() == ""
 loaded = {name for name in sys.modules if name.startswith("ctxkern")}
-assert loaded == {"ctxkern", "ctxkern.runtime", "ctxkern.runtime.cpu", "ctxkern._C"}, loaded
+names = ("ctxkern", "ctxkern.runtime", "ctxkern.runtime.cpu", "ctxkern.runtime.problem", "ctxkern._C")
+assert loaded == set(names), loaded
 """
     output(code, stub.parent)
 
@@ -125,6 +147,8 @@ def test_build_info_and_cpu_name():
     info = cpu_runtime.build_info()
     assert info["cpu"]["built"]
     assert info["cpu"]["compiler_version"]
+    # what the environment asks for does not undo this
+    assert shlex.split(info["cpu"]["flags"])[-4:] == ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
     assert info["cuda"]["built"] or info["cuda"]["reason"]
     assert cpu_runtime.cpu_name().strip()
 

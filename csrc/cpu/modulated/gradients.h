@@ -1,0 +1,272 @@
+// What the backward takes from G_u[d, :], the gradient of one row of every context's weight:
+//
+//   dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]    dweight[d, e] = Σ_u G_u[d, e]    dcontext[u, k] += Σ_e bilinear[d, e, k] G_u[d, e]
+#pragma once
+
+#include "operands.h"
+
+namespace ctxkern {
+namespace {
+
+// Columns of E at a time: a piece of a row of `bilinear` stays in cache between the products that read it.
+constexpr int64_t kChunk = 128;
+// Ranges of D whose sums for dcontext are kept apart, at most: that many threads can share a backward.
+constexpr int64_t kRanges = 64;
+// Steps of a sum in float32 before it is added to what is in memory: over rows of a context, and over D or E.
+constexpr int64_t kLongest = 256, kDeepest = 512;
+// Likewise of contexts.
+constexpr int64_t kFewContexts = 32;
+
+// to [rows, lanes] in float32, rows `step` apart, (+)= a product whose sum is cut to `longest` steps in float32.
+template <class W>
+inline void product_in_pieces(int64_t rows, int64_t lanes, int64_t steps, int64_t longest, Left a, Right b, float* to,
+                              int64_t step, bool add = false) {
+  Out out{reinterpret_cast<char*>(to), step * 4, add ? Store::f32_add : Store::f32, lanes};
+  if (W::PER == 2) longest = steps;
+  for (int64_t s = 0; s == 0 || s < steps; s += longest) {
+    const int64_t piece = steps - s < longest ? steps - s : longest;
+    product_wide<W>(rows, lanes, piece, {a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step}, out);
+    out.store = Store::f32_add;
+  }
+}
+
+// Rows d to d + rows and columns e to e + columns of a projection's weight, of contexts begin to end.
+struct Block {
+  int64_t d, rows, e, columns, begin, end;
+};
+
+inline bool needs_products(const Call& q) {
+  bool needed = q.dcontext != nullptr;
+  for (int i = 0; i < q.projections; ++i)
+    needed = needed || q.projection[i].dweight.data || q.projection[i].dbilinear.data;
+  return needed;
+}
+
+inline int64_t range_bytes(const Call& q) {
+  return q.dcontext ? q.rows->contexts * round_up(q.context_dim, VL) * 4 : 0;
+}
+
+// As many as a quarter of the budget holds; a few in any case, for threads to share and for sums that stay short.
+inline int64_t ranges_for(const Call& q, int64_t units) {
+  constexpr int64_t kFew = 4;
+  const int64_t each = range_bytes(q);
+  int64_t ranges = each > 0 ? q.workspace_bytes / 4 / each : kRanges;
+  ranges = ranges < kFew ? kFew : ranges > kRanges ? kRanges : ranges;
+  return ranges < units ? ranges : units > 1 ? units : 1;
+}
+
+inline int64_t threads_for(const Call& q, int64_t bytes_each, int64_t ranges) {
+  int64_t threads = q.threads < ranges ? q.threads : ranges;
+  if (bytes_each > 0 && threads > q.workspace_bytes / bytes_each) threads = q.workspace_bytes / bytes_each;
+  return threads > 1 ? threads : 1;
+}
+
+// Sums for dcontext, one a range, [ranges, U, K padded], added in their order at the end.
+class DContext {
+ public:
+  void place(const Call& q, int64_t ranges, Arena& arena) {
+    lanes_ = round_up(q.context_dim, VL);
+    size_ = q.rows->contexts * lanes_;
+    ranges_ = ranges;
+    sums_ = q.dcontext ? arena.take(ranges * size_) : nullptr;
+  }
+
+  void clear() const {
+    if (sums_) std::memset(sums_, 0, static_cast<size_t>(ranges_ * size_) * 4);
+  }
+
+  // [U, K padded], null where not asked for
+  float* at(int64_t range) const { return sums_ ? sums_ + range * size_ : nullptr; }
+
+  void write(const Call& q) const {
+    if (!sums_) return;
+    const int64_t size = size_of(q.context.dtype), row = q.context_dim * size;
+    if (q.rows->contexts < q.batch.table) std::memset(q.dcontext, 0, static_cast<size_t>(q.batch.table * row));
+    for (int64_t u = 0; u < q.rows->contexts; ++u) {
+      char* const to = q.dcontext + q.rows->slot[u] * row;
+      for (int64_t k = 0; k < q.context_dim; k += VL) {
+        V total = load<V>(at(0) + u * lanes_ + k);
+        for (int64_t range = 1; range < ranges_; ++range) total += load<V>(at(range) + u * lanes_ + k);
+        with_dtype(q.context.dtype,
+                   [&](auto type) { store_as_first<decltype(type)::value>(to + k * size, total, q.context_dim - k); });
+      }
+    }
+  }
+
+ private:
+  float* sums_ = nullptr;
+  int64_t lanes_ = 0, size_ = 0, ranges_ = 0;
+};
+
+// G_u[d, e...] of contexts begin to begin + count, in the dtype of words, `context` bytes apart.
+struct Products {
+  const char* data;
+  int64_t context, begin, count;
+};
+
+// Sums over groups of contexts, [columns] and [columns, K padded]; null where one group is all.
+struct Sums {
+  float *dweight = nullptr, *dbilinear = nullptr;
+  bool started = false, last = true;
+};
+
+struct RowScratch {
+  float *rows, *pairs, *out;
+};
+
+template <class W>
+class RowGradients {
+ public:
+  // columns: at most so many at a time; group: contexts, likewise
+  RowGradients(const Call& q, const Contexts<W>& contexts, int64_t columns, int64_t group)
+      : q_(q), contexts_(contexts), columns_(round_up(columns, 2 * VL)), group_(group) {}
+
+  void place(Arena& arena, RowScratch& at) const {
+    at.rows = arena.take(words<W>(columns_) * contexts_.lanes);
+    at.pairs = W::PER == 2 ? arena.take(words<W>(group_) * columns_) : nullptr;
+    at.out = arena.take(columns_ * (contexts_.lanes + 1));
+  }
+
+  void add(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext,
+           const Sums& sums, const RowScratch& at) const {
+    if (dcontext) add_dcontext(p, d, e, columns, g, dcontext, at);
+    if (p.dweight.data) add_dweight(p, d, e, columns, g, sums, at);
+    if (p.dbilinear.data) add_dbilinear(p, d, e, columns, g, sums, at);
+  }
+
+ private:
+  void add_dcontext(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext,
+                    const RowScratch& at) const {
+    const int64_t size = size_of(p.bilinear.dtype);
+    const char* const from = p.bilinear.data + (d * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
+    Right right{reinterpret_cast<const float*>(from), p.bilinear.strides[1]};
+    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.strides[2] != 1 || q_.context_dim % VL != 0) {
+      with_source<W>(p.bilinear.dtype, [&](auto type) {
+        pack_rows<W, decltype(type)::value>(at.rows, contexts_.lanes, from, p.bilinear.strides[1] * size,
+                                            p.bilinear.strides[2] * size, columns, q_.context_dim);
+      });
+      right = {at.rows, contexts_.lanes};
+    }
+    Out out{reinterpret_cast<char*>(dcontext + g.begin * contexts_.lanes), contexts_.lanes * 4, Store::f32_add,
+            contexts_.lanes};
+    product_wide<W>(g.count, contexts_.lanes, words<W>(columns), {g.data, g.context, 4}, right, out);
+  }
+
+  void add_dweight(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Sums& sums,
+                   const RowScratch& at) const {
+    const int64_t size = W::PER == 2 ? 2 : 4, out_size = size_of(p.dweight.dtype);
+    float* const kept = sums.dweight ? sums.dweight : at.out;
+    for (int64_t j = 0; j < columns; j += VL) {
+      V total = sums.started ? load_f32_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), columns - j) : V{};
+      // a few contexts first: rounding grows with the length of a sum
+      for (int64_t u = 0; u < g.count;) {
+        V part{};
+        for (const int64_t end = g.count - u < kFewContexts ? g.count : u + kFewContexts; u < end; ++u) {
+          part += load_f32_first<W::dtype>(g.data + u * g.context + j * size, columns - j);
+        }
+        total += part;
+      }
+      store_as_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), total, columns - j);
+    }
+    if (sums.last) {
+      write_vector(p.dweight.dtype, p.dweight.data + (d * p.dweight.strides[0] + e * p.dweight.strides[1]) * out_size,
+                   p.dweight.strides[1], kept, columns);
+    }
+  }
+
+  void add_dbilinear(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Sums& sums,
+                     const RowScratch& at) const {
+    Left left{g.data, 4, g.context};
+    if (W::PER == 2) {
+      pack_rows<W, W::dtype>(at.pairs, columns_, g.data, g.context, 2, g.count, columns);
+      left = {reinterpret_cast<const char*>(at.pairs), 4, columns_ * 4};
+    }
+    const int64_t steps = words<W>(g.count), size = size_of(p.dbilinear.dtype);
+    char* const to = p.dbilinear.data + (d * p.dbilinear.strides[0] + e * p.dbilinear.strides[1]) * size;
+    const bool whole = W::PER == 2 || steps <= kLongest;
+    if (whole && !sums.dbilinear && p.dbilinear.strides[2] == 1) {
+      Out out{to, p.dbilinear.strides[1] * size, store_of(p.dbilinear.dtype), q_.context_dim};
+      const bool large = VL > 4 && q_.d_in * p.d_out * q_.context_dim * size >= kCached;
+      if (large && streamable(out)) out = streamed(out);
+      // else rows without gaps go through the cache, whole lines at a time, to memory
+      const bool copied = large && out.store == store_of(p.dbilinear.dtype) && p.dbilinear.strides[1] == q_.context_dim;
+      if (copied) out.data = reinterpret_cast<char*>(at.out) + reinterpret_cast<uintptr_t>(to) % 64;
+      product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out);
+      if (copied) stream_copy(to, out.data, columns * out.row);
+      return;
+    }
+    float* const kept = sums.dbilinear ? sums.dbilinear : at.out;
+    product_in_pieces<W>(columns, contexts_.lanes, steps, kLongest, left, contexts_.right(g.begin), kept,
+                         contexts_.lanes, sums.started);
+    for (int64_t j = 0; sums.last && j < columns; ++j) {
+      write_vector(p.dbilinear.dtype, to + j * p.dbilinear.strides[1] * size, p.dbilinear.strides[2],
+                   kept + j * contexts_.lanes, q_.context_dim);
+    }
+  }
+
+  const Call& q_;
+  const Contexts<W>& contexts_;
+  int64_t columns_, group_;
+};
+
+// x and dy as the backward's products read them.
+template <class W>
+struct SharedRows {
+  static constexpr int64_t NR = 2 * VL;
+
+  SharedRows(const Call& q, bool products)
+      : need_products(products), need_dx(q.dx != nullptr), count(q.projections), x_words(q, q.x.data, q.d_in) {
+    // in place all or none, so that one numbering of rows serves them
+    bool whole = true;
+    for (int i = 0; i < count; ++i) whole = whole && q.projection[i].d_out % (W::PER * W::STEP) == 0;
+    for (int i = 0; i < count; ++i) {
+      const Projection& p = q.projection[i];
+      dy[i] = LeftRows<W>(q, p.rows, p.d_out, whole);
+      dy_words[i] = RowWords<W>(q, p.rows, p.d_out);
+    }
+  }
+
+  void place(Arena& arena) {
+    if (need_products) x_words.place(arena);
+    for (int i = 0; i < count; ++i) {
+      if (need_dx) dy[i].place(arena);
+      if (need_products) dy_words[i].place(arena);
+    }
+  }
+
+  void pack(int64_t u) const {
+    if (need_products) x_words.pack(u);
+    for (int i = 0; i < count; ++i) {
+      if (need_dx) dy[i].pack(u);
+      if (need_products) dy_words[i].pack(u);
+    }
+  }
+
+  // G_u of a block
+  void products(int i, int64_t u, const Block& b, const Out& out) const {
+    const Left left{reinterpret_cast<const char*>(x_words.panel(u, b.d / NR * NR) + b.d % NR), 4, NR * 4};
+    const int64_t size = out.store == Store::f32 ? 4 : 2;
+    for (int64_t c = 0; c < b.columns; c += NR) {
+      Out part = out;
+      part.data += c * size;
+      part.lanes = b.columns - c < NR ? b.columns - c : NR;
+      const float* const right = dy_words[i].panel(u, b.e + c);
+      // in float32 a long sum is cut, as its rounding grows with its length; a half is rounded far more in the end
+      const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
+      for (int64_t s = 0; s == 0 || s < steps; s += longest) {
+        const int64_t piece = steps - s < longest ? steps - s : longest;
+        product_wide<W>(b.rows, part.lanes, piece, {left.data + s * left.step, left.row, left.step},
+                        {right + s * NR, NR}, part);
+        part.store = Store::f32_add;
+      }
+    }
+  }
+
+  bool need_products, need_dx;
+  int count;
+  LeftRows<W> dy[kMaxProjections];
+  RowWords<W> x_words, dy_words[kMaxProjections];
+};
+
+}  // namespace
+}  // namespace ctxkern

@@ -1,0 +1,210 @@
+// The operands that all strips of a call share, each laid out once: x, dy and the contexts.
+#pragma once
+
+#include "../runtime/pack.h"
+#include "../runtime/parallel.h"
+#include "call.h"
+
+namespace ctxkern {
+namespace {
+
+// Rows of x (or y) of one context that lie together in a left operand.
+struct Piece {
+  int64_t left, count;  // row of the operand
+  int64_t out;          // row of the output, where `map` is null
+  const int64_t* map;
+};
+
+// Rows a run below which gathering rows beats products of few rows each (bench/LOG.md).
+constexpr int64_t kShortRun = 32;
+
+// [N, columns] as a left operand: in place where it can be read so, packed in grouped order where not.
+template <class W>
+class LeftRows {
+ public:
+  LeftRows() = default;
+
+  LeftRows(const Call& q, const char* data, int64_t columns, bool in_place)
+      : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {
+    const bool long_runs = rows_->count >= kShortRun * rows_->run_count();
+    packed_ = q.x.dtype != W::dtype || columns % (W::PER * W::STEP) != 0 || (rows_->order && !long_runs) || !in_place;
+  }
+
+  void place(Arena& arena) { buffer_ = packed_ ? arena.take(rows_->count * step_words() + 2 * VL) : nullptr; }
+
+  // Rows of context u; in any order of contexts.
+  void pack(int64_t u) const {
+    if (!packed_) return;
+    const int64_t begin = rows_->first[u], count = rows_->first[u + 1] - begin, row = columns_ * size_of(dtype_);
+    const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
+    with_source<W>(dtype_, [&](auto type) {
+      pack_left<W, decltype(type)::value>(buffer_ + begin * step_words(), source_ + (map ? 0 : begin * row), row, count,
+                                          columns_, map);
+    });
+  }
+
+  Left at(int64_t row) const {
+    const char* const base = packed_ ? reinterpret_cast<const char*>(buffer_) : source_;
+    return {base + row * row_bytes(), row_bytes(), 4};
+  }
+
+  template <class F>
+  void pieces(int64_t u, F&& f) const {
+    const Rows& rows = *rows_;
+    const int64_t begin = rows.first[u];
+    if (!rows.order) return f(Piece{begin, rows.first[u + 1] - begin, begin, nullptr});
+    if (packed_) return f(Piece{begin, rows.first[u + 1] - begin, 0, rows.order + begin});
+    for (int64_t i = rows.run_first[u]; i < rows.run_first[u + 1]; ++i) {
+      f(Piece{rows.runs[i].row, rows.runs[i].count, rows.runs[i].row, nullptr});
+    }
+  }
+
+  bool packed() const { return packed_; }
+  int64_t row_bytes() const { return packed_ ? step_words() * 4 : columns_ * size_of(dtype_); }
+
+ private:
+  int64_t step_words() const { return words<W>(columns_); }
+
+  const Rows* rows_ = nullptr;
+  const char* source_ = nullptr;
+  int64_t columns_ = 0;
+  Dtype dtype_ = Dtype::f32;
+  bool packed_ = false;
+  float* buffer_ = nullptr;
+};
+
+// Columns c to c + columns of rows that were summed in float32, [rows of a left operand, step], in the dtype of x.
+inline void write_rows(const Call& q, const Piece& piece, const float* sums, int64_t step, char* to, int64_t width,
+                       int64_t c, int64_t columns) {
+  const int64_t size = size_of(q.x.dtype);
+  with_dtype(q.x.dtype, [&](auto type) {
+    for (int64_t r = 0; r < piece.count; ++r) {
+      const float* const from = sums + (piece.left + r) * step;
+      char* const row = to + ((piece.map ? piece.map[r] : piece.out + r) * width + c) * size;
+      for (int64_t j = 0; j < columns; j += VL)
+        store_as_first<decltype(type)::value>(row + j * size, load<V>(from + j), columns - j);
+    }
+  });
+}
+
+// [N, columns] as words along the rows of each context, in panels [words of its rows, NR lanes] of columns: an operand,
+// left or right, of a product over rows. Read in place, rows a power of two apart would push each other out of cache.
+template <class W>
+class RowWords {
+ public:
+  static constexpr int64_t NR = 2 * VL;
+
+  RowWords() = default;
+
+  RowWords(const Call& q, const char* data, int64_t columns)
+      : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {}
+
+  void place(Arena& arena) { buffer_ = arena.take(first(rows_->contexts) * round_up(columns_, NR)); }
+
+  void pack(int64_t u) const {
+    const int64_t begin = rows_->first[u], size = size_of(dtype_), row = columns_ * size;
+    const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
+    with_source<W>(dtype_, [&](auto type) {
+      for (int64_t c = 0; c < columns_; c += NR) {
+        const char* const from = source_ + (map ? 0 : begin * row) + c * size;
+        const int64_t lanes = columns_ - c < NR ? columns_ - c : NR;
+        pack_rows<W, decltype(type)::value>(panel(u, c), NR, from, row, size, rows_->first[u + 1] - begin, lanes, map);
+      }
+    });
+  }
+
+  int64_t steps(int64_t u) const { return words<W>(rows_->first[u + 1] - rows_->first[u]); }
+
+  // The panel from column c on, a multiple of NR.
+  float* panel(int64_t u, int64_t c) const { return buffer_ + first(u) * round_up(columns_, NR) + c * steps(u); }
+
+ private:
+  // Room for the last word of every context to be half full.
+  int64_t first(int64_t u) const { return rows_->first[u] / W::PER + u * W::STEP; }
+
+  const Rows* rows_ = nullptr;
+  const char* source_ = nullptr;
+  int64_t columns_ = 0;
+  Dtype dtype_ = Dtype::f32;
+  float* buffer_ = nullptr;
+};
+
+// The contexts in use: words along K, [U, words of K], a left operand; for a backward words along U, [words of U, K padded].
+template <class W>
+struct Contexts {
+  Contexts(const Call& q, bool along_contexts)
+      : along_k_words(words<W>(q.context_dim)), lanes(round_up(q.context_dim, VL)), both(along_contexts) {}
+
+  void place(const Call& q, Arena& arena) {
+    const int64_t count = q.rows->contexts;
+    along_k = arena.take(count * along_k_words);
+    along_u = both ? arena.take(round_up(words<W>(count), 16) * lanes) : nullptr;
+  }
+
+  void pack(const Call& q) const {
+    const int64_t size = size_of(q.context.dtype), row = q.context_dim * size, count = q.rows->contexts;
+    with_source<W>(q.context.dtype, [&](auto type) {
+      constexpr Dtype D = decltype(type)::value;
+      const int64_t* const slots = q.rows->slot;
+      pack_left<W, D>(along_k, q.context.data, row, count, q.context_dim, slots);
+      if (both) pack_rows<W, D>(along_u, lanes, q.context.data, row, size, count, q.context_dim, slots);
+    });
+  }
+
+  Left left(int64_t u) const {
+    const int64_t row = along_k_words * 4;
+    return {reinterpret_cast<const char*>(along_k) + u * row, row, 4};
+  }
+
+  // u a multiple of the elements a word holds (and of a sum's padding)
+  Right right(int64_t u) const { return {along_u + u / W::PER * lanes, lanes}; }
+
+  int64_t along_k_words, lanes;
+  bool both;
+  float* along_k = nullptr;
+  float* along_u = nullptr;
+};
+
+// What `weight_panel` would read, where it lies dense.
+inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t e) {
+  Ahead next;
+  if (d >= q.d_in || e >= p.d_out || p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return next;
+  const int64_t size = size_of(p.bilinear.dtype), columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
+  next.bytes = columns * q.context_dim * size;
+  for (int64_t i = 0; i < 2; ++i) {
+    next.from[i] =
+        p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
+  }
+  return next;
+}
+
+// A panel of `bilinear` for the product that makes weights: rows d and d + 1, columns e to e + 2·VL, as
+// [words of K, 4·VL lanes], and `bias`: those of weight. Lanes that are not there are zeros.
+template <class W>
+inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t e, float* panel, float* bias) {
+  const int64_t steps = words<W>(q.context_dim);
+  const int64_t columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
+  for (int64_t i = 0; i < 2; ++i) {
+    const bool there = d + i < q.d_in;
+    with_source<W>(p.bilinear.dtype, [&](auto type) {
+      constexpr Dtype D = decltype(type)::value;
+      const int64_t size = size_of(D);
+      const char* const from = p.bilinear.data + ((d + i) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
+      if (there) {
+        pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size,
+                         columns, q.context_dim);
+      } else {
+        for (int64_t s = 0; s < steps; ++s)
+          store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});
+      }
+    });
+    const int64_t size = size_of(p.weight.dtype);
+    const bool weighted = there && p.weight.data;
+    pack_vector(bias + i * 2 * VL, p.weight.dtype,
+                p.weight.data + (weighted ? ((d + i) * p.weight.strides[0] + e * p.weight.strides[1]) * size : 0),
+                weighted ? p.weight.strides[1] : 1, weighted ? columns : 0, 2 * VL);
+  }
+}
+
+}  // namespace
+}  // namespace ctxkern

@@ -1,0 +1,39 @@
+#include "module.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "isa.h"
+
+namespace {
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < ctxkern::kIsaCount; ++i) {
+    const auto isa = static_cast<ctxkern::Isa>(i);
+    if (ctxkern::isa_available(isa)) names.push_back(ctxkern::isa_name(isa));
+  }
+  return names;
+}
+
+std::string force_cpu_isa(const std::string& name) {
+  const std::string before = ctxkern::isa_name(ctxkern::chosen_isa());
+  ctxkern::force_isa(name.c_str());
+  return before;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of ctxkern.";
+  m.def("cpu_isas", &cpu_isas, "The instruction sets that this build has code for and this machine runs, best last.");
+  m.def(
+      "cpu_isa", [] { return ctxkern::isa_name(ctxkern::chosen_isa()); },
+      "The instruction set in use: the best, or the one named by CTXKERN_CPU_ISA.");
+  m.def("force_cpu_isa", &force_cpu_isa,
+        "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
+  m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
+  ctxkern::bind_modulated(m);
+}

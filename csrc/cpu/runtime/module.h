@@ -1,0 +1,10 @@
+// The Python module: each family binds its functions to it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace ctxkern {
+
+void bind_modulated(pybind11::module_& m);
+
+}  // namespace ctxkern

@@ -1,0 +1,271 @@
+// Small matrix products over 32-bit words: out[m, lanes] = Σ_s A[m, s] B[s, lanes], accumulated in float32 registers.
+//
+// A word is one float32 or a pair of bfloat16 that lie next to each other along the sum. A is read word by word and
+// broadcast, at any strides; B is rows of words, one a step, at least as many as the panel has lanes.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "vec.h"
+
+namespace ctxkern {
+namespace {
+
+// The matrix unit's words, of amx.h, with products of their own.
+struct Amx;
+
+// Words of one float32.
+struct F32 {
+  static constexpr int PER = 1;       // elements a word
+  static constexpr int64_t STEP = 1;  // words a sum is padded to
+  static constexpr Dtype dtype = Dtype::f32;
+
+  static void enter() {}
+  static void leave() {}
+  static V multiply_add(V acc, V a, V b) { return acc + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Words of two bfloat16.
+struct Bf16 {
+  static constexpr int PER = 2;
+  static constexpr int64_t STEP = 1;
+  static constexpr Dtype dtype = Dtype::bf16;
+
+  static void enter() {}
+  static void leave() {}
+  static V multiply_add(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Words that n elements along a sum take.
+template <class W>
+constexpr int64_t words(int64_t n) {
+  return round_up((n + W::PER - 1) / W::PER, W::STEP);
+}
+
+struct Left {
+  const char* data;
+  int64_t row, step;  // bytes
+};
+
+struct Right {
+  const float* data;
+  int64_t step;  // words
+};
+
+// f32_add: to panels of one or two vectors. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
+// first half and of the second. The streams write past the cache: whole vectors, aligned, of one or two.
+enum class Store { f32, f32_add, bf16, f16, pairs, f32_stream, bf16_stream };
+
+constexpr Store store_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? Store::f32 : dtype == Dtype::bf16 ? Store::bf16 : Store::f16;
+}
+
+struct Out {
+  char* data;
+  int64_t row;  // bytes
+  Store store;
+  int64_t lanes;                 // of one or two vectors: those that are written; of four: all
+  int64_t half = 0;              // bytes from the first two vectors to the other two
+  const float* bias = nullptr;   // [lanes, padded to vectors], added
+  const int64_t* map = nullptr;  // row of the output of each row
+
+  char* at(int64_t i) const { return data + (map ? map[i] : i) * row; }
+};
+
+constexpr int64_t size_of(Store store) {
+  return store == Store::f32 || store == Store::f32_add || store == Store::f32_stream ? 4 : 2;
+}
+
+// Bytes of an output from which it is written past the cache.
+constexpr int64_t kCached = 4 << 20;
+
+inline bool streamable(const Out& out) {
+  const int64_t vector = VL * size_of(out.store);
+  return (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(out.row)) % vector == 0 && out.lanes % VL == 0;
+}
+
+inline Out streamed(Out out) {
+  if (out.store == Store::f32) out.store = Store::f32_stream;
+  if (out.store == Store::bf16) out.store = Store::bf16_stream;
+  return out;
+}
+
+// Rows of sums to rows `row` and on of the output. Of fewer lanes than there are, the last vector is cut short.
+template <int MR, int NV, class F>
+CTXKERN_INLINE void each_row(V (&acc)[MR][NV], const Out& out, int64_t row, F&& write) {
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) write(out.at(row + i), acc[i]);
+}
+
+template <Dtype D, int MR, int NV>
+CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
+  constexpr int64_t vector = VL * size_of(D);
+  const int64_t last = NV == 4 ? VL : out.lanes - (NV - 1) * VL;
+  if (last >= VL) {
+    each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j)
+        store_as<D>(c + (NV == 4 && j >= 2 ? out.half + (j - 2) * vector : j * vector), v[j]);
+    });
+  } else {
+    each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV - 1; ++j) store_as<D>(c + j * vector, v[j]);
+      store_as_first<D>(c + (NV - 1) * vector, v[NV - 1], last);
+    });
+  }
+}
+
+template <int MR, int NV>
+CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
+  switch (out.store) {
+    case Store::f32_add:
+      each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) v[j] += load_f32_first<Dtype::f32>(c + j * VL * 4, out.lanes - j * VL);
+      });
+      return put_as<Dtype::f32>(acc, out, row);
+    case Store::f32: return put_as<Dtype::f32>(acc, out, row);
+    case Store::bf16: return put_as<Dtype::bf16>(acc, out, row);
+    case Store::f16: return put_as<Dtype::f16>(acc, out, row);
+    case Store::f32_stream:
+      return each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) stream_as<Dtype::f32>(c + j * VL * 4, v[j]);
+      });
+    case Store::bf16_stream:
+      return each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) stream_as<Dtype::bf16>(c + j * VL * 2, v[j]);
+      });
+    case Store::pairs:
+      if constexpr (NV == 4) {
+        each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+          for (int j = 0; j < 2; ++j) store(c + j * VL * 4, pair(v[j], v[j + 2]));
+        });
+      }
+  }
+}
+
+// Rows of a tile by vectors a row: what the registers hold in addition to a row of B and one broadcast.
+constexpr int kRegisters = VL == 16 ? 28 : 12;
+template <int NV>
+constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
+
+// Memory to bring near while products run, two lines a step: more at once would fill the buffers of outstanding misses.
+struct Ahead {
+  const char* from[2] = {nullptr, nullptr};
+  int64_t bytes = 0;  // of each
+  int64_t at = 0;
+
+  CTXKERN_INLINE void fetch() {
+    if (at >= bytes) return;
+    __builtin_prefetch(from[0] + at, 0, 2);
+    __builtin_prefetch(from[1] + at, 0, 2);
+    at += 64;
+  }
+};
+
+template <class W, int MR, int NV>
+[[gnu::noinline]] void tile(int64_t steps, Left a, Right b, const Out& out, int64_t row, Ahead* ahead) {
+  Ahead next;
+  if (ahead) next = *ahead;
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
+  }
+  // every third row: x86 addresses the two after it as base + stride and base + 2·stride
+  constexpr int BASES = (MR + 2) / 3;
+  const char* base[BASES];
+  for (int g = 0; g < BASES; ++g) base[g] = a.data + 3 * g * a.row;
+  const float* right = b.data;
+  for (int64_t s = 0; s < steps;) {
+    // a cache line of every row of the tile below this one, while a line of this one is used up
+    if (NV < 4 && a.step == 4) {
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a.row);
+    }
+    for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
+      if (NV == 4) next.fetch();
+      V w[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const V left = splat(load<float>(base[i / 3] + (i % 3) * a.row));
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < BASES; ++g) base[g] += a.step;
+      right += b.step;
+    }
+  }
+  if (ahead) ahead->at = next.at;
+  if (out.bias) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const V add = load<V>(out.bias + j * VL);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) acc[i][j] += add;
+    }
+  }
+  put(acc, out, row);
+}
+
+using TileFn = void (*)(int64_t, Left, Right, const Out&, int64_t, Ahead*);
+
+template <class W, int NV, class Rows>
+struct TileTable;
+template <class W, int NV, int... I>
+struct TileTable<W, NV, std::integer_sequence<int, I...>> {
+  static constexpr TileFn of[] = {&tile<W, I + 1, NV>...};
+};
+
+// One panel of NV vectors, rows cut into tiles of nearly equal height.
+template <class W, int NV>
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, Left a, Right b, const Out& out,
+                                                         Ahead* ahead = nullptr) {
+  const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
+  for (int64_t t = 0, row = 0; t < tiles; ++t) {
+    const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
+    TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1](
+        steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
+    row += height;
+  }
+}
+
+// The output of the panel from lane j on.
+inline Out panel_of(const Out& out, int64_t j, int64_t columns) {
+  Out part = out;
+  part.data += j * size_of(out.store);
+  part.lanes = columns - j;
+  if (part.bias) part.bias += j;
+  return part;
+}
+
+// All panels of `columns` lanes; B must be readable up to a multiple of VL lanes. bias, if any, is padded alike.
+template <class W>
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a,
+                                                              Right b, const Out& out) {
+  for (int64_t j = 0; j < columns; j += 2 * VL) {
+    const Out part = panel_of(out, j, columns);
+    const Right panel{b.data + j, b.step};
+    if (columns - j > VL) {
+      product<W, 2>(rows, steps, a, panel, part);
+    } else {
+      product<W, 1>(rows, steps, a, panel, part);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ctxkern
