@@ -46,12 +46,20 @@ def shape(op, name, t, expected, takes):
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}; it must be {takes} = {list(expected)}")
 
 
-def bias(op, name, t, x, d_out):
-    """`t` is None or a bias [E]."""
-    if t is not None:
-        tensor(op, name, t, (1,), "[E]")
-        parameter(op, name, t, x)
-        shape(op, name, t, (d_out,), "[E]")
+def fits(op, name, t, x, expected, takes):
+    """`t` is a parameter of x with the shape `expected`, `takes` in words."""
+    if (
+        isinstance(t, torch.Tensor)
+        and t.shape == expected
+        and t.dtype is x.dtype
+        and t.device == x.device
+        and t.layout is torch.strided
+        and not t.is_nested
+    ):
+        return
+    tensor(op, name, t, (len(expected),), takes)
+    parameter(op, name, t, x)
+    shape(op, name, t, expected, takes)
 
 
 def sequences(op, x, table, table_name, index, index_name, cu_seqlens):

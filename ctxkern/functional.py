@@ -73,7 +73,7 @@ def modulated_linear(
     _contexts(op, x, context, context_index, cu_seqlens)
     _projection(op, x, context, weight, bilinear, bias)
     workspace_bytes = checks.workspace(op, workspace_bytes)
-    backend = _backend(backend, x, context, context_index, cu_seqlens)
+    backend = _backend(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return modulated(operands, workspace_bytes, backend)[0]
 
@@ -120,7 +120,7 @@ def modulated_qkv(
         names = f"weights[{i}]", f"bilinears[{i}]", f"biases[{i}]"
         _projection(op, x, context, weights[i], bilinears[i], biases[i], names)
     workspace_bytes = checks.workspace(op, workspace_bytes)
-    backend = _backend(backend, x, context, context_index, cu_seqlens)
+    backend = _backend(backend, x)
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
     q, k, v = modulated(operands, workspace_bytes, backend)
     return q, k, v
@@ -164,10 +164,11 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     checks.parameter(op, "weight", weight, input1)
     d_in, context_dim = input1.shape[-1], input2.shape[-1]
     checks.shape(op, "weight", weight, (weight.shape[0], d_in, context_dim), "[E, D, K]")
-    checks.bias(op, "bias", bias, input1, weight.shape[0])
+    if bias is not None:
+        checks.fits(op, "bias", bias, input1, (weight.shape[0],), "[E]")
     tokens = input1.shape[:-1].numel()
     x, context = input1.reshape(1, tokens, d_in), input2.reshape(1, tokens, context_dim)
-    backend = _backend(None, x, context, None, None)
+    backend = _backend(None, x)
     operands = Operands(x, context, (None,), (weight.permute(1, 0, 2),), (bias,))
     (y,) = modulated(operands, DEFAULT_WORKSPACE, backend)
     return y.view(*input1.shape[:-1], weight.shape[0])
@@ -226,10 +227,11 @@ def lora_linear(
         d_out = weight.shape[0]
     checks.shape(op, "A", A, (*A.shape[:2], x.shape[-1]), "[b, r, D]")
     checks.shape(op, "B", B, (A.shape[0], d_out, A.shape[1]), "[b, E, r]")
-    checks.bias(op, "bias", bias, x, d_out)
+    if bias is not None:
+        checks.fits(op, "bias", bias, x, (d_out,), "[E]")
     checks.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
     scale = checks.number(op, "scale", scale)
-    backend = _backend(backend, x, A, adapter_index, cu_seqlens, "adapter_index", "lora")
+    backend = _backend(backend, x, "lora")
     operands = LoraOperands(x, weight, A, B, bias, adapter_index, cu_seqlens)
     return lora(operands, scale, DEFAULT_WORKSPACE, backend)
 
@@ -282,9 +284,11 @@ def factored_modulated_linear(
     rank, d_out = out_factor.shape
     checks.shape(op, "in_factor", in_factor, (x.shape[-1], rank), "[D, R]")
     checks.shape(op, "context_factor", context_factor, (context.shape[-1], rank), "[K, R]")
-    _weight(op, "weight", weight, x, d_out)
-    checks.bias(op, "bias", bias, x, d_out)
-    _values(x, context, context_index, cu_seqlens, "context_index")
+    if weight is not None:
+        checks.fits(op, "weight", weight, x, (x.shape[-1], d_out), "[D, E]")
+    if bias is not None:
+        checks.fits(op, "bias", bias, x, (d_out,), "[E]")
+    ops.check_values(x, context, context_index, cu_seqlens)
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     # picked in float32, in which the gradients of one context's tokens then add up
     gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
@@ -329,7 +333,7 @@ def explain(
     _contexts(op, x, context, context_index, cu_seqlens)
     _projection(op, x, context, weight, bilinear, bias)
     workspace_bytes = checks.workspace(op, workspace_bytes)
-    backend = _backend(backend, x, context, context_index, cu_seqlens)
+    backend = _backend(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return implementation("modulated", backend, x).plan(with_memory(operands), workspace_bytes, backward)
 
@@ -357,37 +361,14 @@ def _contexts(op, x, context, context_index, cu_seqlens):
 
 def _projection(op, x, context, weight, bilinear, bias, names=("weight", "bilinear", "bias")):
     checks.tensor(op, names[1], bilinear, (3,), "[D, E, K]")
-    checks.parameter(op, names[1], bilinear, x)
     d_in, d_out = x.shape[-1], bilinear.shape[1]
-    checks.shape(op, names[1], bilinear, (d_in, d_out, context.shape[-1]), "[D, E, K]")
-    _weight(op, names[0], weight, x, d_out)
-    checks.bias(op, names[2], bias, x, d_out)
-
-
-def _weight(op, name, weight, x, d_out):
+    checks.fits(op, names[1], bilinear, x, (d_in, d_out, context.shape[-1]), "[D, E, K]")
     if weight is not None:
-        checks.tensor(op, name, weight, (2,), "[D, E]")
-        checks.parameter(op, name, weight, x)
-        checks.shape(op, name, weight, (x.shape[-1], d_out), "[D, E]")
+        checks.fits(op, names[0], weight, x, (d_in, d_out), "[D, E]")
+    if bias is not None:
+        checks.fits(op, names[2], bias, x, (d_out,), "[E]")
 
 
-def _backend(name, x, table, index, cu_seqlens, what="context_index", family="modulated"):
-    """The backend that runs; a compiler leaves that to the call. The reference, which has no operator of its own, gets
-    its values checked here."""
-    if torch.compiler.is_compiling():
-        return name
-    name = resolve(name, x.device, x.dtype, family)
-    if name == "reference" or ops.takes_reference():
-        _values(x, table, index, cu_seqlens, what)
-    return name
-
-
-def _values(x, table, index, cu_seqlens, what):
-    """The values of indices, on the CPU and outside of a compiler; elsewhere torch's own indexing checks them."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return
-    index, cu_seqlens = ops.readable(index), ops.readable(cu_seqlens)
-    if index is not None:
-        checks.check_index(index, table.shape[0], what)
-    if cu_seqlens is not None:
-        checks.check_bounds(cu_seqlens, x.shape[0])
+def _backend(name, x, family="modulated"):
+    """The backend that runs; a compiler leaves that to the call."""
+    return name if torch.compiler.is_compiling() else resolve(name, x.device, x.dtype, family)

@@ -189,8 +189,9 @@ def forget():
 
 def implementation(family, name, x):
     """The module with the kernels of a family that run for activations like x; `name` as in `resolve`."""
-    key = family, resolve(name, x.device, x.dtype, family)
+    key = family, name or forced.backend, x.device, x.dtype
     module = _modules.get(key)
     if module is None:
-        module = _modules[key] = importlib.import_module(f"{__package__}.{family}.{key[1]}")
+        found = resolve(name, x.device, x.dtype, family)
+        module = _modules[key] = importlib.import_module(f"{__package__}.{family}.{found}")
     return module

@@ -2,7 +2,21 @@
 
 import torch
 
-from ctxkern.ops import Family, Options, call, contiguous, differentiable, flop_formula, like, needed, operator
+from ctxkern.ops import (
+    Family,
+    Options,
+    call,
+    check_values,
+    contiguous,
+    differentiable,
+    direct,
+    flop_formula,
+    isolated,
+    like,
+    needed,
+    operator,
+    spread,
+)
 from ctxkern.reference import lora_linear_ref
 from ctxkern.registry import implementation
 
@@ -21,7 +35,11 @@ def _lora_fake(x, weight, A, B, *_):
 def lora_forward(x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend):
     """y of a linear layer with an adapter per sequence."""
     operands = Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    return implementation("lora", backend, x).forward(operands, scale, workspace_bytes)
+    return isolated(_run, operands, scale, workspace_bytes, backend)
+
+
+def _run(operands, scale, workspace_bytes, backend):
+    return implementation("lora", backend, operands.x).forward(operands, scale, workspace_bytes)
 
 
 def _lora_backward_fake(dout, x, weight, A, B, bias, _index, _cu, _scale, _workspace, _backend, needs):
@@ -37,10 +55,12 @@ def _lora_backward_fake(dout, x, weight, A, B, bias, _index, _cu, _scale, _works
 def lora_backward(dout, x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend, needs):
     """The gradients that `needs` asks for, of (x, weight, A, B, bias) in this order."""
     operands = Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    wanted = Gradients.of(needs)
-    grads = implementation("lora", backend, x).backward(dout, operands, scale, workspace_bytes, wanted)
-    dbias = grads.bias if grads.bias is None else grads.bias.to(bias.dtype)
-    return needed(grads._replace(bias=dbias).flat(), needs)
+    return needed(isolated(_run_backward, operands, dout, scale, workspace_bytes, backend, needs), needs)
+
+
+def _run_backward(operands, dout, scale, workspace_bytes, backend, needs):
+    module = implementation("lora", backend, operands.x)
+    return module.backward(dout, operands, scale, workspace_bytes, Gradients.of(needs))
 
 
 def _lora_flops(x, weight, A, B):
@@ -59,17 +79,23 @@ def _lora_backward_flops(dout, x, weight, A, B, *_, out_shape=None, **__):
 
 
 def _forward(operands, flat, options):
-    run = lora_forward.over(flat)
-    return (run(*operands, options.scale, options.workspace_bytes, options.backend),)
+    workspace_bytes, backend, scale = options
+    if direct(flat):
+        return (isolated(_run, operands, scale, workspace_bytes, backend),)
+    return (lora_forward(*operands, scale, workspace_bytes, backend),)
 
 
 def _backward(douts, flat, options, needs):
-    run = lora_backward.over((*flat, *douts))
-    return run(douts[0], *flat, options.scale, options.workspace_bytes, options.backend, needs)
+    workspace_bytes, backend, scale = options
+    operands = Operands.of(flat)
+    if direct(flat) and direct(douts):
+        return isolated(_run_backward, operands, douts[0], scale, workspace_bytes, backend, needs)
+    return spread(lora_backward(douts[0], *operands, scale, workspace_bytes, backend, list(needs)), needs)
 
 
 def _reference(operands, options):
     x, weight, A, B, bias, adapter_index, cu_seqlens = operands
+    check_values(x, A, adapter_index, cu_seqlens, "adapter_index")
     spans = {"adapter_index": adapter_index, "cu_seqlens": cu_seqlens}
     return (lora_linear_ref(x, weight, A, B, options.scale, bias, **spans),)
 

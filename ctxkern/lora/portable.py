@@ -5,6 +5,7 @@ Backward, with h_u = x_u A_u^T and g_u = scale dy_u B_u: dx = dy weight + g A, d
 
 import torch
 
+from ctxkern.dtypes import accumulator
 from ctxkern.lora.operands import Gradients
 from ctxkern.plan import compute_dtype
 from ctxkern.runtime.rows import group_rows
@@ -57,7 +58,7 @@ def forward(operands, scale, workspace_bytes):
 
 def backward(dout, operands, scale, workspace_bytes, needs):
     """The `Gradients` that `needs` asks for."""
-    x, weight, A, B, _, adapter_index, cu_seqlens = operands
+    x, weight, A, B, bias, adapter_index, cu_seqlens = operands
     rows = group_rows(x, len(A), adapter_index, cu_seqlens, "adapter_index")
     compute = compute_dtype(x.device.type, x.dtype)
     grouped, dy = rows.gather(x).to(compute), rows.gather(dout).to(compute)
@@ -83,7 +84,7 @@ def backward(dout, operands, scale, workspace_bytes, needs):
             _add_rows(dB, table, torch.bmm(dy_u.mT, torch.bmm(x_u, a.mT)).mul_(scale))
     if need_x:
         dx = rows.scatter(dx.to(x.dtype), x)
-    dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if need_bias else None
+    dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype) if need_bias else None
     dA, dB = (total if total is None else total.to(t.dtype) for total, t in ((dA, A), (dB, B)))
     return Gradients(dx, dweight, dA, dB, dbias)
 

@@ -3,15 +3,21 @@
 import torch
 
 from ctxkern.dtypes import CODES
-from ctxkern.modulated.operands import Gradients, Operands, contiguous
+from ctxkern.modulated.operands import Gradients, Operands, bias_gradients, contiguous
 from ctxkern.runtime.problem import Problem
 
 _MOST_BYTES = 1 << 60
 
 
+def _has_gaps(t):
+    return t is not None and not t.is_contiguous()
+
+
 def without_gaps(operands):
     """The same with what kernels read row by row made contiguous; weights and bilinears stay as they lie."""
     x, context, weights, bilinears, biases, index, bounds = operands
+    if index is bounds is None and x.is_contiguous() and context.is_contiguous() and not any(map(_has_gaps, biases)):
+        return operands
     biases = [contiguous(bias) for bias in biases]
     return Operands(
         contiguous(x), contiguous(context), weights, bilinears, biases, contiguous(index), contiguous(bounds)
@@ -26,7 +32,7 @@ def new_gradients(douts, operands, needs):
         like(operands.context) if needs.context else None,
         [like(w) if need else None for w, need in zip(operands.weights, needs.weights, strict=True)],
         [like(t) if need else None for t, need in zip(operands.bilinears, needs.bilinears, strict=True)],
-        [d.sum(tuple(range(d.dim() - 1))) if need else None for d, need in zip(douts, needs.biases, strict=True)],
+        bias_gradients(douts, operands, needs),
     )
 
 

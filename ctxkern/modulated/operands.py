@@ -34,9 +34,9 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, flat):
         """From what `flat` gives."""
-        x, context, *each, context_index, cu_seqlens = flat
-        n = len(each) // 3
-        return cls(x, context, each[:n], each[n : 2 * n], each[2 * n :], context_index, cu_seqlens)
+        n = (len(flat) - 4) // 3
+        w, t, b = 2 + n, 2 + 2 * n, 2 + 3 * n
+        return cls(flat[0], flat[1], flat[2:w], flat[w:t], flat[t:b], flat[-2], flat[-1])
 
     @property
     def per_token(self):
@@ -49,7 +49,7 @@ class Operands(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """One entry per operand that has a gradient. As `needs`: whether it is asked for. Absent ones are None."""
+    """One entry per operand that has a gradient: None where it is not asked for. As `needs`: whether it is."""
 
     x: Any
     context: Any
@@ -60,9 +60,9 @@ class Gradients(NamedTuple):
     @classmethod
     def of(cls, flat):
         """From (x, context, *weights, *bilinears, *biases)."""
-        x, context, *each = flat
-        n = len(each) // 3
-        return cls(x, context, each[:n], each[n : 2 * n], each[2 * n :])
+        n = (len(flat) - 2) // 3
+        w, t = 2 + n, 2 + 2 * n
+        return cls(flat[0], flat[1], flat[2:w], flat[w:t], flat[t:])
 
     def flat(self):
         return self.x, self.context, *self.weights, *self.bilinears, *self.biases
@@ -102,10 +102,18 @@ def fill_with_biases(outs, biases):
         out.copy_(out.new_zeros(()) if bias is None else bias)
 
 
+def bias_gradients(douts, operands, needs):
+    """[dbias] in the dtype of each bias; None where it is not asked for."""
+    leading = (0, 1) if operands.x.dim() == 3 else (0,)
+    return [
+        dout.sum(leading).to(bias.dtype) if need else None
+        for dout, bias, need in zip(douts, operands.biases, needs.biases, strict=True)
+    ]
+
+
 def new_gradients(douts, operands, needs):
     """The `Gradients` that `needs` asks for: context zeros, biases done, the others not yet written."""
     x, context = operands.x, operands.context
-    leading = tuple(range(x.dim() - 1))
 
     def like(tensors, wanted):
         return [torch.empty_like(t) if need else None for t, need in zip(tensors, wanted, strict=True)]
@@ -115,5 +123,5 @@ def new_gradients(douts, operands, needs):
         context.new_zeros(context.shape) if needs.context else None,
         like(operands.weights, needs.weights),
         like(operands.bilinears, needs.bilinears),
-        [dout.sum(leading) if need else None for dout, need in zip(douts, needs.biases, strict=True)],
+        bias_gradients(douts, operands, needs),
     )

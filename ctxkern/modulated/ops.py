@@ -7,13 +7,17 @@ from ctxkern.ops import (
     Family,
     Options,
     call,
+    check_values,
     contiguous,
     differentiable,
+    direct,
     flop_formula,
     is_plain,
+    isolated,
     like,
     needed,
     operator,
+    spread,
 )
 from ctxkern.reference import modulated_linear_ref
 from ctxkern.registry import implementation
@@ -33,7 +37,11 @@ def _modulated_fake(x, context, weights, bilinears, *_):
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend):
     """y of each projection."""
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
-    return implementation("modulated", backend, x).forward(operands, workspace_bytes)
+    return isolated(_run, operands, workspace_bytes, backend)
+
+
+def _run(operands, workspace_bytes, backend):
+    return implementation("modulated", backend, operands.x).forward(operands, workspace_bytes)
 
 
 def _modulated_backward_fake(douts, x, context, weights, bilinears, biases, _index, _cu, _workspace, _backend, needs):
@@ -53,10 +61,12 @@ def modulated_backward(
 ):
     """The gradients that `needs` asks for, of (x, context, *weights, *bilinears, *biases) in this order."""
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
-    wanted = Gradients.of(needs)
-    grads = implementation("modulated", backend, x).backward(douts, operands, workspace_bytes, wanted)
-    dbiases = [g if g is None else g.to(b.dtype) for g, b in zip(grads.biases, biases, strict=True)]
-    return needed(grads._replace(biases=dbiases).flat(), needs)
+    return needed(isolated(_run_backward, operands, douts, workspace_bytes, backend, needs), needs)
+
+
+def _run_backward(operands, douts, workspace_bytes, backend, needs):
+    module = implementation("modulated", backend, operands.x)
+    return module.backward(douts, operands, workspace_bytes, Gradients.of(needs)).flat()
 
 
 def _modulated_flops(x, context, bilinears, index):
@@ -79,17 +89,22 @@ def _modulated_backward_flops(douts, x, context, weights, bilinears, biases, ind
 
 
 def _forward(operands, flat, options):
-    run = modulated_forward.over(flat)
-    return tuple(run(*operands, options.workspace_bytes, options.backend))
+    if direct(flat):
+        return tuple(isolated(_run, operands, options.workspace_bytes, options.backend))
+    return tuple(modulated_forward(*operands, options.workspace_bytes, options.backend))
 
 
 def _backward(douts, flat, options, needs):
-    run = modulated_backward.over((*flat, *douts))
-    return run(list(douts), *Operands.of(flat), options.workspace_bytes, options.backend, needs)
+    operands = Operands.of(flat)
+    if direct(flat) and direct(douts):
+        return isolated(_run_backward, operands, douts, options.workspace_bytes, options.backend, needs)
+    grads = modulated_backward(list(douts), *operands, options.workspace_bytes, options.backend, list(needs))
+    return spread(grads, needs)
 
 
 def _reference(operands, _options):
     x, context, weights, bilinears, biases, context_index, cu_seqlens = operands
+    check_values(x, context, context_index, cu_seqlens)
     return tuple(
         modulated_linear_ref(x, context, w, t, b, context_index=context_index, cu_seqlens=cu_seqlens)
         for w, t, b in zip(weights, bilinears, biases, strict=True)

@@ -136,15 +136,17 @@ def _plan(x, context, weight, bilinear, rows, grouped, compute, workspace_bytes,
 
 def backward(douts, operands, workspace_bytes, needs):
     """The `Gradients` that `needs` asks for."""
-    x, context, weights, bilinears, _, context_index, cu_seqlens = operands
+    x, context, weights, bilinears, biases, context_index, cu_seqlens = operands
     if context_index is None and cu_seqlens is None and context.dim() == 2:
         # nothing to group
         if whole.fits(x, context, weights, bilinears, *x.shape[:2], workspace_bytes):
-            return Gradients(*whole.backward(douts, x, context, weights, bilinears, needs))
+            return Gradients(*whole.backward(douts, x, context, weights, bilinears, biases, needs))
     rows = _group(x, context, bilinears, context_index, cu_seqlens)
     if _even(rows, context) and whole.fits(x, context, weights, bilinears, *rows.even, workspace_bytes):
         douts = [rows.batch(dout) for dout in douts]
-        dx, dcontext, *rest = whole.backward(douts, rows.batch(x), rows.pick(context), weights, bilinears, needs)
+        dx, dcontext, *rest = whole.backward(
+            douts, rows.batch(x), rows.pick(context), weights, bilinears, biases, needs
+        )
         dx = None if dx is None else rows.scatter(dx, x)
         dcontext = None if dcontext is None else _cast(rows.unpick(dcontext, len(context)), context.dtype)
         return Gradients(dx, dcontext, *rest)
@@ -156,7 +158,7 @@ def backward(douts, operands, workspace_bytes, needs):
     dweights, dbilinears, dbiases = [None] * n, [None] * n, [None] * n
     for i, (dout, weight, bilinear) in enumerate(zip(douts, weights, bilinears, strict=True)):
         if need_b[i]:
-            dbiases[i] = dout.flatten(0, -2).sum(0, dtype=accumulator(dout.dtype))
+            dbiases[i] = dout.flatten(0, -2).sum(0, dtype=accumulator(dout.dtype)).to(biases[i].dtype)
         dy = _cast(rows.gather(dout), compute)
         if _empty(x, bilinear):
             grads = Partial(dx, need_x, False, need_w[i], need_t[i])

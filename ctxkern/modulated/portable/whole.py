@@ -89,7 +89,7 @@ def forward(x, context, weights, bilinears, biases):
     return outs
 
 
-def backward(douts, x, context, weights, bilinears, needs):
+def backward(douts, x, context, weights, bilinears, biases, needs):
     """(dx [U, R, D], dcontext [U, K], dweights, dbilinears, dbiases), None where `needs` does not ask for it."""
     n = len(bilinears)
     need_x, need_context, need_w, need_t, need_b = needs
@@ -97,7 +97,7 @@ def backward(douts, x, context, weights, bilinears, needs):
     dweights, dbilinears, dbiases = [None] * n, [None] * n, [None] * n
     for i, (dout, weight, bilinear) in enumerate(zip(douts, weights, bilinears, strict=True)):
         if need_b[i]:
-            dbiases[i] = dout.sum((0, 1))
+            dbiases[i] = dout.sum((0, 1)).to(biases[i].dtype)
         buffer = None
         if need_x:
             buffer = _narrow(_weights(context, weight, bilinear), x.dtype)
