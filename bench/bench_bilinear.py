@@ -1,5 +1,5 @@
-"""ctxkern.bilinear beside torch's, whose backward loops over the outputs: it runs once, within a limit, in a process of
-its own."""
+"""ctxkern.bilinear against torch's, whose backward loops over the outputs: it runs once, within a limit, in a separate
+process."""
 
 import functools
 import subprocess

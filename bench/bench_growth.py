@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ctxkern.dtypes import name_of
 from ctxkern.experiments.core.plots import BLUE, FAINT, MUTED, ORANGE, save_figure
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.measure import interleaved, provenance
@@ -38,7 +39,7 @@ def _rows(dtype, seconds):
             for peer, timing in interleaved(run, seconds, min_rounds=3).items():
                 yield {
                     **provenance(),
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": name_of(dtype),
                     "grows": name,
                     "size": _size(name, case),
                     "peer": peer,

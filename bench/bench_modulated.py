@@ -1,18 +1,14 @@
-"""modulated_linear beside its peers over the case table. A wrong result fails before anything is timed."""
+"""modulated_linear against its peers over the case table. A wrong result fails before anything is timed."""
 
 import pytest
-import torch
 
+from ctxkern.testing import cases
 from ctxkern.testing.cases import BENCH_CASES, make_inputs
 from ctxkern.testing.peers import calls
 from ctxkern.testing.report import measure_case
 
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32-params": (torch.bfloat16, torch.float32),
-}
-# rows a context from which it must be no slower than the einsum
+DTYPES = {name: cases.DTYPES[name] for name in ("f32", "bf16", "bf16-f32-params")}
+# rows per context from which it must be no slower than the einsum
 ENOUGH_ROWS = 32
 
 

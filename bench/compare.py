@@ -12,19 +12,17 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {"f32": ("float32", None), "bf16": ("bfloat16", None), "bf16-f32-params": ("bfloat16", "float32")}
+DTYPES = ("f32", "bf16", "bf16-f32-params")
 WORKER = """
 import json, sys, time
-import torch
-from ctxkern.testing.cases import BENCH_CASES, make_inputs
+from ctxkern.testing.cases import BENCH_CASES, DTYPES, make_inputs
 from ctxkern.testing.peers import calls
 
 cases, ready = {case.id: case for case in BENCH_CASES}, None
 for line in sys.stdin:
     asked = json.loads(line)
     if "case" in asked:
-        dtype, param_dtype = (name and getattr(torch, name) for name in asked["dtypes"])
-        inputs = make_inputs(cases[asked["case"]], dtype, param_dtype)
+        inputs = make_inputs(cases[asked["case"]], *DTYPES[asked["dtypes"]])
         ready = calls(inputs, asked["backward"])["ctxkern"]
         for _ in range(3):
             ready()
@@ -87,9 +85,9 @@ def main(argv=None):
     for case in BENCH_CASES:
         if args.cases is not None and case.id not in args.cases:
             continue
-        for name, dtypes in DTYPES.items():
+        for name in DTYPES:
             for backward in (False, True):
-                mine, theirs = compared(trees, case.id, dtypes, backward, args.seconds)
+                mine, theirs = compared(trees, case.id, name, backward, args.seconds)
                 kind = f"{name}, {'forward + backward' if backward else 'forward'}"
                 ratios.setdefault(kind, {})[case.id] = theirs / mine
                 print(

@@ -13,7 +13,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("ctxkern")
     group.addoption("--device", default="cpu", help="where to measure (default: cpu)")
     group.addoption("--seconds", type=float, default=2.0, help="time for all peers of a case together (default: 2)")
-    group.addoption("--compiled", action="store_true", help="torch.compile of the peers too (a minute a case)")
+    group.addoption("--compiled", action="store_true", help="torch.compile of the peers too (a minute per case)")
     group.addoption("--csv", default=None, help="append rows here (default: bench/results/<device>.csv)")
 
 
@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:
         return
-    terminalreporter.section("ctxkern beside its peers (interleaved; price: over one plain shared linear layer)")
+    terminalreporter.section("ctxkern against its peers (price: our time divided by that of one shared linear layer)")
     terminalreporter.write_line(report.table(rows))
     terminalreporter.write_line("\n" + "\n".join(report.means(rows)))
     device = config.getoption("--device")

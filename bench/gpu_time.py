@@ -9,18 +9,14 @@ from pathlib import Path
 import torch
 
 import ctxkern
-from ctxkern.testing import report
+from ctxkern.testing import cases, report
 from ctxkern.testing.cases import BENCH_CASES, Case, make_inputs
 from ctxkern.testing.measure import captured, ceilings, interleaved, peak_extra_bytes
 from ctxkern.testing.oracle import check
 from ctxkern.testing.peers import calls, three_projections
 
 # of x and of the parameters
-DTYPES = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16-f32-params": (torch.bfloat16, torch.float32),
-    "f32": (torch.float32, torch.float32),
-}
+DTYPES = {name: cases.DTYPES[name] for name in ("bf16", "bf16-f32-params", "f32")}
 # the cases that the bars are set for, then the table of all benchmarks
 TIMED = [
     Case("price", 16, 2048, 2048, 2048, 32),

@@ -82,7 +82,7 @@ def candidates(t, fixed_rows, smaller):
     if fixed_rows:
         sizes[0] = [t.rows]
     made = [type(t)(*each) for each in itertools.product(*sizes, (4, 8), (2, 3, 4))]
-    # sums a thread: enough to be worth a tile, few enough for registers
+    # sums per thread: enough to be worth a tile, few enough for registers
     made = [c for c in made if c != t and 4 <= c.rows * c.columns / (32 * c.warps) <= 128]
     if smaller:
         made = sorted(

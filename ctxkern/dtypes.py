@@ -10,19 +10,21 @@ import torch
 
 class Row(NamedTuple):
     dtype: torch.dtype
+    short: str
     code: int | None  # enum Dtype of csrc/problem.h; None: no compiled or Triton kernel takes it
 
 
 TABLE = (
-    Row(torch.float32, 0),
-    Row(torch.bfloat16, 1),
-    Row(torch.float16, 2),
-    Row(torch.float64, None),
+    Row(torch.float32, "f32", 0),
+    Row(torch.bfloat16, "bf16", 1),
+    Row(torch.float16, "f16", 2),
+    Row(torch.float64, "f64", None),
 )
 
 FLOATS = tuple(row.dtype for row in TABLE)
 CODES = {row.dtype: row.code for row in TABLE if row.code is not None}
 KERNEL_FLOATS = tuple(CODES)
+SHORT = {row.dtype: row.short for row in TABLE}
 HALVES = tuple(dtype for dtype in FLOATS if dtype.itemsize == 2)
 
 

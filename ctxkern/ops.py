@@ -105,7 +105,7 @@ def flop_formula(name):
 
 def _tell_flop_counters():
     """FLOP formulas are registered when a mode sees a call: torch.utils.flop_counter imports Triton, `import ctxkern`
-    does not. Counters take a copy of the registry when they are made, so those that are active are told too."""
+    does not. Counters take a copy of the registry when they are made, so active ones are given them too."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return

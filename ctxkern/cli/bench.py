@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import Any
 
+from ctxkern.dtypes import NAMES, by_name
+
 
 def add_parser(subparsers: Any) -> None:
     """Register `bench`."""
@@ -22,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--context-dim", type=size, default=32, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--contexts", type=size, default=None, metavar="U", help="distinct contexts (default: B)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    parser.add_argument("--dtype", default="float32", choices=NAMES)
     parser.add_argument(
         "--param-dtype",
         default=None,
@@ -66,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if args.contexts is not None:
         index = tuple(b % args.contexts for b in range(args.batch))
         case = dataclasses.replace(case, rows=args.contexts, index=index)
-    dtype = report.parse_dtype(args.dtype)
-    inputs = make_inputs(case, dtype, args.param_dtype and report.parse_dtype(args.param_dtype), args.device)
+    dtype = by_name(args.dtype)
+    inputs = make_inputs(case, dtype, args.param_dtype and by_name(args.param_dtype), args.device)
     peaks = ceilings(dtype, args.device)
     print(
         f"{device_name(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; in this run a large"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctxkern.checks import autocast_enabled
+from ctxkern.dtypes import name_of
 
 from .cache import KVCache
 
@@ -56,7 +57,7 @@ def attend(
 def check_dtype(x: torch.Tensor, linear: nn.Module | None, name: str) -> None:
     """Raises TypeError, naming x, where a plain nn.Linear could not take it for its dtype."""
     if type(linear) is nn.Linear and linear.weight.dtype is not x.dtype and not autocast_enabled(x):
-        got, takes = (str(t.dtype).removeprefix("torch.") for t in (x, linear.weight))
+        got, takes = (name_of(t.dtype) for t in (x, linear.weight))
         raise TypeError(f"attention: x is {got}; it must be {takes} like {name}.weight, unless autocast is on")
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from ctxkern.dtypes import HALVES, KERNEL_FLOATS, SHORT
+
 
 @dataclass(frozen=True)
 class Case:
@@ -41,12 +43,8 @@ class Case:
 
 
 # dtypes of the activations and of the parameters
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "f16": (torch.float16, torch.float16),
-    "bf16-f32-params": (torch.bfloat16, torch.float32),
-    "f16-f32-params": (torch.float16, torch.float32),
+DTYPES = {SHORT[dtype]: (dtype, dtype) for dtype in KERNEL_FLOATS} | {
+    f"{SHORT[half]}-f32-params": (half, torch.float32) for half in HALVES
 }
 
 _SHARED = (3, 0, 3, 1, 3, 0, 1, 3)

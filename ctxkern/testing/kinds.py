@@ -1,11 +1,11 @@
 """A small case of each kind of call, for what need not go over the whole table."""
 
-import torch
+from ctxkern.dtypes import FLOATS
 
 from .cases import CASES, Case
 
 BY_ID = {case.id: case for case in CASES}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DTYPES = list(FLOATS)
 SHARED = Case("shared", 5, 4, 6, 8, 3, rows=4, index=(3, 0, 3, 1, 0), bias=True)
 PADDED = Case("padded", 3, 5, 6, 8, 4, bias=True)
 RAGGED = Case("ragged", 4, 0, 6, 8, 3, lengths=(3, 0, 5, 2), bias=True)

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from ctxkern.dtypes import name_of
 from ctxkern.modulated.operands import Gradients, Operands
 
 WORKSPACE = 32 << 20
@@ -18,7 +19,7 @@ MIXES = [(x, *each) for x, others in _OTHERS.items() for each in itertools.produ
 
 
 def mix_id(mix):
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in mix)
+    return "-".join(map(name_of, mix))
 
 
 def mixed(inputs, mix):
@@ -66,6 +67,7 @@ UNREAD = {
 # a process that dies where a gradient reads what it does not need; module: name of the backend
 UNREAD_CODE = """
 import ctypes, importlib, mmap, torch
+from ctxkern.dtypes import name_of
 from ctxkern.modulated.operands import Gradients, Operands
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.force import force

@@ -6,11 +6,12 @@ the rounding band of the dtype: in the root mean square over the tensor, and at 
 
 import torch
 
+from ctxkern.dtypes import FLOATS
 from ctxkern.reference import modulated_linear_ref
 
 # units in the last place of the tensor's root mean square (or largest) value that rounding alone may cost: in a float32
-# sum that cancels, the order of its terms; beside float64 the oracle is itself rounded
-BAND = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 4.0, torch.float64: 64.0}
+# sum that cancels, the order of its terms; next to float64 the oracle is itself rounded
+BAND = {dtype: {2: 2.0, 4: 4.0, 8: 64.0}[dtype.itemsize] for dtype in FLOATS}
 
 
 def run(fn, inputs):

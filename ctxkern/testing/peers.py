@@ -54,7 +54,7 @@ def linear(x, context, weight, bilinear, bias=None, *, context_index=None, cu_se
 
 def forms(inputs, compiled=False, backends=()):
     """{name: fn of (x, context, weight, bilinear, bias)} of the peers that a case has, ctxkern first; backends: of
-    ctxkern, by name, beside the one that it chooses."""
+    ctxkern, by name, in addition to the one that it chooses."""
     index, bounds = inputs.context_index, inputs.cu_seqlens
     ours = functools.partial(modulated_linear, context_index=index, cu_seqlens=bounds)
     made = {

@@ -4,8 +4,7 @@ import csv
 from pathlib import Path
 from statistics import geometric_mean
 
-import torch
-
+from ctxkern.dtypes import name_of
 from ctxkern.functional import explain
 
 from .measure import ceilings, interleaved, peak_extra_bytes, provenance
@@ -20,7 +19,7 @@ COLUMNS = (
 
 
 def measure_case(case, inputs, backward, *, compiled=False, seconds=1.0, peaks=None, only=None):
-    """Rows, one a peer, of a case: raises AssertionError, and measures nothing, where ctxkern's result is wrong.
+    """Rows of a case, one per peer: raises AssertionError, and measures nothing, where ctxkern's result is wrong.
 
     peaks: `Ceilings` of this run, measured where None. only: names of peers to keep.
     """
@@ -49,8 +48,8 @@ def rows_of(case, inputs, backward, timings, memory, peaks):
         "K": case.K,
         "U": case.contexts,
         "tokens": case.tokens,
-        "dtype": _short(dtype),
-        "param_dtype": _short(inputs.bilinear.dtype),
+        "dtype": name_of(dtype),
+        "param_dtype": name_of(inputs.bilinear.dtype),
         "pass": "forward+backward" if backward else "forward",
         "floor_ms": f"{floor * 1e3:.4f}",
     }
@@ -92,10 +91,6 @@ def _panel_flops(plan):
 
 def _ratio(a, b):
     return "" if a is None or b is None else f"{a.p50 / b.p50:.3f}"
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 _TABLE = (
@@ -184,11 +179,3 @@ def results_file(device="cpu", root="bench/results"):
         return None
     name = provenance(device)["device"].lower()
     return root / ("-".join("".join(c if c.isalnum() else " " for c in name).split()) + ".csv")
-
-
-def parse_dtype(name):
-    """float32, bfloat16, float16 or float64 by name."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in names:
-        raise ValueError(f"dtype is {name!r}, takes one of {', '.join(names)}")
-    return names[name]

@@ -6,6 +6,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from ctxkern.dtypes import KERNEL_FLOATS
 from ctxkern.functional import bilinear, factored_modulated_linear, lora_linear, modulated_linear
 from ctxkern.reference import factored_modulated_linear_ref, lora_linear_ref
 from ctxkern.registry import backends
@@ -15,9 +16,7 @@ from .families import factored_arguments, lora_arguments
 from .oracle import check, check_family
 
 _DTYPES = (
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
+    *((dtype, dtype) for dtype in KERNEL_FLOATS),
     (torch.bfloat16, torch.float32),
     (torch.float64, torch.float64),
 )

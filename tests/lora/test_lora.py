@@ -1,4 +1,4 @@
-"""lora_linear and DynamicLoraLinear: against the oracle, and beside what they extend."""
+"""lora_linear and DynamicLoraLinear: against the oracle, and against what they extend."""
 
 import pytest
 import torch

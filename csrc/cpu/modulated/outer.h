@@ -1,5 +1,5 @@
 // Outer: no weight is made. A product over rows of x (or dy) and `bilinear` as it lies, and then one with the context:
-// for few rows a context, where a weight would cost more than it is used.
+// for few rows per context, where a weight would cost more than it is used.
 //
 //   forward, columns of E:  Z[n, k] = Σ_d x[n, d] bilinear[d, e, k];   y[n, e] = Σ_k c[n, k] Z[n, k] + Σ_d x[n, d] weight[d, e]
 //   backward, rows of D:    Z[n, k] = Σ_e dy[n, e] bilinear[d, e, k];  dx[n, d] = Σ_k c[n, k] Z[n, k] + Σ_e dy[n, e] weight[d, e]

@@ -1,7 +1,7 @@
 // Small matrix products over 32-bit words: out[m, lanes] = Σ_s A[m, s] B[s, lanes], accumulated in float32 registers.
 //
 // A word is one float32 or a pair of bfloat16 that lie next to each other along the sum. A is read word by word and
-// broadcast, at any strides; B is rows of words, one a step, at least as many as the panel has lanes.
+// broadcast, at any strides; B is rows of words, one per step, at least as many as the panel has lanes.
 #pragma once
 
 #include <type_traits>
@@ -153,12 +153,12 @@ CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
   }
 }
 
-// Rows of a tile by vectors a row: what the registers hold in addition to a row of B and one broadcast.
+// Rows of a tile by vectors per row: what the registers hold in addition to a row of B and one broadcast.
 constexpr int kRegisters = VL == 16 ? 28 : 12;
 template <int NV>
 constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
 
-// Memory to bring near while products run, two lines a step: more at once would fill the buffers of outstanding misses.
+// Memory to bring near while products run, two lines per step: more at once would fill the buffers of outstanding misses.
 struct Ahead {
   const char* from[2] = {nullptr, nullptr};
   int64_t bytes = 0;  // of each

@@ -152,7 +152,7 @@ static __global__ void number_kernel(Batch batch, Groups g, int* seen) {
   g.buffer[3 + 2 * g.limit + before[0]] = before[2];
 }
 
-// A block a sequence: the tiles of a context, the order of a sequence's rows.
+// One block per sequence: the tiles of a context, the order of a sequence's rows.
 static __global__ void place_kernel(Batch batch, Groups g, const int* seen) {
   const int b = blockIdx.x, sequences = static_cast<int>(batch.sequences);
   if (b < g.buffer[0])
@@ -166,7 +166,7 @@ static __global__ void place_kernel(Batch batch, Groups g, const int* seen) {
     g.buffer[4 + 3 * g.limit + g.tiles + at + i] = range.begin + i;
 }
 
-// A block a sequence: the row of the context table of each row of x.
+// One block per sequence: the row of the context table of each row of x.
 static __global__ void slots_kernel(Batch batch, int* slots) {
   const int b = blockIdx.x;
   const int64_t slot = batch.index ? batch.index[b] : b;

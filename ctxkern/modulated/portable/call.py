@@ -9,7 +9,7 @@ from ctxkern.runtime.rows import Rows
 
 @dataclass(slots=True)
 class Call:
-    """One projection: grouped rows of x [N, D], contexts [U, K] (one a row, [N, K], for outer) and its parameters."""
+    """One projection: grouped rows of x [N, D], contexts [U, K] (one per row, [N, K], for outer) and its parameters."""
 
     x: torch.Tensor
     contexts: torch.Tensor

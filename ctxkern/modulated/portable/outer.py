@@ -1,4 +1,4 @@
-"""Outer: (x ⊗ c) as the operand; no weight is ever made. For few rows a context, and for a context a row.
+"""Outer: (x ⊗ c) as the operand; no weight is ever made. For few rows per context, and for a context per row.
 
 With the strip M = bilinear[:, strip, :] as a matrix [D, strip·K]:
 

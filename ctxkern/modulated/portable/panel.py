@@ -237,7 +237,7 @@ def _outer_products(call, strips, buckets, span, group, dy):
 
 
 class _Sum:
-    """A strip of a gradient, written once: straight into `out`, or through a sum of its own where groups add up in a
+    """A strip of a gradient, written once: straight into `out`, or through a separate sum where groups add up in a
     half, or dtype or layout of `out` keep a product from being written there."""
 
     def __init__(self, out, groups, strips):

@@ -9,7 +9,7 @@ from ctxkern.plan import compute_dtype
 
 # above, strips that stay in cache win; measured with float32 at B=32, S=128, d=512, K=64 (bench/LOG.md)
 _LIMIT = 8 << 20
-# rows a context below which the planner weighs the outer form
+# rows per context below which the outer form is considered
 _ROWS = 4
 
 
@@ -19,7 +19,7 @@ def fits(x, context, weights, bilinears, batch, rows, workspace_bytes):
     dtype = context.dtype
     if rows < _ROWS or dtype.itemsize < x.dtype.itemsize or compute_dtype(x.device.type, x.dtype) is not x.dtype:
         return False
-    # beside a half, weights and G are held in both dtypes
+    # next to a half, weights and G are held in both dtypes
     held = dtype.itemsize if dtype is x.dtype else dtype.itemsize + x.dtype.itemsize
     limit = min(workspace_bytes, _LIMIT)
     for weight, bilinear in zip(weights, bilinears, strict=True):
@@ -80,7 +80,7 @@ def _from_products(products, context, bilinear, need_weight, need_bilinear, need
 
 
 def forward(x, context, weights, bilinears, biases):
-    """[y] [U, R, E], one a projection, of x [U, R, D] and context [U, K]."""
+    """[y] [U, R, E], one per projection, of x [U, R, D] and context [U, K]."""
     outs = []
     for weight, bilinear, bias in zip(weights, bilinears, biases, strict=True):
         made = _weights(context, weight, bilinear)

@@ -1,4 +1,4 @@
-"""Sizes in plain Python (Triton's functions of these names take 5 µs a call), and the options of every launch."""
+"""Sizes in plain Python (Triton's functions of these names take 5 µs per call), and the options of every launch."""
 
 # said aloud, as Triton's default is about to change
 OPTIONS = {"enable_fp_fusion": True}
