@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.kinds import BY_ID, DTYPES, PADDED, PER_TOKEN, RAGGED, SHARED
 from torch.autograd.graph import saved_tensors_hooks
 
 import ctxkern
 from ctxkern.testing.cases import make_inputs
 from ctxkern.testing.families import by_projection, lora_arguments, modulated_arguments, qkv_arguments
-from ctxkern.testing.kinds import BY_ID, DTYPES, PADDED, PER_TOKEN, RAGGED, SHARED
 from ctxkern.testing.oracle import assert_matches, baseline, differentiate, is_floating, oracle, run
 
 by_kind = pytest.mark.parametrize("case", [PADDED, SHARED, RAGGED, PER_TOKEN], ids=lambda c: c.id)

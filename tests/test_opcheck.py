@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from helpers.kinds import CHECKED, PADDED, PER_TOKEN, RAGGED, SHARED
 from torch.library import opcheck
 
 import ctxkern
 from ctxkern.registry import interpreted
 from ctxkern.testing.cases import make_inputs
 from ctxkern.testing.families import lora_arguments
-from ctxkern.testing.kinds import CHECKED, PADDED, PER_TOKEN, RAGGED, SHARED
 
 ops = torch.ops.ctxkern
 by_case = pytest.mark.parametrize("case", CHECKED, ids=lambda c: c.id)

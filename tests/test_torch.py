@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.kinds import PADDED, PER_TOKEN, RAGGED, SHARED
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ctxkern
 from ctxkern.nn import Bilinear, ContextModulatedAttention, DynamicLoraLinear, ModulatedLinear
 from ctxkern.testing.cases import make_inputs
 from ctxkern.testing.families import by_projection, lora_arguments, modulated_arguments, qkv_arguments
-from ctxkern.testing.kinds import PADDED, PER_TOKEN, RAGGED, SHARED
 from ctxkern.testing.oracle import assert_matches, baseline, differentiate, oracle, run
 
 ops = torch.ops.ctxkern

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.kinds import PADDED, PER_TOKEN, RAGGED, SHARED
 
 import ctxkern
 from ctxkern.reference import modulated_linear_ref
 from ctxkern.testing.families import modulated_arguments
-from ctxkern.testing.kinds import PADDED, PER_TOKEN, RAGGED, SHARED
 from ctxkern.testing.oracle import is_floating
 
 by_kind = pytest.mark.parametrize("case", [PADDED, SHARED, RAGGED, PER_TOKEN], ids=lambda c: c.id)

@@ -1,17 +1,13 @@
-"""The folder's helpers are importable from its tests, whichever way pytest imports them."""
+"""Files to train on."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
 def paths(tmp_path):
-    """Three jsonl files of 20, 30 and 40 examples, in a folder of their own."""
+    """Three jsonl files of 20, 30 and 40 examples, in one folder."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     out = []

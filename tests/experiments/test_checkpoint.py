@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from nets import OPTIMIZERS, make_net, step_once, trained_net
+from helpers.nets import OPTIMIZERS, make_net, step_once, trained_net
 from torch import nn
 
 from ctxkern.experiments.core import checkpoint as ckpt

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from run_helpers import TINY, error_of, failed, finish, start, wait_for_step
+from helpers.runs import TINY, error_of, failed, finish, start, wait_for_step
 from safetensors.torch import load_file as load_tensors
 
 from ctxkern.cli import main

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 import torch
-from nets import OPTIMIZERS, batch_at, make_net, net_loss
-from run_helpers import KilledError, stop_at
+from helpers.nets import OPTIMIZERS, batch_at, make_net, net_loss
+from helpers.runs import KilledError, stop_at
 from torch.utils.data import DataLoader
 
 from ctxkern.experiments.core import checkpoint as ckpt

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from run_helpers import KilledError, stop_at, tiny
+from helpers.runs import KilledError, stop_at, tiny
 
 from ctxkern.experiments.core.runlog import read_metrics
 from ctxkern.experiments.multifile.compare import time_against_einsum

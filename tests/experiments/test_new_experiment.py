@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from run_helpers import PACKAGE, failed, finish, start, wait_for_step
+from helpers.runs import PACKAGE, failed, finish, start, wait_for_step
 from safetensors.torch import load_file
 
 from ctxkern import experiments

@@ -1,7 +1,7 @@
 import os
 
 import pytest
-from run_helpers import write
+from helpers.runs import write
 
 from ctxkern.experiments.core.data.dataset import MultiFileDataset
 from ctxkern.experiments.core.data.paths import expand_paths, find_files, standard_library_files

@@ -3,7 +3,7 @@ import hashlib
 import json
 
 import pytest
-from run_helpers import DATA, write
+from helpers.runs import DATA, write
 
 from ctxkern.experiments.core.data.dataset import MultiFileDataset
 from ctxkern.experiments.core.data.reading import BadFilesError, load_file, read_file, read_files

@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
+from helpers.runs import write
 from hypothesis import example, given
 from hypothesis import strategies as st
-from run_helpers import write
 from torch.utils.data import DataLoader, Subset
 
 from ctxkern.experiments.core.data.sampler import MixedFileBatchSampler

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kinds import BY_ID
+from helpers.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +20,6 @@ from ctxkern.modulated.operands import Operands
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.testing.cases import BENCH_CASES, CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.force import STRATEGIES, force
-from ctxkern.testing.kinds import BY_ID
-from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check, run
 
 pytestmark = pytest.mark.skipif(not cpu_runtime.available(), reason=cpu_runtime.reason() or "available")
@@ -250,11 +250,9 @@ def test_an_instruction_set_named_in_the_environment(isa):
     code = """
 import ctxkern
 from ctxkern.runtime import cpu as cpu_runtime
-from ctxkern.testing.kinds import BY_ID
-from ctxkern.testing.cases import make_inputs
-from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
+from ctxkern.testing.cases import CASES, make_inputs
 from ctxkern.testing.oracle import check
-check(ctxkern.modulated_linear, make_inputs(BY_ID["prime"]))
+check(ctxkern.modulated_linear, make_inputs(next(case for case in CASES if case.id == "prime")))
 print(cpu_runtime.cpu_isa())
 """
     assert python(code, CTXKERN_CPU_ISA=isa) == isa

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 
 import ctxkern
 from ctxkern import registry
@@ -20,7 +21,6 @@ from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
 from ctxkern.testing.families import by_projection, qkv_arguments
 from ctxkern.testing.force import STRATEGIES, force
 from ctxkern.testing.measure import peak_extra_bytes
-from ctxkern.testing.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 from ctxkern.testing.oracle import check, check_family, oracle, run
 
 SOURCES = Path(__file__).parents[2] / "csrc"

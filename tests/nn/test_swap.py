@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.einsum import UserAttention, UserAttentionByCall, fused
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -16,7 +17,6 @@ from ctxkern.nn import (
     EinsumContextModulatedAttention,
     ModulatedLinear,
 )
-from ctxkern.testing.einsum import UserAttention, UserAttentionByCall, fused
 from ctxkern.testing.oracle import check_family
 
 D, K = 8, 3

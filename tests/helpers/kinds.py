@@ -1,8 +1,7 @@
 """A small case of each kind of call, for what need not go over the whole table."""
 
 from ctxkern.dtypes import FLOATS
-
-from .cases import CASES, Case
+from ctxkern.testing.cases import CASES, Case
 
 BY_ID = {case.id: case for case in CASES}
 DTYPES = list(FLOATS)
