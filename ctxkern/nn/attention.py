@@ -89,7 +89,7 @@ class ContextAttention(nn.Module):
 
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
         """q [B, S, D], and k and v [B, S, n_kv_heads · head_dim], of x."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define qkv(x, context, context_index)")
 
     def forward(
         self,

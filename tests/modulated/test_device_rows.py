@@ -150,5 +150,6 @@ def test_lora_reads_nothing_back_from_a_device(case):
 def test_reading_back_would_fail():
     arguments, _ = modulated_arguments(Case("packed", 2, 0, 3, 4, 2, lengths=(1, 2)))
     x, bounds = arguments["x"], arguments["cu_seqlens"].to("meta")
+    # torch's own words for reading a value of the meta device
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         rows.group_rows(x, 2, None, bounds)

@@ -86,7 +86,7 @@ class Experiment:
         Raises:
             OSError, TypeError, ValueError: settings or files that do not fit; the message is shown in one line.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define prepare(config, inputs)")
 
     def default_paths(self) -> list[Path]:
         """The files to use where none are named.
