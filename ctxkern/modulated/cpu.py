@@ -4,8 +4,8 @@ from ctypes import addressof
 
 import torch
 
-from ctxkern.modulated.native import new_gradients, problem_of, without_gaps
-from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_outputs
+from ctxkern.modulated.native import problem_of, without_gaps
+from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_gradients, new_outputs
 from ctxkern.modulated.plan import Problem, cpu_terms, describe, outer_above
 from ctxkern.runtime import cpu as cpu_runtime
 

@@ -8,12 +8,13 @@ from contextlib import nullcontext
 
 import torch
 
-from ctxkern.modulated.native import new_gradients, problem_of, without_gaps
+from ctxkern.modulated.native import problem_of, without_gaps
 from ctxkern.modulated.operands import (
     Gradients,
     check_values,
     contiguous,
     fill_with_biases,
+    new_gradients,
     new_outputs,
     rounds_to_tf32,
 )

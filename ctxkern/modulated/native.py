@@ -1,9 +1,7 @@
 """Fills the struct that the C++ kernels of the backends cpu and cuda read (runtime/problem.py, csrc/problem.h)."""
 
-import torch
-
 from ctxkern.dtypes import CODES
-from ctxkern.modulated.operands import Gradients, Operands, bias_gradients, contiguous
+from ctxkern.modulated.operands import Gradients, Operands, contiguous
 from ctxkern.runtime.problem import Problem
 
 _MOST_BYTES = 1 << 60
@@ -21,18 +19,6 @@ def without_gaps(operands):
     biases = [contiguous(bias) for bias in biases]
     return Operands(
         contiguous(x), contiguous(context), weights, bilinears, biases, contiguous(index), contiguous(bounds)
-    )
-
-
-def new_gradients(douts, operands, needs):
-    """The `Gradients` of operands without gaps that `needs` asks for: biases done, the others not yet written."""
-    like = torch.empty_like
-    return Gradients(
-        like(operands.x) if needs.x else None,
-        like(operands.context) if needs.context else None,
-        [like(w) if need else None for w, need in zip(operands.weights, needs.weights, strict=True)],
-        [like(t) if need else None for t, need in zip(operands.bilinears, needs.bilinears, strict=True)],
-        bias_gradients(douts, operands, needs),
     )
 
 

@@ -112,16 +112,12 @@ def bias_gradients(douts, operands, needs):
 
 
 def new_gradients(douts, operands, needs):
-    """The `Gradients` that `needs` asks for: context zeros, biases done, the others not yet written."""
-    x, context = operands.x, operands.context
-
-    def like(tensors, wanted):
-        return [torch.empty_like(t) if need else None for t, need in zip(tensors, wanted, strict=True)]
-
+    """The `Gradients` that `needs` asks for: biases done, the others not yet written; of x and context without gaps."""
+    like, dense = torch.empty_like, torch.contiguous_format
     return Gradients(
-        x.new_empty(x.shape) if needs.x else None,
-        context.new_zeros(context.shape) if needs.context else None,
-        like(operands.weights, needs.weights),
-        like(operands.bilinears, needs.bilinears),
+        like(operands.x, memory_format=dense) if needs.x else None,
+        like(operands.context, memory_format=dense) if needs.context else None,
+        [like(w) if need else None for w, need in zip(operands.weights, needs.weights, strict=True)],
+        [like(t) if need else None for t, need in zip(operands.bilinears, needs.bilinears, strict=True)],
         bias_gradients(douts, operands, needs),
     )

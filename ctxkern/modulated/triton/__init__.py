@@ -54,6 +54,8 @@ def backward(douts, operands, workspace_bytes, needs):
     check_values(operands)
     douts = [*map(contiguous, douts)]
     grads = new_gradients(douts, operands, needs)
+    if grads.context is not None:
+        grads.context.zero_()  # kernels write the rows of contexts in use
     if operands.x.numel() and any(dout.numel() for dout in douts):
         if grads.from_kernels():
             without = operands._replace(biases=[None] * len(douts))
