@@ -1,6 +1,7 @@
 """The C++ kernels: every instruction set of the machine, both strategies, threads, forks and memory layouts."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -92,6 +93,25 @@ def test_long_sums(isa, case, strategy):
     for dtypes in DTYPES.values():
         with force(strategy=strategy):
             check(cpu(), make_inputs(case, *dtypes), f"{isa} {case.id}")
+
+
+ZERO = [
+    Case(f"{name} of zero{', a context per token' if per_token else ''}", *sizes, per_token=per_token, bias=True)
+    for per_token in (False, True)
+    for name, sizes in {
+        "B": (0, 3, 5, 8, 4),
+        "S": (2, 0, 5, 8, 4),
+        "D": (2, 3, 0, 8, 4),
+        "E": (2, 3, 5, 0, 4),
+        "K": (2, 3, 5, 8, 0),
+    }.items()
+]
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_sizes_of_zero_end(isa, strategy):
+    for case, dtypes in itertools.product(ZERO, DTYPES.values()):
+        check(cpu(), make_inputs(case, *dtypes), f"{isa} {strategy} {case.id}")
 
 
 MIXED_CASES = [

@@ -23,7 +23,8 @@ inline void product_in_pieces(int64_t rows, int64_t lanes, int64_t steps, int64_
                               int64_t step, bool add = false) {
   Out out{reinterpret_cast<char*>(to), step * 4, add ? Store::f32_add : Store::f32, lanes};
   if (W::PER == 2) longest = steps;
-  for (int64_t s = 0; s == 0 || s < steps; s += longest) {
+  // once for a sum of nothing, which writes zeros
+  for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
     const int64_t piece = steps - s < longest ? steps - s : longest;
     product_wide<W>(rows, lanes, piece, {a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step}, out);
     out.store = Store::f32_add;
@@ -253,7 +254,7 @@ struct SharedRows {
       const float* const right = dy_words[i].panel(u, b.e + c);
       // in float32 a long sum is cut, as its rounding grows with its length; a half is rounded far more in the end
       const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
-      for (int64_t s = 0; s == 0 || s < steps; s += longest) {
+      for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
         const int64_t piece = steps - s < longest ? steps - s : longest;
         product_wide<W>(b.rows, part.lanes, piece, {left.data + s * left.step, left.row, left.step},
                         {right + s * NR, NR}, part);
