@@ -147,7 +147,7 @@ def test_what_torch_refuses_is_refused(shapes):
     inputs = [torch.zeros(s) for s in shapes]
     with pytest.raises(RuntimeError):
         nn.Bilinear(5, 8, 7)(*inputs)
-    with pytest.raises(ValueError, match="takes"):
+    with pytest.raises(ValueError, match="must be"):
         Bilinear(5, 8, 7)(*inputs)
 
 
