@@ -26,11 +26,10 @@ _library = Library("ctxkern", "DEF")
 
 
 class Options(NamedTuple):
-    """Of a call, what is no tensor. backend: the caller's choice, None for the best one."""
+    """Of a call, what is no tensor. backend: the caller's choice, None for the best one. A family may have its own."""
 
     workspace_bytes: int
     backend: str | None
-    scale: float = 1.0
 
 
 def operator(schema, fake):

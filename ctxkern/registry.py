@@ -137,7 +137,8 @@ def _refusal(name, device, dtype, family):
     if device.type != runs_on:
         return f"takes tensors on {'the CPU' if runs_on == 'cpu' else 'a GPU'}, not on {device.type}"
     if dtype not in KERNEL_FLOATS:
-        return f"takes {', '.join(map(name_of, KERNEL_FLOATS))}, not {name_of(dtype)}"
+        *names, last = map(name_of, KERNEL_FLOATS)
+        return f"takes {', '.join(names)} or {last}, not {name_of(dtype)}"
     if name == "triton" and dtype is torch.bfloat16 and interpreted():
         return "takes float32 or float16 in Triton's interpreter, whose bfloat16 products are wrong"
     if family not in _FAMILIES[name]:

@@ -127,5 +127,5 @@ def test_values_of_an_index_are_checked_by_the_operator():
     arguments, _ = modulated_arguments(SHARED)
     compiled = torch.compile(ctxkern.modulated_linear, fullgraph=True, backend="aot_eager")
     arguments["context_index"][1] = 4
-    with pytest.raises(ValueError, match=r"context_index\[1\] is 4, takes 0 to 3"):
+    with pytest.raises(ValueError, match=r"context_index\[1\] is 4; it must be from 0 to 3"):
         compiled(**arguments)

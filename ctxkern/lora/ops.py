@@ -1,10 +1,11 @@
 """The low-rank operators as torch.library knows them: schema, fake, FLOPs and what autograd calls."""
 
+from typing import NamedTuple
+
 import torch
 
 from ctxkern.ops import (
     Family,
-    Options,
     call,
     check_values,
     contiguous,
@@ -21,6 +22,14 @@ from ctxkern.reference import lora_linear_ref
 from ctxkern.registry import implementation
 
 from .operands import Gradients, Operands
+
+
+class Options(NamedTuple):
+    """Of a call, what is no tensor."""
+
+    workspace_bytes: int
+    backend: str | None
+    scale: float
 
 
 def _lora_fake(x, weight, A, B, *_):
