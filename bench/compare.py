@@ -1,11 +1,14 @@
-"""This tree against another one, `python bench/compare.py FOLDER`: the bench table's cases, one process per tree, which
-take turns, round by round. Both need their compiled core built in place. Prints the ratio of each case (above 1: this
-tree is faster) and geometric means.
+"""This tree against another one, `python bench/compare.py FOLDER`: the bench table's cases in turns.
+
+Each tree has two processes, their order is drawn for each round, and a call that is not timed comes first: of equal
+trees, one that often followed itself measured 5 % faster. Both trees need their compiled core built in place. Prints
+the ratio of each case (above 1: this tree is faster) and geometric means.
 """
 
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +33,7 @@ for line in sys.stdin:
         ready()
         answer = time.perf_counter() - began
     else:
+        ready()
         began = time.perf_counter()
         for _ in range(asked["times"]):
             ready()
@@ -60,28 +64,28 @@ class Tree:
 
 
 def compared(trees, case, dtypes, backward, seconds):
-    """Median seconds of a call in each tree."""
+    """Median seconds of a call in each tree; trees: [mine, theirs, theirs, mine]."""
     once = max(tree.ask(case=case, dtypes=dtypes, backward=backward) for tree in trees)
     times = max(1, int(0.02 / once))
-    rounds = max(5, min(60, int(seconds / (2 * once * times))))
-    found = [[] for _ in trees]
-    for at in range(rounds):
-        order = list(enumerate(trees))
-        for i, tree in order if at % 2 else reversed(order):
-            found[i].append(tree.ask(times=times))
+    rounds = max(4, min(40, int(seconds / (len(trees) * once * times))))
+    found, turns, draw = ([], []), list(zip(trees, (0, 1, 1, 0), strict=True)), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(turns)
+        for tree, which in turns:
+            found[which].append(tree.ask(times=times))
     return [median(each) for each in found]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="the other tree")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each case, dtype and pass (default: 1.5)")
+    parser.add_argument("--seconds", type=float, default=2, help="for each case, dtype and pass (default: 2)")
     parser.add_argument("--cases", nargs="*", default=None, help="by name (default: all)")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     from ctxkern.testing.cases import BENCH_CASES
 
-    trees, ratios = [Tree(ROOT), Tree(args.folder)], {}
+    trees, ratios = [Tree(folder) for folder in (ROOT, args.folder, args.folder, ROOT)], {}
     for case in BENCH_CASES:
         if args.cases is not None and case.id not in args.cases:
             continue
