@@ -54,4 +54,23 @@ struct Problem {
   Projection projection[kMaxProjections];
 };
 
+// A linear layer with a low-rank weight for each sequence; batch.index may hold −1: no adapter. R: the largest rank.
+struct LoraProblem {
+  Batch batch;
+  Operand x;             // [N, D], without gaps
+  Operand A;             // [table, R, D]
+  Operand B;             // [table, E, R]
+  const int64_t* ranks;  // [table] rank of each adapter, its first rows of A and columns of B; null: R
+  const float* scales;   // [table] in addition to `scale`; null: 1
+  char* rows;            // [N, E], without gaps, in the dtype of x: y in a forward, dy in a backward
+  char* dx;              // like x; null where not asked for
+  char* dA;              // like A, without gaps, in its dtype; likewise
+  char* dB;              // like B; likewise
+  int64_t d_in, d_out, rank;
+  int64_t threads;
+  int64_t adds;  // whether y, or dx, holds what the update is added to; else it is written, and is zero where none is
+  double scale;
+  int64_t kept_from, seed;  // dropout of what A reads: draws of 32 bits from kept_from on are kept; 0: no dropout
+};
+
 }  // namespace ctxkern

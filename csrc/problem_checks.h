@@ -29,6 +29,12 @@ inline std::string problem_layout() {
   FIELD(Problem, batch), FIELD(Problem, x), FIELD(Problem, context), FIELD(Problem, dx), FIELD(Problem, dcontext);
   FIELD(Problem, d_in), FIELD(Problem, context_dim), FIELD(Problem, projections), FIELD(Problem, workspace_bytes);
   FIELD(Problem, threads), FIELD(Problem, tf32), FIELD(Problem, outer_above), FIELD(Problem, projection);
+  SIZE(LoraProblem);
+  FIELD(LoraProblem, batch), FIELD(LoraProblem, x), FIELD(LoraProblem, A), FIELD(LoraProblem, B);
+  FIELD(LoraProblem, ranks), FIELD(LoraProblem, scales), FIELD(LoraProblem, rows), FIELD(LoraProblem, dx);
+  FIELD(LoraProblem, dA), FIELD(LoraProblem, dB), FIELD(LoraProblem, d_in), FIELD(LoraProblem, d_out);
+  FIELD(LoraProblem, rank), FIELD(LoraProblem, threads), FIELD(LoraProblem, adds), FIELD(LoraProblem, scale);
+  FIELD(LoraProblem, kept_from), FIELD(LoraProblem, seed);
 #undef FIELD
 #undef SIZE
   return text;
@@ -52,6 +58,14 @@ inline void mixes(const Operand& parameter, Dtype x) {
   require(same || parameter.data == nullptr, "bfloat16 and float16 do not mix");
 }
 
+inline void check_batch(const Batch& batch) {
+  for (const int64_t size : {batch.tokens, batch.sequences, batch.length, batch.table})
+    require(size >= 0, "a size is negative");
+  require(batch.bounds != nullptr || batch.sequences * batch.length == batch.tokens,
+          "sequences do not make up the rows of x");
+  require(batch.index != nullptr || batch.sequences <= batch.table, "the table has fewer rows than there are sequences");
+}
+
 }  // namespace checks
 
 // Throws std::invalid_argument where kernels would read or write what is not there.
@@ -59,11 +73,8 @@ inline void check_problem(const Problem& q, bool backward) {
   using namespace checks;
   const Batch& batch = q.batch;
   require(q.projections >= 1 && q.projections <= kMaxProjections, "1 to 3 projections are taken");
-  for (const int64_t size : {batch.tokens, batch.sequences, batch.length, batch.table, q.d_in, q.context_dim})
-    require(size >= 0, "a size is negative");
-  require(batch.bounds != nullptr || batch.sequences * batch.length == batch.tokens,
-          "sequences do not make up the rows of x");
-  require(batch.index != nullptr || batch.sequences <= batch.table, "there are fewer contexts than sequences");
+  check_batch(batch);
+  for (const int64_t size : {q.d_in, q.context_dim}) require(size >= 0, "a size is negative");
   present(q.x.data, batch.tokens * q.d_in, "x has no memory");
   present(q.context.data, batch.table * q.context_dim, "context has no memory");
   known(q.x.dtype);
@@ -75,6 +86,22 @@ inline void check_problem(const Problem& q, bool backward) {
     present(p.rows, batch.tokens * p.d_out, backward ? "a gradient of y has no memory" : "y has no memory");
     for (const Operand* each : {&p.weight, &p.bilinear, &p.bias, &p.dweight, &p.dbilinear}) mixes(*each, q.x.dtype);
   }
+}
+
+// Likewise.
+inline void check_problem(const LoraProblem& q, bool backward) {
+  using namespace checks;
+  check_batch(q.batch);
+  for (const int64_t size : {q.d_in, q.d_out, q.rank}) require(size >= 0, "a size is negative");
+  const int64_t table = q.batch.table, N = q.batch.tokens;
+  present(q.x.data, N * q.d_in, "x has no memory");
+  present(q.A.data, table * q.rank * q.d_in, "A has no memory");
+  present(q.B.data, table * q.rank * q.d_out, "B has no memory");
+  present(q.rows, N * q.d_out, backward ? "a gradient of y has no memory" : "y has no memory");
+  known(q.x.dtype);
+  for (const Operand* each : {&q.A, &q.B}) mixes(*each, q.x.dtype);
+  for (int64_t u = 0; q.ranks && u < table; ++u)
+    require(q.ranks[u] >= 0 && q.ranks[u] <= q.rank, "a rank lies outside 0 to R");
 }
 
 }  // namespace ctxkern

@@ -119,6 +119,39 @@ def number(op, name, value):
     return float(value)
 
 
+def constant(op, name, t, dtype, x, expected, takes):
+    """`t` is a tensor of `dtype` and shape `expected` on the device of x, and has no gradient."""
+    tensor(op, name, t, (len(expected),), takes)
+    _integers(op, name, t, dtype, x)
+    shape(op, name, t, expected, takes)
+    if t.requires_grad:
+        raise ValueError(f"{op}: {name} requires a gradient; it must not, there is none: pass {name}.detach()")
+
+
+def share(op, name, value):
+    """`value` as a float from 0 to below 1."""
+    value = number(op, name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{op}: {name} is {value}; it must be from 0 to below 1")
+    return value
+
+
+def seed(op, value, x):
+    """A seed as an int64 tensor on the device of x; None: one that torch's generator draws."""
+    if value is None:
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), device=x.device)
+    takes = "it must be None, an int, or an int64 tensor with one element"
+    if isinstance(value, torch.Tensor):
+        if value.dtype is not torch.int64:
+            raise TypeError(f"{op}: seed is {_names([value.dtype])}; {takes}")
+        if value.numel() != 1:
+            raise ValueError(f"{op}: seed has shape {list(value.shape)}; {takes}")
+        return value.view(()).to(x.device)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: seed is {value!r}; {takes}")
+    return torch.tensor((value + (1 << 63)) % (1 << 64) - (1 << 63), device=x.device)
+
+
 def projections(op, name, values, count, optional):
     """A sequence of `count` tensors (or Nones) as a list."""
     if values is None and optional:
@@ -153,13 +186,15 @@ def is_readable(t):
     return t.device.type == "cpu" and type(t) is torch.Tensor
 
 
-def check_index(index, table_rows, what):
-    """The values of an index as a list; ValueError where one lies outside its table."""
+def check_index(index, table_rows, what, lowest=0):
+    """The values of an index as a list; ValueError where one lies outside its table. lowest: −1 where that means none."""
     values = index.tolist()
-    if values and not (min(values) >= 0 and max(values) < table_rows):
-        at = next(i for i, v in enumerate(values) if not 0 <= v < table_rows)
+    if values and not (min(values) >= lowest and max(values) < table_rows):
+        at = next(i for i, v in enumerate(values) if not lowest <= v < table_rows)
+        none = " (-1: none)" if lowest < 0 else ""
         raise ValueError(
-            f"{what}[{at}] is {values[at]}; it must be from 0 to {table_rows - 1}, a row of a table of {table_rows}"
+            f"{what}[{at}] is {values[at]}; it must be from {lowest} to {table_rows - 1}{none}, "
+            f"a row of a table of {table_rows}"
         )
     return values
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks, ops
 from .dtypes import accumulator
 from .lora.operands import Operands as LoraOperands
+from .lora.operands import Options as LoraOptions
 from .lora.ops import lora
 from .modulated.operands import Operands
 from .modulated.ops import modulated, with_memory
@@ -179,11 +180,14 @@ def lora_linear(
     weight: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     bias: Tensor | None = None,
     *,
     adapter_index: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    ranks: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A linear layer with low-rank weights for each sequence: y_b = x_b weightᵀ + scale (x_b A_bᵀ) B_bᵀ + bias.
@@ -191,12 +195,17 @@ def lora_linear(
     Args:
         x: [B, S, D], or packed [N, D] with `cu_seqlens`.
         weight: [E, D], as in nn.Linear, or None. A: [b, r, D]. B: [b, E, r], as in PEFT. bias: [E] or None.
-        scale: a number, usually alpha / r.
-        adapter_index: [B] int64 rows of A and B; None: b == B, in order.
+        scale: a number, usually alpha / r, or [b] float32, one per adapter; it has no gradient.
+        adapter_index: [B] int64 rows of A and B, −1 for a sequence without an adapter; None: b == B, in order.
         cu_seqlens, backend: as in `modulated_linear`.
+        ranks: [b] int64, the rank of each adapter, at most r: the first rows of A and columns of B count. None: r.
+        dropout: from 0 to 1, the share of x that A does not see. The others are scaled up, as in nn.Dropout.
+        seed: an int, or an int64 tensor with one element, from which the mask is made, in the backward too. None: drawn
+            from torch's generator.
 
     Returns:
-        [B, S, E] or [N, E] in the dtype of x. Differentiable in x, weight, A, B and bias; saves its inputs only.
+        [B, S, E] or [N, E] in the dtype of x. Differentiable in x, weight, A, B and bias, twice through the reference;
+        saves its inputs only. Same inputs and seed give the same bits.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `modulated_linear`.
@@ -230,10 +239,16 @@ def lora_linear(
     if bias is not None:
         checks.fits(op, "bias", bias, x, (d_out,), "[E]")
     checks.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
-    scale = checks.number(op, "scale", scale)
-    backend = _backend(backend, x, "lora")
-    operands = LoraOperands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    return lora(operands, scale, DEFAULT_WORKSPACE, backend)
+    scales = None
+    if isinstance(scale, Tensor):
+        checks.constant(op, "scale", scale, torch.float32, x, A.shape[:1], "a number or [b]")
+        scale, scales = 1.0, scale
+    if ranks is not None:
+        checks.constant(op, "ranks", ranks, torch.int64, x, A.shape[:1], "[b]")
+    dropout = checks.share(op, "dropout", dropout)
+    seed = checks.seed(op, seed, x) if dropout else None
+    options = LoraOptions(DEFAULT_WORKSPACE, _backend(backend, x, "lora"), checks.number(op, "scale", scale), dropout)
+    return lora(LoraOperands(x, weight, A, B, bias, scales, ranks, seed, adapter_index, cu_seqlens), options)
 
 
 def factored_modulated_linear(

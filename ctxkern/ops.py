@@ -140,20 +140,18 @@ def spread(grads, needs):
 
 
 class Family(NamedTuple):
-    """How autograd calls the operators of a family; flat: what `Operands.flat` gives."""
+    """How autograd calls the operators of a family; flat: what `Operands.flat` gives, those without a gradient last."""
 
     operands: Any
     forward: Callable  # (operands, flat, options) → a tuple of outputs
     backward: Callable  # (douts, flat, options, needs) → gradients, None where not needed
     reference: Callable  # (operands, options) → a tuple of outputs
-
-
-# index and bounds, which end every family's operands and have no gradient
-_SPANS = 2
+    constants: int  # how many of `flat` have no gradient: indices, bounds and the like
 
 
 def differentiable(family):
     """The operators of a family as one autograd.Function of (options, *operands.flat())."""
+    end, nothing = -family.constants, (None,) * family.constants
 
     class Forward(torch.autograd.Function):
         @staticmethod
@@ -164,16 +162,16 @@ def differentiable(family):
 
         @staticmethod
         def backward(ctx, *douts):
-            flat, needs = ctx.saved_tensors, ctx.needs_input_grad[1:-_SPANS]
+            flat, needs = ctx.saved_tensors, ctx.needs_input_grad[1:end]
             if not torch.compiler.is_compiling():
                 if transformed(*douts):
                     grads = spread(_vjp(family, flat, ctx.options, needs, douts), needs)
-                    return None, *grads, None, None
+                    return None, *grads, *nothing
                 if torch.is_grad_enabled():
                     grads = spread(Backward.apply(ctx.options, needs, len(douts), *douts, *flat), needs)
-                    return None, *grads, None, None
+                    return None, *grads, *nothing
             grads = family.backward(douts, flat, ctx.options, needs)
-            return None, *grads, None, None
+            return None, *grads, *nothing
 
     class Backward(torch.autograd.Function):
         """The gradient as a differentiable function; its own gradient is that of the reference's."""
@@ -186,14 +184,14 @@ def differentiable(family):
 
         @staticmethod
         def backward(ctx, *seconds):
-            asked = ctx.needs_input_grad[3:-_SPANS]
+            asked = ctx.needs_input_grad[3:end]
             tensors = _views(ctx.saved_tensors)
             douts, flat = tensors[: ctx.n], tensors[ctx.n :]
             with torch.enable_grad():
                 firsts = _vjp(family, flat, ctx.options, ctx.needs, douts, views=False)
                 seconds = [s.to(f.dtype) for s, f in zip(seconds, firsts, strict=True)]
-                grads = _grad(firsts, needed(tensors[:-_SPANS], asked), seconds)
-            return None, None, None, *spread(grads, asked), None, None
+                grads = _grad(firsts, needed(tensors[:end], asked), seconds)
+            return None, None, None, *spread(grads, asked), *nothing
 
     return Forward
 
@@ -209,7 +207,7 @@ def _vjp(family, flat, options, needs, douts, views=True):
     flat = _views(flat) if views else flat
     with torch.enable_grad():
         outs = family.reference(family.operands.of(flat), options)
-    return _grad(outs, needed(flat[:-_SPANS], needs), douts)
+    return _grad(outs, needed(flat[: -family.constants], needs), douts)
 
 
 def _grad(outs, inputs, douts):
@@ -263,13 +261,13 @@ def readable(t):
     return t if t is not None and is_readable(t) else None
 
 
-def check_values(x, table, index, cu_seqlens, what="context_index"):
+def check_values(x, table, index, cu_seqlens, what="context_index", lowest=0):
     """The values of indices, on the CPU and outside of a compiler; elsewhere torch's own indexing checks them."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return
     index, cu_seqlens = readable(index), readable(cu_seqlens)
     if index is not None:
-        check_index(index, table.shape[0], what)
+        check_index(index, table.shape[0], what, lowest)
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, x.shape[0])
 

@@ -64,22 +64,61 @@ def lora_linear_ref(
     weight: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     bias: Tensor | None = None,
     *,
     adapter_index: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    ranks: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
-    """y_b = x_b weight^T + scale (x_b A_b^T) B_b^T + bias, the layout of nn.Linear and PEFT.
+    """y_b = x_b weight^T + scale_b (dropout(x_b) A_b^T) B_b^T + bias, the layout of nn.Linear and PEFT.
 
     Shapes: x [B, S, D] or packed [N, D] with cu_seqlens [B + 1]; weight [E, D] or None; A [b, r, D]; B [b, E, r];
-    adapter_index [B] picks rows of A and B. Returns [B, S, E] or [N, E] in the dtype of x.
+    scale a number or [b]; adapter_index [B] picks rows of A and B, −1 none; ranks [b]: only the first ranks[i] rows of
+    A[i] and columns of B[i] count; seed: of `lora_dropout_mask`. Returns [B, S, E] or [N, E] in the dtype of x.
     """
-    A, B = (t.to(x.dtype) if adapter_index is None else t[adapter_index].to(x.dtype) for t in (A, B))
-    low = _per_sequence(lambda x, a, b: (x @ a.mT) @ b.mT, x, cu_seqlens, A, B)
-    y = scale * low
+    if ranks is not None:
+        there = torch.arange(A.shape[1], device=A.device) < ranks[:, None]
+        A, B = A.where(there[:, :, None], 0), B.where(there[:, None], 0)
+    scale = scale.to(x.dtype)[:, None, None] if isinstance(scale, Tensor) else x.new_full((1, 1, 1), scale)
+    scale = scale.expand(len(A), 1, 1)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    if adapter_index is not None:
+        # −1 is the last one, of zeros
+        A, B, scale = (torch.cat([t, t.new_zeros(1, *t.shape[1:])])[adapter_index] for t in (A, B, scale))
+    seen = x
+    if dropout:
+        mask = lora_dropout_mask(seed, x.shape[:-1].numel(), x.shape[-1], dropout).to(x.device)
+        seen = x.where(mask.view(x.shape), 0) / (1 - dropout)
+    y = _per_sequence(lambda x, a, b, s: (s if x.dim() > 2 else s[0]) * ((x @ a.mT) @ b.mT), seen, cu_seqlens, A, B, scale)
     y = y if weight is None else y + F.linear(x, weight.to(x.dtype))
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def lora_dropout_mask(seed: int | Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    """[rows, columns] bool: what `dropout` keeps of x, whose rows are counted from 0 to N - 1.
+
+    A row has 64 bits of key, splitmix64 of its number and the seed; a column's draw of 32 bits is a murmur3 finaliser
+    over the column and both halves of the key, and is kept from dropout·2^32 on.
+    """
+    device = seed.device if isinstance(seed, Tensor) else None
+    low = 0xFFFFFFFF
+    seed = torch.as_tensor(seed, dtype=torch.int64)
+    key = _mixed_bits(torch.arange(rows, device=device) + _mixed_bits(seed))[:, None]
+    column = torch.arange(columns, device=device)
+    draw = (column * 0x9E3779B1 + (key & low)) & low
+    draw = (((draw ^ draw >> 16) * 0x85EBCA6B) & low) ^ (key >> 32 & low)
+    draw = ((draw ^ draw >> 13) * 0xC2B2AE35) & low
+    return (draw ^ draw >> 16) >= round(dropout * 2**32)
+
+
+def _mixed_bits(z):
+    """The finaliser of splitmix64, of int64 whose bits count as unsigned."""
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
+    return z ^ (z >> 31 & (1 << 33) - 1)
 
 
 def factored_modulated_linear_ref(

@@ -1,9 +1,9 @@
-"""What a low-rank call is given and gives back.
+"""What a low-rank call is given and gives back, and what backends do alike around their kernels.
 
 A backend is a module of this folder with
 
-    forward(operands, scale, workspace_bytes) → y                          dtype and leading shape of x
-    backward(dout, operands, scale, workspace_bytes, needs) → Gradients
+    forward(operands, options) → y                      dtype and leading shape of x
+    backward(dout, operands, options, needs) → Gradients
 
 All tensors that reach it are plain (`ctxkern.ops`).
 """
@@ -11,6 +11,18 @@ All tensors that reach it are plain (`ctxkern.ops`).
 from typing import Any, NamedTuple
 
 import torch
+
+from ctxkern.dtypes import accumulator
+from ctxkern.plan import compute_dtype
+
+
+class Options(NamedTuple):
+    """Of a call, what is no tensor. dropout: the share of x that A does not see."""
+
+    workspace_bytes: int
+    backend: str | None
+    scale: float
+    dropout: float
 
 
 class Operands(NamedTuple):
@@ -21,7 +33,10 @@ class Operands(NamedTuple):
     A: torch.Tensor
     B: torch.Tensor
     bias: torch.Tensor | None
-    adapter_index: torch.Tensor | None = None  # [B]
+    scales: torch.Tensor | None = None  # [b] float32, in addition to the number
+    ranks: torch.Tensor | None = None  # [b] int64
+    seed: torch.Tensor | None = None  # [] int64, of dropout
+    adapter_index: torch.Tensor | None = None  # [B] int64, −1: none
     cu_seqlens: torch.Tensor | None = None  # [B + 1]
 
     def flat(self):
@@ -30,6 +45,10 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, flat):
         return cls(*flat)
+
+
+# scales and what follows
+CONSTANTS = 5
 
 
 class Gradients(NamedTuple):
@@ -47,3 +66,41 @@ class Gradients(NamedTuple):
 
     def flat(self):
         return tuple(self)
+
+
+def _strips(weight, dim, compute, workspace_bytes):
+    """Slices of a dimension of weight [E, D]: one, or as many as keep a cast copy within the workspace."""
+    size, other = weight.shape[dim], weight.shape[1 - dim]
+    step = size if weight.dtype == compute else workspace_bytes // max(1, other * compute.itemsize)
+    return [slice(i, i + step) for step in (max(1, step),) for i in range(0, size, step)]
+
+
+def base_product(x, weight, bias, workspace_bytes):
+    """x [N, D] weight^T + bias as [N, E], by torch's own product, in the dtype of x."""
+    compute = compute_dtype(x.device.type, x.dtype)
+    if weight.dtype == x.dtype == compute and (bias is None or bias.dtype == compute):
+        return torch.nn.functional.linear(x, weight, bias)
+    wide = x.to(compute)
+    y = wide.new_empty(len(x), weight.shape[0])
+    for strip in _strips(weight, 0, compute, workspace_bytes):
+        y[:, strip] = wide @ weight[strip].to(compute).mT
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def base_gradients(x, dy, weight, bias, needs, workspace_bytes):
+    """(dx, dweight, dbias) of it for x [N, D] and dy [N, E]; None where they are not asked for, or without weight."""
+    compute = compute_dtype(x.device.type, x.dtype)
+    dx = dweight = dbias = None
+    wide = dy.to(compute)
+    if needs.x and weight is not None:
+        dx = wide.new_empty(x.shape)
+        for strip in _strips(weight, 1, compute, workspace_bytes):
+            torch.mm(wide, weight[:, strip].to(compute), out=dx[:, strip])
+        dx = dx.to(x.dtype)
+    if needs.weight:
+        dweight = torch.empty_like(weight)
+        for strip in _strips(weight, 0, compute, workspace_bytes):
+            dweight[strip] = wide[:, strip].mT @ x.to(compute)
+    if needs.bias:
+        dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype)
+    return dx, dweight, dbias

@@ -1,7 +1,5 @@
 """The low-rank operators as torch.library knows them: schema, fake, FLOPs and what autograd calls."""
 
-from typing import NamedTuple
-
 import torch
 
 from ctxkern.ops import (
@@ -21,55 +19,45 @@ from ctxkern.ops import (
 from ctxkern.reference import lora_linear_ref
 from ctxkern.registry import implementation
 
-from .operands import Gradients, Operands
+from .operands import CONSTANTS, Gradients, Operands, Options
 
 
-class Options(NamedTuple):
-    """Of a call, what is no tensor."""
-
-    workspace_bytes: int
-    backend: str | None
-    scale: float
+_TENSORS = (
+    "Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? scales, Tensor? ranks, Tensor? seed, "
+    "Tensor? adapter_index, Tensor? cu_seqlens, int workspace_bytes, str? backend, float scale, float dropout"
+)
 
 
 def _lora_fake(x, weight, A, B, *_):
     return x.new_empty((*x.shape[:-1], B.shape[1]))
 
 
-@operator(
-    "lora_forward(Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? adapter_index, "
-    "Tensor? cu_seqlens, float scale, int workspace_bytes, str? backend) -> Tensor",
-    _lora_fake,
-)
-def lora_forward(x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend):
+@operator(f"lora_forward({_TENSORS}) -> Tensor", _lora_fake)
+def lora_forward(*args):
     """y of a linear layer with an adapter per sequence."""
-    operands = Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    return isolated(_run, operands, scale, workspace_bytes, backend)
+    operands, options = Operands(*args[:-4]), Options(*args[-4:])
+    return isolated(_run, operands, options)
 
 
-def _run(operands, scale, workspace_bytes, backend):
-    return implementation("lora", backend, operands.x).forward(operands, scale, workspace_bytes)
+def _run(operands, options):
+    return implementation("lora", options.backend, operands.x).forward(operands, options)
 
 
-def _lora_backward_fake(dout, x, weight, A, B, bias, _index, _cu, _scale, _workspace, _backend, needs):
+def _lora_backward_fake(dout, x, weight, A, B, bias, *others):
     layouts = (contiguous, like, contiguous, contiguous, contiguous)
-    return [layout(t) for layout, t, need in zip(layouts, (x, weight, A, B, bias), needs, strict=True) if need]
+    return [layout(t) for layout, t, need in zip(layouts, (x, weight, A, B, bias), others[-1], strict=True) if need]
 
 
-@operator(
-    "lora_backward(Tensor dout, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? adapter_index, "
-    "Tensor? cu_seqlens, float scale, int workspace_bytes, str? backend, bool[] needs) -> Tensor[]",
-    _lora_backward_fake,
-)
-def lora_backward(dout, x, weight, A, B, bias, adapter_index, cu_seqlens, scale, workspace_bytes, backend, needs):
+@operator(f"lora_backward(Tensor dout, {_TENSORS}, bool[] needs) -> Tensor[]", _lora_backward_fake)
+def lora_backward(dout, *args):
     """The gradients that `needs` asks for, of (x, weight, A, B, bias) in this order."""
-    operands = Operands(x, weight, A, B, bias, adapter_index, cu_seqlens)
-    return needed(isolated(_run_backward, operands, dout, scale, workspace_bytes, backend, needs), needs)
+    operands, options, needs = Operands(*args[:-5]), Options(*args[-5:-1]), args[-1]
+    return needed(isolated(_run_backward, operands, dout, options, needs), needs)
 
 
-def _run_backward(operands, dout, scale, workspace_bytes, backend, needs):
-    module = implementation("lora", backend, operands.x)
-    return module.backward(dout, operands, scale, workspace_bytes, Gradients.of(needs))
+def _run_backward(operands, dout, options, needs):
+    module = implementation("lora", options.backend, operands.x)
+    return module.backward(dout, operands, options, Gradients.of(needs))
 
 
 def _lora_flops(x, weight, A, B):
@@ -88,31 +76,29 @@ def _lora_backward_flops(dout, x, weight, A, B, *_, out_shape=None, **__):
 
 
 def _forward(operands, flat, options):
-    workspace_bytes, backend, scale = options
     if direct(flat):
-        return (isolated(_run, operands, scale, workspace_bytes, backend),)
-    return (lora_forward(*operands, scale, workspace_bytes, backend),)
+        return (isolated(_run, operands, options),)
+    return (lora_forward(*flat, *options),)
 
 
 def _backward(douts, flat, options, needs):
-    workspace_bytes, backend, scale = options
-    operands = Operands.of(flat)
     if direct(flat) and direct(douts):
-        return isolated(_run_backward, operands, douts[0], scale, workspace_bytes, backend, needs)
-    return spread(lora_backward(douts[0], *operands, scale, workspace_bytes, backend, list(needs)), needs)
+        return isolated(_run_backward, Operands.of(flat), douts[0], options, needs)
+    return spread(lora_backward(douts[0], *flat, *options, list(needs)), needs)
 
 
 def _reference(operands, options):
-    x, weight, A, B, bias, adapter_index, cu_seqlens = operands
-    check_values(x, A, adapter_index, cu_seqlens, "adapter_index")
-    spans = {"adapter_index": adapter_index, "cu_seqlens": cu_seqlens}
-    return (lora_linear_ref(x, weight, A, B, options.scale, bias, **spans),)
+    x, weight, A, B, bias, scales, ranks, seed, adapter_index, cu_seqlens = operands
+    check_values(x, A, adapter_index, cu_seqlens, "adapter_index", -1)
+    scale = options.scale if scales is None else scales * options.scale
+    dropout = {"ranks": ranks, "dropout": options.dropout, "seed": seed}
+    return (lora_linear_ref(x, weight, A, B, scale, bias, adapter_index=adapter_index, cu_seqlens=cu_seqlens, **dropout),)
 
 
-FAMILY = Family(Operands, _forward, _backward, _reference)
+FAMILY = Family(Operands, _forward, _backward, _reference, CONSTANTS)
 _function = differentiable(FAMILY)
 
 
-def lora(operands, scale, workspace_bytes, backend):
+def lora(operands, options):
     """The output of a linear layer with an adapter per sequence."""
-    return call(FAMILY, _function, operands, Options(workspace_bytes, backend, scale))[0]
+    return call(FAMILY, _function, operands, options)[0]

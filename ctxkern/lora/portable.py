@@ -5,9 +5,10 @@ Backward, with h_u = x_u A_u^T and g_u = scale dy_u B_u: dx = dy weight + g A, d
 
 import torch
 
-from ctxkern.dtypes import accumulator
-from ctxkern.lora.operands import Gradients
+from ctxkern.checks import check_index, is_readable
+from ctxkern.lora.operands import Gradients, base_gradients, base_product
 from ctxkern.plan import compute_dtype
+from ctxkern.reference import lora_dropout_mask
 from ctxkern.runtime.rows import group_rows
 
 
@@ -19,8 +20,9 @@ def _chunks(rows, per_adapter, workspace_bytes):
             yield b._replace(first=b.first + at, count=min(size, b.count - at), start=b.start + at * b.rows)
 
 
-def _pieces(rows, x, A, B, compute, workspace_bytes):
-    """(adapters' rows of the table, x [u, R, D], A [u, r, D], B [u, E, r], rows of the grouped batch) a piece."""
+def _pieces(rows, operands, compute, workspace_bytes):
+    """(adapters' rows of the table, A [u, r, D], B [u, E, r], rows of the grouped batch, their shape [u, R]) a piece."""
+    A, B, ranks = operands.A, operands.B, operands.ranks
     per_adapter = (A[0].numel() + B[0].numel()) * compute.itemsize if len(A) else 0
     for b in _chunks(rows, per_adapter, workspace_bytes):
         adapters = slice(b.first, b.first + b.count)
@@ -28,63 +30,106 @@ def _pieces(rows, x, A, B, compute, workspace_bytes):
         if rows.spread is not None:
             table = rows.spread[adapters]
         span = slice(b.start, b.start + b.count * b.rows)
-        yield table, x[span].view(b.count, b.rows, x.shape[1]), A[table].to(compute), B[table].to(compute), span
+        a_u, b_u = A[table].to(compute), B[table].to(compute)
+        if ranks is not None:
+            there = torch.arange(A.shape[1], device=A.device) < ranks[table][:, None]
+            a_u, b_u = a_u.where(there[:, :, None], 0), b_u.where(there[:, None], 0)
+        yield table, a_u, b_u, span, (b.count, b.rows)
 
 
-def _strips(weight, dim, compute, workspace_bytes):
-    """Slices of a dimension of weight [E, D]: one, or as many as keep a cast copy within the workspace."""
-    if weight is None:
-        return []
-    size, other = weight.shape[dim], weight.shape[1 - dim]
-    step = size if weight.dtype == compute else workspace_bytes // max(1, other * compute.itemsize)
-    return [slice(i, i + step) for step in (max(1, step),) for i in range(0, size, step)]
+class _Grouped:
+    """x, and what the update does to its rows, by adapter."""
+
+    def __init__(self, operands, scale, dropout):
+        x, A, index, bounds = operands.x, operands.A, operands.adapter_index, operands.cu_seqlens
+        self.compute = compute_dtype(x.device.type, x.dtype)
+        if index is not None and is_readable(index):
+            check_index(index, len(A), "adapter_index", -1)
+        used = index if index is None else index.clamp(min=0)
+        self.rows = group_rows(x, len(A), used, bounds, "adapter_index")
+        self.scale, self.kept = self._scale(operands, used, scale / (1 - dropout)), None
+        if dropout:
+            mask = lora_dropout_mask(operands.seed, x.shape[:-1].numel(), x.shape[-1], dropout)
+            self.kept = self.rows.gather(mask.view(x.shape))
+        self.x = self.dropped(self.gather(x))
+
+    def gather(self, t):
+        return self.rows.gather(t).to(self.compute)
+
+    def dropped(self, t, span=slice(None)):
+        return t if self.kept is None else t.where(self.kept[span], 0)
+
+    def _scale(self, operands, used, number):
+        """A number, or what each grouped row is scaled by, [N, 1]: zero for sequences without an adapter."""
+        x, scales, index, bounds = operands.x, operands.scales, operands.adapter_index, operands.cu_seqlens
+        if scales is None and index is None:
+            return number
+        sequences = len(x) if bounds is None else len(bounds) - 1
+        each = torch.full((sequences,), number, dtype=torch.float32, device=x.device)
+        if scales is not None:
+            each = each * (scales if used is None else scales[used])
+        if index is not None:
+            each = each.where(index >= 0, 0)
+        if bounds is None:
+            each = each[:, None].expand(x.shape[:2])
+        else:
+            token = torch.arange(len(x), dtype=torch.int32, device=x.device)
+            each = each[torch.bucketize(token, bounds[1:], right=True)]
+        return self.gather(each[..., None])
+
+    def scaled(self, inner, span):
+        if isinstance(self.scale, float):
+            return inner.mul_(self.scale)
+        factor = self.scale[span].view(*inner.shape[:2], 1)
+        return (inner * factor).where(factor != 0, 0)
 
 
-def forward(operands, scale, workspace_bytes):
+def forward(operands, options):
     """y in the dtype of x and the leading shape of x."""
-    x, weight, A, B, bias, adapter_index, cu_seqlens = operands
-    rows = group_rows(x, len(A), adapter_index, cu_seqlens, "adapter_index")
-    compute = compute_dtype(x.device.type, x.dtype)
-    grouped = rows.gather(x).to(compute)
-    y = grouped.new_zeros(len(grouped), B.shape[1])
-    for strip in _strips(weight, 0, compute, workspace_bytes):
-        torch.mm(grouped, weight[strip].to(compute).mT, out=y[:, strip])
-    for _, x_u, a, b, span in _pieces(rows, grouped, A, B, compute, workspace_bytes):
-        y[span].view(*x_u.shape[:2], B.shape[1]).baddbmm_(torch.bmm(x_u, a.mT), b.mT, alpha=scale)
-    if bias is not None:
-        y.add_(bias)
-    return rows.scatter(y.to(x.dtype), x)
+    x, weight, A, B, bias = operands[:5]
+    flat = x.flatten(0, -2)
+    if weight is not None:
+        y = base_product(flat, weight, bias, options.workspace_bytes)
+    else:
+        y = x.new_zeros(len(flat), B.shape[1]) if bias is None else bias.to(x.dtype).expand(len(flat), -1)
+    if len(A) == 0:
+        return y.reshape(*x.shape[:-1], B.shape[1])
+    grouped = _Grouped(operands, options.scale, options.dropout)
+    y = grouped.gather(y.view(*x.shape[:-1], B.shape[1])).clone()
+    for _, a, b, span, shape in _pieces(grouped.rows, operands, grouped.compute, options.workspace_bytes):
+        h = grouped.scaled(torch.bmm(grouped.x[span].view(*shape, x.shape[-1]), a.mT), span)
+        y[span].view(*shape, B.shape[1]).baddbmm_(h, b.mT)
+    return grouped.rows.scatter(y.to(x.dtype), x)
 
 
-def backward(dout, operands, scale, workspace_bytes, needs):
+def backward(dout, operands, options, needs):
     """The `Gradients` that `needs` asks for."""
-    x, weight, A, B, bias, adapter_index, cu_seqlens = operands
-    rows = group_rows(x, len(A), adapter_index, cu_seqlens, "adapter_index")
-    compute = compute_dtype(x.device.type, x.dtype)
-    grouped, dy = rows.gather(x).to(compute), rows.gather(dout).to(compute)
-    need_x, need_w, need_a, need_b, need_bias = needs
-    dx = grouped.new_zeros(grouped.shape) if need_x else None
-    dweight = torch.empty_like(weight) if need_w else None
-    if need_x:
-        for strip in _strips(weight, 1, compute, workspace_bytes):
-            torch.mm(dy, weight[:, strip].to(compute), out=dx[:, strip])
-    if need_w:
-        for strip in _strips(weight, 0, compute, workspace_bytes):
-            dweight[strip] = dy[:, strip].mT @ grouped
-    dA = A.new_zeros(A.shape, dtype=torch.promote_types(A.dtype, torch.float32)) if need_a else None
-    dB = B.new_zeros(B.shape, dtype=torch.promote_types(B.dtype, torch.float32)) if need_b else None
-    for table, x_u, a, b, span in _pieces(rows, grouped, A, B, compute, workspace_bytes):
-        dy_u = dy[span].view(*x_u.shape[:2], B.shape[1])
-        inner = torch.bmm(dy_u, b).mul_(scale)
-        if need_x:
-            dx[span].view(x_u.shape).baddbmm_(inner, a)
-        if need_a:
-            _add_rows(dA, table, torch.bmm(inner.mT, x_u))
-        if need_b:
-            _add_rows(dB, table, torch.bmm(dy_u.mT, torch.bmm(x_u, a.mT)).mul_(scale))
-    if need_x:
-        dx = rows.scatter(dx.to(x.dtype), x)
-    dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype) if need_bias else None
+    x, weight, A, B, bias = operands[:5]
+    flat, dy = x.flatten(0, -2), dout.flatten(0, -2)
+    dx, dweight, dbias = base_gradients(flat, dy, weight, bias, needs, options.workspace_bytes)
+    if needs.x and dx is None:
+        dx = flat.new_zeros(flat.shape)
+    if not (needs.x or needs.A or needs.B) or len(A) == 0:
+        dA, dB = (torch.zeros_like(t) if need else None for t, need in ((A, needs.A), (B, needs.B)))
+        return Gradients(dx if dx is None else dx.view(x.shape), dweight, dA, dB, dbias)
+    grouped = _Grouped(operands, options.scale, options.dropout)
+    dx = grouped.gather(dx.view(x.shape)).clone() if needs.x else None
+    dy = grouped.gather(dout)
+    dA, dB = (
+        t.new_zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32)) if need else None
+        for t, need in ((A, needs.A), (B, needs.B))
+    )
+    for table, a, b, span, shape in _pieces(grouped.rows, operands, grouped.compute, options.workspace_bytes):
+        x_u, dy_u = grouped.x[span].view(*shape, -1), dy[span].view(*shape, -1)
+        g = grouped.scaled(torch.bmm(dy_u, b), span)
+        if needs.x:
+            dx[span] += grouped.dropped(torch.bmm(g, a).view(-1, a.shape[-1]), span)
+        if needs.A:
+            _add_rows(dA, table, torch.bmm(g.mT, x_u))
+        if needs.B:
+            _add_rows(dB, table, torch.bmm(dy_u.mT, grouped.scaled(torch.bmm(x_u, a.mT), span)))
+    if needs.x:
+        dx = grouped.rows.scatter(dx.to(x.dtype), x)
     dA, dB = (total if total is None else total.to(t.dtype) for total, t in ((dA, A), (dB, B)))
     return Gradients(dx, dweight, dA, dB, dbias)
 

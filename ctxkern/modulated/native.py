@@ -1,8 +1,7 @@
 """Fills the struct that the C++ kernels of the backends cpu and cuda read (runtime/problem.py, csrc/problem.h)."""
 
-from ctxkern.dtypes import CODES
 from ctxkern.modulated.operands import Gradients, Operands, contiguous
-from ctxkern.runtime.problem import Problem
+from ctxkern.runtime.problem import Problem, fill, fill_batch, fill_cube, fill_matrix
 
 _MOST_BYTES = 1 << 60
 
@@ -33,9 +32,14 @@ def problem_of(operands, rows, *, outer_above, workspace_bytes, grads: Gradients
     q.d_in, q.context_dim = x.shape[-1], context.shape[-1]
     q.outer_above, q.workspace_bytes = outer_above, min(workspace_bytes, _MOST_BYTES)
     q.threads, q.tf32 = threads, tf32
-    _fill_batch(q.batch, x.shape, context, context_index, cu_seqlens)
-    _fill(q.x, x)
-    _fill(q.context, context)
+    if context.dim() == 3:
+        batch = q.batch
+        batch.tokens = batch.table = batch.sequences = x.shape[0] * x.shape[1]
+        batch.length = 1
+    else:
+        fill_batch(q.batch, x.shape, context.shape[0], context_index, cu_seqlens)
+    fill(q.x, x)
+    fill(q.context, context)
     if grads is not None:
         if grads.x is not None:
             q.dx = grads.x.data_ptr()
@@ -46,48 +50,16 @@ def problem_of(operands, rows, *, outer_above, workspace_bytes, grads: Gradients
     for i, bilinear in enumerate(bilinears):
         p, weight, bias = projections[i], weights[i], biases[i]
         p.d_out = bilinear.shape[1]
-        _fill_bilinear(p.bilinear, bilinear)
+        fill_cube(p.bilinear, bilinear)
         p.rows = rows[i].data_ptr()
         if weight is not None:
-            _fill_matrix(p.weight, weight)
+            fill_matrix(p.weight, weight)
         if grads is None:
             if bias is not None:
-                _fill(p.bias, bias)
+                fill(p.bias, bias)
             continue
         if grads.weights[i] is not None:
-            _fill_matrix(p.dweight, grads.weights[i])
+            fill_matrix(p.dweight, grads.weights[i])
         if grads.bilinears[i] is not None:
-            _fill_bilinear(p.dbilinear, grads.bilinears[i])
+            fill_cube(p.dbilinear, grads.bilinears[i])
     return q
-
-
-def _fill_batch(batch, shape, context, index, bounds):
-    if context.dim() == 3:
-        batch.tokens = batch.table = batch.sequences = shape[0] * shape[1]
-        batch.length = 1
-        return
-    batch.table = context.shape[0]
-    if bounds is None:
-        batch.sequences, batch.length = shape[0], shape[1]
-        batch.tokens = shape[0] * shape[1]
-    else:
-        batch.tokens, batch.sequences, batch.bounds = shape[0], bounds.shape[0] - 1, bounds.data_ptr()
-    if index is not None:
-        batch.index = index.data_ptr()
-
-
-def _fill(operand, t):
-    operand.data = t.data_ptr()
-    operand.dtype = CODES[t.dtype]
-
-
-def _fill_matrix(operand, t):
-    operand.data = t.data_ptr()
-    operand.dtype = CODES[t.dtype]
-    operand.stride0, operand.stride1 = t.stride()
-
-
-def _fill_bilinear(operand, t):
-    operand.data = t.data_ptr()
-    operand.dtype = CODES[t.dtype]
-    operand.stride0, operand.stride1, operand.stride2 = t.stride()

@@ -111,7 +111,7 @@ def _reference(operands, _options):
     )
 
 
-FAMILY = Family(Operands, _forward, _backward, _reference)
+FAMILY = Family(Operands, _forward, _backward, _reference, constants=2)
 _function = differentiable(FAMILY)
 
 

@@ -5,6 +5,8 @@ A field that is not set is zero, so absent. Sizes and strides count elements.
 
 import ctypes
 
+from ctxkern.dtypes import CODES
+
 _int = ctypes.c_int64
 
 
@@ -32,6 +34,19 @@ class Projection(ctypes.Structure):
     ]
 
 
+class LoraProblem(ctypes.Structure):
+    """A low-rank call. rows: address of y in a forward, of dy in a backward; dx, dA, dB, ranks, scales: addresses."""
+
+    _fields_ = [
+        ("batch", Batch),
+        *((name, Operand) for name in ("x", "A", "B")),
+        *((name, _int) for name in ("ranks", "scales", "rows", "dx", "dA", "dB")),
+        *((name, _int) for name in ("d_in", "d_out", "rank", "threads", "adds")),
+        ("scale", ctypes.c_double),
+        *((name, _int) for name in ("kept_from", "seed")),
+    ]
+
+
 MOST_PROJECTIONS = 3
 
 
@@ -53,7 +68,7 @@ class Problem(ctypes.Structure):
 def layout():
     """The text that `problem_layout` of a library must give."""
     lines = []
-    for struct in (Operand, Batch, Projection, Problem):
+    for struct in (Operand, Batch, Projection, Problem, LoraProblem):
         lines.append(f"{struct.__name__} {ctypes.sizeof(struct)}\n")
         for name, *_ in struct._fields_:
             field = getattr(struct, name)
@@ -70,3 +85,33 @@ def difference(found):
     pairs = zip(found.splitlines(), layout().splitlines(), strict=False)
     where = next((f"{theirs} there, {ours} here" for theirs, ours in pairs if theirs != ours), "in length")
     return f"it was built from other sources ({where})"
+
+
+def fill(operand, t):
+    """Of a tensor without gaps."""
+    operand.data = t.data_ptr()
+    operand.dtype = CODES[t.dtype]
+
+
+def fill_matrix(operand, t):
+    operand.data = t.data_ptr()
+    operand.dtype = CODES[t.dtype]
+    operand.stride0, operand.stride1 = t.stride()
+
+
+def fill_cube(operand, t):
+    operand.data = t.data_ptr()
+    operand.dtype = CODES[t.dtype]
+    operand.stride0, operand.stride1, operand.stride2 = t.stride()
+
+
+def fill_batch(batch, shape, table, index, bounds):
+    """shape: of x; table: rows of the context or adapter table."""
+    batch.table = table
+    if bounds is None:
+        batch.sequences, batch.length = shape[0], shape[1]
+        batch.tokens = shape[0] * shape[1]
+    else:
+        batch.tokens, batch.sequences, batch.bounds = shape[0], bounds.shape[0] - 1, bounds.data_ptr()
+    if index is not None:
+        batch.index = index.data_ptr()

@@ -1,11 +1,11 @@
 #include <pybind11/pybind11.h>
 
-#include <memory>
 #include <string>
 
 #include "../../problem_checks.h"
 #include "../runtime/memory.h"
 #include "../runtime/module.h"
+#include "../runtime/workspace.h"
 #include "modulated.h"
 
 namespace py = pybind11;
@@ -64,23 +64,11 @@ void modulated(uintptr_t problem, bool backward, const py::object& allocate) {
   const Made made(problem_at(problem));
   const Kernels& run = kernels(made.call);
   const Tiles tiles = run.tiles(made.call, backward);
-  // below a megabyte asking Python for memory costs more than the memory
-  constexpr int64_t kOwn = 1 << 20;
-  std::unique_ptr<char[]> own;
-  py::object block;
-  char* workspace;
-  if (tiles.bytes < kOwn) {
-    own.reset(new char[static_cast<size_t>(tiles.bytes + 64)]);
-    workspace = own.get();
-  } else {
-    block = allocate(tiles.bytes + 64);
-    workspace = reinterpret_cast<char*>(py::cast<uintptr_t>(block.attr("data_ptr")()));
-  }
-  auto* const aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
+  const Workspace workspace(tiles.bytes, allocate);
   py::gil_scoped_release unlocked;
   advise(made.call, backward);
-  advise_huge(workspace, tiles.bytes);
-  (backward ? run.backward : run.forward)(made.call, tiles, aligned);
+  workspace.advise();
+  (backward ? run.backward : run.forward)(made.call, tiles, workspace.data);
 }
 
 py::dict modulated_tiles(uintptr_t problem, bool backward) {

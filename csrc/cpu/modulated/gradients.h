@@ -3,6 +3,7 @@
 //   dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]    dweight[d, e] = Σ_u G_u[d, e]    dcontext[u, k] += Σ_e bilinear[d, e, k] G_u[d, e]
 #pragma once
 
+#include "../runtime/sums.h"
 #include "operands.h"
 
 namespace ctxkern {
@@ -12,24 +13,8 @@ namespace {
 constexpr int64_t kChunk = 128;
 // Ranges of D whose sums for dcontext are kept apart, at most: that many threads can share a backward.
 constexpr int64_t kRanges = 64;
-// Steps of a sum in float32 before it is added to what is in memory: over rows of a context, and over D or E.
-constexpr int64_t kLongest = 256, kDeepest = 512;
-// Likewise of contexts.
+// Contexts whose sum is begun apart, as rounding grows with the length of a sum.
 constexpr int64_t kFewContexts = 32;
-
-// to [rows, lanes] in float32, rows `step` apart, (+)= a product whose sum is cut to `longest` steps in float32.
-template <class W>
-inline void product_in_pieces(int64_t rows, int64_t lanes, int64_t steps, int64_t longest, Left a, Right b, float* to,
-                              int64_t step, bool add = false) {
-  Out out{reinterpret_cast<char*>(to), step * 4, add ? Store::f32_add : Store::f32, lanes};
-  if (W::PER == 2) longest = steps;
-  // once for a sum of nothing, which writes zeros
-  for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
-    const int64_t piece = steps - s < longest ? steps - s : longest;
-    product_wide<W>(rows, lanes, piece, {a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step}, out);
-    out.store = Store::f32_add;
-  }
-}
 
 // Rows d to d + rows and columns e to e + columns of a projection's weight, of contexts begin to end.
 struct Block {

@@ -36,4 +36,5 @@ PYBIND11_MODULE(_C, m) {
         "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
   m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
   ctxkern::bind_modulated(m);
+  ctxkern::bind_lora(m);
 }

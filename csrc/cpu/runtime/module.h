@@ -6,5 +6,6 @@
 namespace ctxkern {
 
 void bind_modulated(pybind11::module_& m);
+void bind_lora(pybind11::module_& m);
 
 }  // namespace ctxkern

@@ -6,9 +6,10 @@
 namespace ctxkern {
 namespace {
 
-void check(int64_t sequences, int64_t total, const int32_t* bounds, const int64_t* index, int64_t table) {
+void check(int64_t sequences, int64_t total, const int32_t* bounds, const int64_t* index, int64_t table,
+           bool optional) {
   for (int64_t b = 0; index != nullptr && b < sequences; ++b) {
-    if (index[b] < 0 || index[b] >= table) throw std::invalid_argument("an index lies outside the table");
+    if (index[b] < (optional ? -1 : 0) || index[b] >= table) throw std::invalid_argument("an index lies outside the table");
   }
   if (bounds == nullptr) return;
   bool rising = bounds[0] == 0 && bounds[sequences] == total;
@@ -19,8 +20,8 @@ void check(int64_t sequences, int64_t total, const int32_t* bounds, const int64_
 }  // namespace
 
 GroupedRows group_rows(int64_t sequences, int64_t length, int64_t total, const int32_t* bounds, const int64_t* index,
-                       int64_t table) {
-  check(sequences, total, bounds, index, table);
+                       int64_t table, bool optional) {
+  check(sequences, total, bounds, index, table, optional);
   const auto run_of = [&](int64_t b) {
     return bounds ? Run{bounds[b], bounds[b + 1] - bounds[b]} : Run{b * length, length};
   };
@@ -42,7 +43,7 @@ GroupedRows group_rows(int64_t sequences, int64_t length, int64_t total, const i
     std::vector<int64_t> seen(size, -1);
     for (int64_t b = 0; b < sequences; ++b) {
       const int64_t count = run_of(b).count;
-      if (count == 0) continue;
+      if (count == 0 || index[b] < 0) continue;
       int64_t at = static_cast<int64_t>(static_cast<uint64_t>(index[b]) * 0x9E3779B97F4A7C15u >> 20) & (size - 1);
       while (seen[at] >= 0 && rows.slot[seen[at]] != index[b]) at = (at + 1) & (size - 1);
       if (seen[at] < 0) {
@@ -69,7 +70,10 @@ GroupedRows group_rows(int64_t sequences, int64_t length, int64_t total, const i
   bool in_order = true;
   for (int64_t b = 0; b < sequences; ++b) {
     const int64_t u = context_of[b];
-    if (u < 0) continue;
+    if (u < 0) {
+      in_order = in_order && run_of(b).count == 0;
+      continue;
+    }
     rows.runs[at[u]++] = run_of(b);
     in_order = in_order && u >= last;
     last = u;

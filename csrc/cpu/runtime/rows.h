@@ -35,9 +35,10 @@ struct GroupedRows {
 };
 
 // Of `sequences` sequences: bounds [sequences + 1] (packed) or, where that is null, `length` rows each; index [sequences]
-// into a table of `table` rows, or null for the order of the table. Sequences without rows are left out. Throws
-// std::invalid_argument where an index lies outside the table, or bounds do not rise from 0 to `total`.
+// into a table of `table` rows, or null for the order of the table. Sequences without rows are left out, and with
+// `optional` those of index −1. Throws std::invalid_argument where an index lies outside the table, or bounds do not rise
+// from 0 to `total`.
 GroupedRows group_rows(int64_t sequences, int64_t length, int64_t total, const int32_t* bounds, const int64_t* index,
-                       int64_t table);
+                       int64_t table, bool optional = false);
 
 }  // namespace ctxkern

@@ -57,12 +57,16 @@ struct Right {
   int64_t step;  // words
 };
 
-// f32_add: to panels of one or two vectors. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
+// The adds: to panels of one or two vectors. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
 // first half and of the second. The streams write past the cache: whole vectors, aligned, of one or two.
-enum class Store { f32, f32_add, bf16, f16, pairs, f32_stream, bf16_stream };
+enum class Store { f32, f32_add, bf16, bf16_add, f16, f16_add, pairs, f32_stream, bf16_stream };
 
 constexpr Store store_of(Dtype dtype) {
   return dtype == Dtype::f32 ? Store::f32 : dtype == Dtype::bf16 ? Store::bf16 : Store::f16;
+}
+
+constexpr Store add_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? Store::f32_add : dtype == Dtype::bf16 ? Store::bf16_add : Store::f16_add;
 }
 
 struct Out {
@@ -121,15 +125,21 @@ CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
   }
 }
 
+template <Dtype D, int MR, int NV>
+CTXKERN_INLINE void add_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
+  each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) v[j] += load_f32_first<D>(c + j * VL * size_of(D), out.lanes - j * VL);
+  });
+  put_as<D>(acc, out, row);
+}
+
 template <int MR, int NV>
 CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
   switch (out.store) {
-    case Store::f32_add:
-      each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) v[j] += load_f32_first<Dtype::f32>(c + j * VL * 4, out.lanes - j * VL);
-      });
-      return put_as<Dtype::f32>(acc, out, row);
+    case Store::f32_add: return add_as<Dtype::f32>(acc, out, row);
+    case Store::bf16_add: return add_as<Dtype::bf16>(acc, out, row);
+    case Store::f16_add: return add_as<Dtype::f16>(acc, out, row);
     case Store::f32: return put_as<Dtype::f32>(acc, out, row);
     case Store::bf16: return put_as<Dtype::bf16>(acc, out, row);
     case Store::f16: return put_as<Dtype::f16>(acc, out, row);

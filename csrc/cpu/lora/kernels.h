@@ -1,0 +1,377 @@
+// y_u += h_u B_u^T with h_u = s x_u A_u^T, a block of rows at a time; h stays in cache. In the backward
+//
+//   g_u = s dy_u B_u    dx_u += g_u A_u    dA_u = g_u^T x_u    dB_u = dy_u^T h_u
+//
+// The first two, and h, block by block; then dA and dB, strip of columns by strip, over the blocks of an adapter in their
+// order. Where adapters are many and even, a thread takes each whole, so that its rows stay in cache between the two.
+// Cuts depend on the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
+#pragma once
+
+#include "../runtime/pack.h"
+#include "../runtime/parallel.h"
+#include "../runtime/sums.h"
+#include "call.h"
+#include "dropout.h"
+
+namespace ctxkern {
+namespace {
+
+// Columns of D or E at a time, of rows that are laid out for a product along them.
+constexpr int64_t kStrip = 128;
+
+template <class W>
+class Lora {
+ public:
+  static constexpr int64_t NR = 2 * VL;
+
+  Lora(const LoraCall& call, bool backward, char* workspace) : q(call), backward_(backward) {
+    Arena arena(workspace);
+    dropped_ = q.kept_from > 0 ? arena.take<char>(q.rows_of->count * q.d_in * size_of(q.x.dtype)) : nullptr;
+    const int64_t turned = (q.rows_of->count / W::PER + q.block_count() * W::STEP) * q.rank;
+    turned_h_ = backward && q.dB ? arena.take(turned) : nullptr;
+    turned_g_ = backward && q.dA ? arena.take(turned) : nullptr;
+    Arena one(nullptr);
+    place(one);
+    each_thread_ = one.used();
+    threads_ = arena.take<char>(each_thread_ * q.threads);
+    bytes_ = arena.used();
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  void forward() {
+    forget_panels();
+    parallel<W>(q.threads, q.block_count(), [&](int64_t i, int thread) {
+      const LoraBlock& b = q.blocks[i];
+      const Thread at = with_panels(b.adapter, thread);
+      if (dropped_) drop(b);
+      h(b, at);
+      words_of(b, at);
+      add(b, {at.b_lanes, lanes(q.d_out)}, q.rows, q.d_out, at);
+    });
+  }
+
+  void backward() {
+    forget_panels();
+    if (q.adapters() < q.batch.table) {
+      const int64_t each = q.batch.table * q.rank;
+      if (q.dA) std::memset(q.dA, 0, static_cast<size_t>(each * q.d_in * size_of(q.A.dtype)));
+      if (q.dB) std::memset(q.dB, 0, static_cast<size_t>(each * q.d_out * size_of(q.B.dtype)));
+    }
+    if (whole_adapters()) {
+      parallel<W>(q.threads, q.adapters(), [&](int64_t u, int thread) {
+        for (int64_t i = q.block_first[u]; i < q.block_first[u + 1]; ++i) block_gradients(i, thread);
+        for (int64_t s = 0; s < strips(); ++s) strip_gradients(u, s, thread);
+      });
+      return;
+    }
+    parallel<W>(q.threads, q.block_count(), [&](int64_t i, int thread) { block_gradients(i, thread); });
+    parallel<W>(q.threads, q.adapters() * strips(),
+                [&](int64_t i, int thread) { strip_gradients(i / strips(), i % strips(), thread); });
+  }
+
+ private:
+  // What one thread works in: panels of an adapter, words along the sum by lanes, and what a block needs.
+  struct Thread {
+    int64_t* adapter;  // 1 + whose panels they are
+    float *a_lanes, *a_rows, *b_lanes, *b_rows;
+    float *rows;   // of a block, as a left operand
+    float *sums;   // h or g, [rows, R], and other sums of as many rows
+    float *words;  // the same, scaled, as a left operand
+    float *strip;  // x or dy, [words along the rows, kStrip]
+  };
+
+  static int64_t lanes(int64_t n) { return round_up(n, NR); }
+  bool needs_h() const { return !backward_ || q.dB; }
+  bool needs_g() const { return backward_ && (q.dA || q.dx); }
+  int64_t strips_of(const char* wanted, int64_t n) const { return wanted ? (n + kStrip - 1) / kStrip : 0; }
+  int64_t strips() const { return strips_of(q.dA, q.d_in) + strips_of(q.dB, q.d_out); }
+  // Where h^T or g^T of a block lies, with room for the last word of each to be half full.
+  int64_t turned_at(int64_t i) const { return (q.blocks[i].first / W::PER + i * W::STEP) * q.rank; }
+
+  // Enough adapters, none of them with more than a small share of all rows.
+  bool whole_adapters() const {
+    int64_t most = 0;
+    for (int64_t u = 0; u < q.adapters(); ++u) {
+      const int64_t rows = q.rows_of->first[u + 1] - q.rows_of->first[u];
+      most = rows > most ? rows : most;
+    }
+    return q.threads == 1 || most * 4 * q.threads <= q.rows_of->count;
+  }
+
+  Thread place(Arena& arena) const {
+    const int64_t r_lanes = lanes(q.rank), r_words = words<W>(q.rank), widest = q.d_in > q.d_out ? q.d_in : q.d_out;
+    Thread at;
+    at.adapter = arena.take<int64_t>(1);
+    at.a_lanes = needs_h() ? arena.take(words<W>(q.d_in) * r_lanes) : nullptr;
+    at.a_rows = backward_ && q.dx ? arena.take(r_words * lanes(q.d_in)) : nullptr;
+    at.b_lanes = backward_ ? nullptr : arena.take(r_words * lanes(q.d_out));
+    at.b_rows = needs_g() ? arena.take(words<W>(q.d_out) * r_lanes) : nullptr;
+    at.rows = arena.take(kBlockRows * words<W>(widest) + NR);
+    at.sums = arena.take(kBlockRows * (r_lanes > kStrip ? r_lanes : kStrip));
+    at.words = arena.take(kBlockRows * r_words + NR);
+    at.strip = backward_ ? arena.take(words<W>(kBlockRows) * kStrip) : nullptr;
+    return at;
+  }
+
+  Thread of(int thread) const {
+    Arena arena(threads_ + thread * each_thread_);
+    return place(arena);
+  }
+
+  void forget_panels() const {
+    for (int thread = 0; thread < q.threads; ++thread) *of(thread).adapter = 0;
+  }
+
+  // A thread's memory, with the panels of adapter u in it.
+  Thread with_panels(int64_t u, int thread) const {
+    const Thread at = of(thread);
+    if (*at.adapter == u + 1) return at;
+    *at.adapter = u + 1;
+    const int64_t rank = q.rank_of(u), r_lanes = lanes(q.rank);
+    const int64_t a_size = size_of(q.A.dtype), a_r = q.A.strides[1] * a_size, a_d = q.A.strides[2] * a_size;
+    const int64_t b_size = size_of(q.B.dtype), b_e = q.B.strides[1] * b_size, b_r = q.B.strides[2] * b_size;
+    const char* const a = q.A.data + q.slot(u) * q.A.strides[0] * a_size;
+    const char* const b = q.B.data + q.slot(u) * q.B.strides[0] * b_size;
+    with_source<W>(q.A.dtype, [&](auto type) {
+      constexpr Dtype D = decltype(type)::value;
+      for (int64_t k = 0; at.a_lanes && k < rank; k += NR)
+        pack_lanes<W, D>(at.a_lanes + k, r_lanes, a + k * a_r, a_r, a_d, rank - k, q.d_in);
+      if (at.a_rows) pack_rows<W, D>(at.a_rows, lanes(q.d_in), a, a_r, a_d, rank, q.d_in);
+    });
+    with_source<W>(q.B.dtype, [&](auto type) {
+      constexpr Dtype D = decltype(type)::value;
+      for (int64_t e = 0; at.b_lanes && e < q.d_out; e += NR)
+        pack_lanes<W, D>(at.b_lanes + e, lanes(q.d_out), b + e * b_e, b_e, b_r, q.d_out - e, rank);
+      if (at.b_rows) pack_rows<W, D>(at.b_rows, r_lanes, b, b_e, b_r, q.d_out, rank);
+    });
+    return at;
+  }
+
+  // Rows of a block, of x (or what dropout left of it, in grouped order), y or dy.
+  struct Source {
+    const char* data;
+    int64_t columns;
+    const int64_t* map;
+  };
+
+  Source source_of(const LoraBlock& b, const char* data, int64_t columns) const {
+    return {b.map ? data : data + b.row * columns * size_of(q.x.dtype), columns, b.map};
+  }
+
+  Source x_of(const LoraBlock& b) const {
+    if (!dropped_) return source_of(b, q.x.data, q.d_in);
+    return {dropped_ + b.first * q.d_in * size_of(q.x.dtype), q.d_in, nullptr};
+  }
+
+  Source dy_of(const LoraBlock& b) const { return source_of(b, q.rows, q.d_out); }
+
+  int64_t row_of(const LoraBlock& b, int64_t i) const { return b.map ? b.map[i] : b.row + i; }
+
+  // What dropout keeps of x.
+  void drop(const LoraBlock& b) const {
+    const int64_t size = size_of(q.x.dtype);
+    with_dtype(q.x.dtype, [&](auto type) {
+      constexpr Dtype D = decltype(type)::value;
+      for (int64_t i = 0; i < b.count; ++i) {
+        const int64_t row = row_of(b, i);
+        const RowDraws draws(q.seed, row);
+        const char* const from = q.x.data + row * q.d_in * size;
+        char* const to = dropped_ + (b.first + i) * q.d_in * size;
+        for (int64_t c = 0; c < q.d_in; c += VL) {
+          const V v = load_f32_first<D>(from + c * size, q.d_in - c);
+          store_as_first<D>(to + c * size, kept(v, draws.at(c), static_cast<uint32_t>(q.kept_from)), q.d_in - c);
+        }
+      }
+    });
+  }
+
+  // sums [rows, R] = rows of a block times panels of words by R lanes.
+  void inner(const LoraBlock& b, const Source& from, const float* panels, const Thread& at) const {
+    const int64_t size = size_of(q.x.dtype), row = from.columns * size;
+    Left left{from.data, row, 4};
+    if (from.map || q.x.dtype != W::dtype || from.columns % (W::PER * W::STEP) != 0) {
+      with_source<W>(q.x.dtype, [&](auto type) {
+        pack_left<W, decltype(type)::value>(at.rows, from.data, row, b.count, from.columns, from.map);
+      });
+      left = {reinterpret_cast<const char*>(at.rows), words<W>(from.columns) * 4, 4};
+    }
+    product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(from.columns), kDeepest, left,
+                         {panels, lanes(q.rank)}, at.sums, lanes(q.rank));
+    const double scale = q.scale * (q.scales ? q.scales[q.slot(b.adapter)] : 1.0) / kept_share();
+    for (int64_t i = 0; i < b.count; ++i) {
+      for (int64_t k = 0; k < q.rank_of(b.adapter); k += VL) {
+        float* const sum = at.sums + i * lanes(q.rank) + k;
+        store(sum, load<V>(sum) * splat(static_cast<float>(scale)));
+      }
+    }
+  }
+
+  double kept_share() const { return 1.0 - static_cast<double>(q.kept_from) * 0x1p-32; }
+
+  void h(const LoraBlock& b, const Thread& at) const { inner(b, x_of(b), at.a_lanes, at); }
+  void g(const LoraBlock& b, const Thread& at) const { inner(b, dy_of(b), at.b_rows, at); }
+
+  // The sums as a left operand.
+  void words_of(const LoraBlock& b, const Thread& at) const {
+    pack_left<W, Dtype::f32>(at.words, reinterpret_cast<const char*>(at.sums), lanes(q.rank) * 4, b.count,
+                             q.rank_of(b.adapter));
+  }
+
+  // Transposed, [R, words along the rows], a left operand too.
+  void turned(const LoraBlock& b, const Thread& at, float* to) const {
+    const int64_t rank = q.rank_of(b.adapter), r_lanes = lanes(q.rank), steps = words<W>(b.count);
+    float* const pairs = at.strip;
+    for (int64_t k = 0; k < rank; k += kStrip) {
+      const int64_t part = rank - k < kStrip ? rank - k : kStrip;
+      pack_rows<W, Dtype::f32>(pairs, kStrip, reinterpret_cast<const char*>(at.sums + k), r_lanes * 4, 4, b.count, part);
+      for (int64_t j = 0; j < part; j += VL) {
+        for (int64_t s = 0; s < steps; s += VL) {
+          V r[VL];
+          const int64_t there = steps - s < VL ? steps - s : VL;
+          for (int64_t i = 0; i < VL; ++i) r[i] = i < there ? load<V>(pairs + (s + i) * kStrip + j) : V{};
+          transpose(r);
+          for (int64_t i = 0; i < VL && j + i < part; ++i)
+            store_first(to + (k + j + i) * steps + s, r[i], 4 * there);
+        }
+      }
+    }
+  }
+
+  // Rows of y or dx (+)= the words times panels of `columns` lanes.
+  void add(const LoraBlock& b, Right panels, char* to, int64_t columns, const Thread& at) const {
+    const int64_t size = size_of(q.x.dtype), rank = q.rank_of(b.adapter);
+    Out out{to + (b.map ? 0 : b.row * columns * size), columns * size,
+            q.adds ? add_of(q.x.dtype) : store_of(q.x.dtype), columns};
+    out.map = b.map;
+    const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
+    product_wide<W>(b.count, columns, words<W>(rank), left, panels, out);
+  }
+
+  // dx (+)= the same, where dropout kept x.
+  void add_dropped(const LoraBlock& b, const Thread& at) const {
+    const int64_t size = size_of(q.x.dtype), rank = q.rank_of(b.adapter), d_lanes = lanes(q.d_in);
+    const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
+    for (int64_t d = 0; d < q.d_in; d += kStrip) {
+      const int64_t columns = q.d_in - d < kStrip ? q.d_in - d : kStrip;
+      const Out out{reinterpret_cast<char*>(at.sums), kStrip * 4, Store::f32, round_up(columns, VL)};
+      product_wide<W>(b.count, out.lanes, words<W>(rank), left, {at.a_rows + d, d_lanes}, out);
+      with_dtype(q.x.dtype, [&](auto type) {
+        constexpr Dtype D = decltype(type)::value;
+        for (int64_t i = 0; i < b.count; ++i) {
+          const int64_t row = row_of(b, i);
+          const RowDraws draws(q.seed, row);
+          char* const to = q.dx + (row * q.d_in + d) * size;
+          for (int64_t c = 0; c < columns; c += VL) {
+            V v = kept(load<V>(at.sums + i * kStrip + c), draws.at(d + c), static_cast<uint32_t>(q.kept_from));
+            if (q.adds) v += load_f32_first<D>(to + c * size, columns - c);
+            store_as_first<D>(to + c * size, v, columns - c);
+          }
+        }
+      });
+    }
+  }
+
+  void block_gradients(int64_t i, int thread) const {
+    const LoraBlock& b = q.blocks[i];
+    const Thread at = with_panels(b.adapter, thread);
+    if (dropped_ && (q.dA || q.dB)) drop(b);
+    if (q.dB) {
+      h(b, at);
+      turned(b, at, turned_h_ + turned_at(i));
+    }
+    if (!needs_g()) return;
+    g(b, at);
+    if (q.dA) turned(b, at, turned_g_ + turned_at(i));
+    if (!q.dx) return;
+    words_of(b, at);
+    if (dropped_) return add_dropped(b, at);
+    add(b, {at.a_rows, lanes(q.d_in)}, q.dx, q.d_in, at);
+  }
+
+  // A strip of columns of dA_u or, after those, of dB_u.
+  void strip_gradients(int64_t u, int64_t s, int thread) const {
+    const int64_t of_a = strips_of(q.dA, q.d_in);
+    const bool is_a = s < of_a;
+    const int64_t width = is_a ? q.d_in : q.d_out, c = (is_a ? s : s - of_a) * kStrip;
+    const int64_t columns = width - c < kStrip ? width - c : kStrip, rank = q.rank_of(u), size = size_of(q.x.dtype);
+    const Thread at = of(thread);
+    float* const total = at.sums;  // [R, kStrip], and R is at most kBlockRows at a time
+    for (int64_t k = 0; k < q.rank; k += kBlockRows) {
+      const int64_t ranks = rank - k < kBlockRows ? rank - k : kBlockRows;
+      Out out{reinterpret_cast<char*>(total), kStrip * 4, Store::f32, round_up(columns, VL)};
+      for (int64_t i = q.block_first[u]; ranks > 0 && i < q.block_first[u + 1]; ++i) {
+        const LoraBlock& b = q.blocks[i];
+        const Source from = is_a ? x_of(b) : dy_of(b);
+        with_source<W>(q.x.dtype, [&](auto type) {
+          pack_rows<W, decltype(type)::value>(at.strip, kStrip, from.data + c * size, width * size, size, b.count, columns,
+                                              from.map);
+        });
+        const int64_t steps = words<W>(b.count);
+        const float* const left = (is_a ? turned_g_ : turned_h_) + turned_at(i) + k * steps;
+        product_wide<W>(ranks, out.lanes, steps, {reinterpret_cast<const char*>(left), steps * 4, 4}, {at.strip, kStrip},
+                        out);
+        out.store = Store::f32_add;
+      }
+      const int64_t all = q.rank - k < kBlockRows ? q.rank - k : kBlockRows;
+      for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(total + i * kStrip, 0, kStrip * 4);
+      if (is_a) {
+        write_rows_of_a(u, k, all, c, columns, total);
+      } else {
+        write_rows_of_b(u, k, all, c, columns, total);
+      }
+    }
+  }
+
+  void write_rows_of_a(int64_t u, int64_t k, int64_t ranks, int64_t d, int64_t columns, const float* total) const {
+    const int64_t size = size_of(q.A.dtype);
+    for (int64_t i = 0; i < ranks; ++i)
+      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1, total + i * kStrip, columns);
+  }
+
+  // Transposed.
+  void write_rows_of_b(int64_t u, int64_t k, int64_t ranks, int64_t e, int64_t columns, const float* total) const {
+    const int64_t size = size_of(q.B.dtype);
+    for (int64_t j = 0; j < columns; j += VL) {
+      for (int64_t i = 0; i < ranks; i += VL) {
+        V r[VL];
+        for (int64_t l = 0; l < VL; ++l) r[l] = i + l < ranks ? load<V>(total + (i + l) * kStrip + j) : V{};
+        transpose(r);
+        with_dtype(q.B.dtype, [&](auto type) {
+          for (int64_t l = 0; l < VL && j + l < columns; ++l) {
+            char* const to = q.dB + ((q.slot(u) * q.d_out + e + j + l) * q.rank + k + i) * size;
+            store_as_first<decltype(type)::value>(to, r[l], ranks - i);
+          }
+        });
+      }
+    }
+  }
+
+  const LoraCall& q;
+  const bool backward_;
+  char* dropped_;
+  float *turned_h_, *turned_g_;
+  char* threads_;
+  int64_t each_thread_, bytes_;
+};
+
+template <class W>
+int64_t lora_bytes(const LoraCall& q, bool backward) {
+  return Lora<W>(q, backward, nullptr).bytes();
+}
+
+template <class W>
+void lora_forward(const LoraCall& q, char* workspace) {
+  Lora<W>(q, false, workspace).forward();
+}
+
+template <class W>
+void lora_backward(const LoraCall& q, char* workspace) {
+  Lora<W>(q, true, workspace).backward();
+}
+
+template <class W>
+constexpr LoraKernels lora_kernels_of{&lora_bytes<W>, &lora_forward<W>, &lora_backward<W>};
+
+}  // namespace
+}  // namespace ctxkern

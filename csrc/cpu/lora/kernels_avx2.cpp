@@ -1,0 +1,8 @@
+#include "kernels.h"
+
+namespace ctxkern {
+
+extern const LoraKernels lora_f32_avx2;
+const LoraKernels lora_f32_avx2 = lora_kernels_of<F32>;
+
+}  // namespace ctxkern
