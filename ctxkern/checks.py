@@ -199,6 +199,13 @@ def check_index(index, table_rows, what, lowest=0):
     return values
 
 
+def check_ranks(ranks, most):
+    """ValueError unless every rank lies between 0 and that of A and B."""
+    for i, rank in enumerate(ranks.tolist()):
+        if not 0 <= rank <= most:
+            raise ValueError(f"ranks[{i}] is {rank}; it must be from 0 to {most}, the rank of A and B")
+
+
 def check_bounds(cu_seqlens, rows):
     """The values of cu_seqlens as a list; ValueError unless they rise from 0 to the number of rows."""
     bounds = cu_seqlens.tolist()

@@ -83,7 +83,7 @@ def lora_linear_ref(
         there = torch.arange(A.shape[1], device=A.device) < ranks[:, None]
         A, B = A.where(there[:, :, None], 0), B.where(there[:, None], 0)
     scale = scale.to(x.dtype)[:, None, None] if isinstance(scale, Tensor) else x.new_full((1, 1, 1), scale)
-    scale = scale.expand(len(A), 1, 1)
+    scale = scale.expand(A.shape[0], 1, 1)
     A, B = A.to(x.dtype), B.to(x.dtype)
     if adapter_index is not None:
         # −1 is the last one, of zeros
@@ -92,7 +92,9 @@ def lora_linear_ref(
     if dropout:
         mask = lora_dropout_mask(seed, x.shape[:-1].numel(), x.shape[-1], dropout).to(x.device)
         seen = x.where(mask.view(x.shape), 0) / (1 - dropout)
-    y = _per_sequence(lambda x, a, b, s: (s if x.dim() > 2 else s[0]) * ((x @ a.mT) @ b.mT), seen, cu_seqlens, A, B, scale)
+    y = _per_sequence(
+        lambda x, a, b, s: (s if x.dim() > 2 else s[0]) * ((x @ a.mT) @ b.mT), seen, cu_seqlens, A, B, scale
+    )
     y = y if weight is None else y + F.linear(x, weight.to(x.dtype))
     return y if bias is None else y + bias.to(x.dtype)
 

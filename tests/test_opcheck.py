@@ -75,8 +75,15 @@ def test_modulated_operators_with_permuted_x(case, order):
 @pytest.mark.parametrize("case", [c for c in CHECKED if not c.per_token], ids=lambda c: c.id)
 def test_lora_operators(case):
     arguments, dout = lora_arguments(case, 3)
-    names = ("x", "weight", "A", "B", "bias", "adapter_index", "cu_seqlens", "scale")
-    operands = (*(arguments[n] for n in names), 1 << 12, "portable")
-    needs = [arguments[n] is not None for n in names[:5]]
-    opcheck(ops.lora_forward.default, operands)
-    opcheck(ops.lora_backward.default, (dout, *operands, needs))
+    index, bounds = arguments["adapter_index"], arguments["cu_seqlens"]
+    differentiable = [arguments[n] for n in ("x", "weight", "A", "B", "bias")]
+    count = len(arguments["A"])
+    needs = [t is not None for t in differentiable]
+    for backend in ("portable", "cpu"):
+        for scales, ranks, seed, dropout in (
+            (None, None, None, 0.0),
+            (torch.ones(count), torch.full((count,), 2), torch.tensor(3), 0.5),
+        ):
+            operands = (*differentiable, scales, ranks, seed, index, bounds, 1 << 12, backend, 0.5, dropout)
+            opcheck(ops.lora_forward.default, operands)
+            opcheck(ops.lora_backward.default, (dout, *operands, needs))

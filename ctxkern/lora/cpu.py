@@ -4,10 +4,11 @@ from ctypes import addressof
 
 import torch
 
-from ctxkern.checks import check_bounds, check_index
+from ctxkern.checks import check_bounds, check_index, check_ranks
 from ctxkern.lora.operands import Gradients, base_gradients, base_product
 from ctxkern.runtime import cpu as cpu_runtime
-from ctxkern.runtime.problem import LoraProblem, fill, fill_batch, fill_cube
+from ctxkern.runtime.fill import fill, fill_batch, fill_cube
+from ctxkern.runtime.problem import LoraProblem
 
 
 def _allocate(size):
@@ -56,14 +57,8 @@ def check_values(operands):
         check_index(operands.adapter_index, len(operands.A), "adapter_index", -1)
     if operands.cu_seqlens is not None:
         check_bounds(operands.cu_seqlens, len(operands.x))
-    check_ranks(operands.ranks, operands.A.shape[1])
-
-
-def check_ranks(ranks, most):
-    """Every rank lies between 0 and that of A and B."""
-    for i, rank in enumerate([] if ranks is None else ranks.tolist()):
-        if not 0 <= rank <= most:
-            raise ValueError(f"ranks[{i}] is {rank}; it must be from 0 to {most}, the rank of A and B")
+    if operands.ranks is not None:
+        check_ranks(operands.ranks, operands.A.shape[1])
 
 
 def forward(operands, options):

@@ -2,6 +2,7 @@
 
 import torch
 
+from ctxkern.checks import check_ranks
 from ctxkern.ops import (
     Family,
     call,
@@ -14,6 +15,7 @@ from ctxkern.ops import (
     like,
     needed,
     operator,
+    readable,
     spread,
 )
 from ctxkern.reference import lora_linear_ref
@@ -90,9 +92,14 @@ def _backward(douts, flat, options, needs):
 def _reference(operands, options):
     x, weight, A, B, bias, scales, ranks, seed, adapter_index, cu_seqlens = operands
     check_values(x, A, adapter_index, cu_seqlens, "adapter_index", -1)
+    known = None if torch.compiler.is_compiling() else readable(ranks)
+    if known is not None:
+        check_ranks(known, A.shape[1])
     scale = options.scale if scales is None else scales * options.scale
     dropout = {"ranks": ranks, "dropout": options.dropout, "seed": seed}
-    return (lora_linear_ref(x, weight, A, B, scale, bias, adapter_index=adapter_index, cu_seqlens=cu_seqlens, **dropout),)
+    return (
+        lora_linear_ref(x, weight, A, B, scale, bias, adapter_index=adapter_index, cu_seqlens=cu_seqlens, **dropout),
+    )
 
 
 FAMILY = Family(Operands, _forward, _backward, _reference, CONSTANTS)

@@ -5,7 +5,7 @@ Backward, with h_u = x_u A_u^T and g_u = scale dy_u B_u: dx = dy weight + g A, d
 
 import torch
 
-from ctxkern.checks import check_index, is_readable
+from ctxkern.checks import check_index, check_ranks, is_readable
 from ctxkern.lora.operands import Gradients, base_gradients, base_product
 from ctxkern.plan import compute_dtype
 from ctxkern.reference import lora_dropout_mask
@@ -45,6 +45,8 @@ class _Grouped:
         self.compute = compute_dtype(x.device.type, x.dtype)
         if index is not None and is_readable(index):
             check_index(index, len(A), "adapter_index", -1)
+        if operands.ranks is not None and is_readable(operands.ranks):
+            check_ranks(operands.ranks, A.shape[1])
         used = index if index is None else index.clamp(min=0)
         self.rows = group_rows(x, len(A), used, bounds, "adapter_index")
         self.scale, self.kept = self._scale(operands, used, scale / (1 - dropout)), None
@@ -120,10 +122,10 @@ def backward(dout, operands, options, needs):
         for t, need in ((A, needs.A), (B, needs.B))
     )
     for table, a, b, span, shape in _pieces(grouped.rows, operands, grouped.compute, options.workspace_bytes):
-        x_u, dy_u = grouped.x[span].view(*shape, -1), dy[span].view(*shape, -1)
+        x_u, dy_u = (t[span].view(*shape, t.shape[-1]) for t in (grouped.x, dy))
         g = grouped.scaled(torch.bmm(dy_u, b), span)
         if needs.x:
-            dx[span] += grouped.dropped(torch.bmm(g, a).view(-1, a.shape[-1]), span)
+            dx[span] += grouped.dropped(torch.bmm(g, a).flatten(0, 1), span)
         if needs.A:
             _add_rows(dA, table, torch.bmm(g.mT, x_u))
         if needs.B:

@@ -1,7 +1,8 @@
 """Fills the struct that the C++ kernels of the backends cpu and cuda read (runtime/problem.py, csrc/problem.h)."""
 
 from ctxkern.modulated.operands import Gradients, Operands, contiguous
-from ctxkern.runtime.problem import Problem, fill, fill_batch, fill_cube, fill_matrix
+from ctxkern.runtime.fill import fill, fill_batch, fill_cube, fill_matrix
+from ctxkern.runtime.problem import Problem
 
 _MOST_BYTES = 1 << 60
 

@@ -219,12 +219,18 @@ class DynamicLoraLinear(nn.Linear):
             missing, given = ("A", "B") if A is None else ("B", "A")
             raise ValueError(f"DynamicLoraLinear: {missing} is None; it must be a tensor, as {given} is given")
         scale = 1.0 if self.alpha is None else self.alpha / max(A.shape[1], 1)
-        indices = {"adapter_index": adapter_index, "cu_seqlens": cu_seqlens}
-        inputs = _sequences(x, cu_seqlens)
-        if self.training and self.dropout:
-            low = lora_linear(F.dropout(inputs, self.dropout), None, A, B, scale, **indices)
-            return F.linear(x, self.weight, self.bias) + _shaped(low, x)
-        return _shaped(lora_linear(inputs, self.weight, A, B, scale, self.bias, **indices), x)
+        y = lora_linear(
+            _sequences(x, cu_seqlens),
+            self.weight,
+            A,
+            B,
+            scale,
+            self.bias,
+            adapter_index=adapter_index,
+            cu_seqlens=cu_seqlens,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return _shaped(y, x)
 
 
 def _sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

@@ -1,16 +1,22 @@
 """lora_linear and DynamicLoraLinear: against the oracle, and against what they extend."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.flop_counter
 from torch import nn
 
 import ctxkern
 from ctxkern.nn import DynamicLoraLinear
-from ctxkern.reference import lora_linear_ref
-from ctxkern.testing.cases import CASES
+from ctxkern.reference import lora_dropout_mask, lora_linear_ref
+from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.testing import force
+from ctxkern.testing.cases import CASES, Case
 from ctxkern.testing.families import lora_arguments
-from ctxkern.testing.oracle import check_family
+from ctxkern.testing.oracle import check_family, differentiate
 
 # dtypes of x, the adapters and the weight
 DTYPES = {
@@ -24,22 +30,185 @@ DTYPES = {
     "bf16-f32-both": (torch.bfloat16, torch.float32, torch.float32),
 }
 TABLE = [case for case in CASES if not case.per_token and case.id not in ("wide-k", "debug", "deep")]
+BY_ID = {case.id: case for case in TABLE}
+# each backend, and of the compiled one each instruction set
+HOW = ["portable", *(cpu_runtime.cpu_isas() or [])]
 
 
+@pytest.fixture
+def fn(request):
+    """`lora_linear` as a backend or an instruction set runs it."""
+    if request.param == "portable":
+        yield functools.partial(ctxkern.lora_linear, backend="portable")
+        return
+    with force(isa=request.param):
+        yield functools.partial(ctxkern.lora_linear, backend="cpu")
+
+
+everywhere = pytest.mark.parametrize("fn", HOW, indirect=True)
+best = pytest.mark.parametrize("fn", sorted({HOW[0], HOW[-1]}), indirect=True)
+
+
+@everywhere
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", TABLE, ids=lambda c: c.id)
-def test_matches_the_oracle(case, dtypes):
-    arguments, dout = lora_arguments(case, 3, *dtypes)
-    check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
+def test_the_case_table(fn, dtypes):
+    if dtypes[0] is torch.float64:
+        fn = functools.partial(ctxkern.lora_linear, backend="portable")
+    for case in TABLE:
+        arguments, dout = lora_arguments(case, 3, *dtypes)
+        check_family(fn, lora_linear_ref, arguments, dout, case.id)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 5, 16, 65])
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["odd", "shared-uneven", "ragged-shared"])
-def test_ranks(name, dtype, rank):
-    case = next(case for case in CASES if case.id == name)
-    arguments, dout = lora_arguments(case, rank, dtype)
-    check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
+def test_ranks(fn, dtype):
+    for rank in (0, 1, 2, 5, 16, 33, 65, 256, 300):
+        for name in ("odd", "shared-uneven", "ragged-shared"):
+            arguments, dout = lora_arguments(BY_ID[name], rank, dtype)
+            check_family(fn, lora_linear_ref, arguments, dout, f"{name}, rank {rank}")
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sizes(fn, dtype):
+    """Zero and around the sizes of tiles, strips and blocks, with and without a base weight."""
+    sizes = [(2, 0, 5, 6), (0, 3, 5, 6), (2, 3, 0, 6), (2, 3, 5, 0), (1, 1, 1, 1), (2, 300, 31, 129), (3, 17, 257, 64)]
+    for B, S, D, E in sizes:
+        for weight in (False, True):
+            case = Case("sizes", B, S, D, E, 1, weight=weight, bias=weight)
+            arguments, dout = lora_arguments(case, 4, dtype)
+            check_family(fn, lora_linear_ref, arguments, dout, f"{B, S, D, E}")
+
+
+@best
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case("few", 2, 700, 96, 160, 1), Case("uneven", 6, 90, 64, 32, 1, index=[0] * 5 + [1])]
+)
+def test_long_sums_and_many_blocks(fn, dtype, case):
+    arguments, dout = lora_arguments(case, 16, dtype)
+    check_family(fn, lora_linear_ref, arguments, dout)
+    case = dataclasses.replace(case, D=3000, S=40)
+    arguments, dout = lora_arguments(case, 16, dtype)
+    check_family(fn, lora_linear_ref, arguments, dout)
+
+
+@best
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["odd", "shared-uneven", "ragged-shared", "no-weight"])
+class TestOptions:
+    def test_sequences_without_an_adapter(self, fn, dtype, name):
+        arguments, dout = lora_arguments(BY_ID[name], 3, dtype)
+        bounds = arguments["cu_seqlens"]
+        sequences = len(arguments["x"]) if bounds is None else len(bounds) - 1
+        rows = len(arguments["A"])
+        for index in ([-1] * sequences, [(b % (rows + 1)) - 1 for b in range(sequences)], [-1] + [0] * (sequences - 1)):
+            arguments["adapter_index"] = torch.tensor(index)
+            check_family(fn, lora_linear_ref, arguments, dout, str(index))
+
+    def test_a_rank_for_each_adapter(self, fn, dtype, name):
+        arguments, dout = lora_arguments(BY_ID[name], 20, dtype)
+        count = len(arguments["A"])
+        ranks = torch.tensor([(0, 20, 7, 16, 17, 1)[i % 6] for i in range(count)])
+        check_family(fn, lora_linear_ref, arguments | {"ranks": ranks}, dout)
+        # what lies behind a rank is not read
+        clean = differentiate(fn, arguments | {"ranks": ranks}, dout)
+        for i, rank in enumerate(ranks):
+            arguments["A"][i, rank:] = arguments["B"][i, :, rank:] = float("nan")
+        dirty = differentiate(fn, arguments | {"ranks": ranks}, dout)
+        for result, value in dirty.items():
+            assert torch.equal(value, clean[result]), result
+
+    def test_a_scale_for_each_adapter(self, fn, dtype, name):
+        arguments, dout = lora_arguments(BY_ID[name], 3, dtype)
+        del arguments["scale"]
+        scale = torch.randn(len(arguments["A"]), generator=torch.Generator().manual_seed(0))
+
+        def reference(**tensors):
+            return lora_linear_ref(**tensors, scale=scale.to(tensors["x"].dtype))
+
+        check_family(functools.partial(fn, scale=scale), reference, arguments, dout)
+
+    def test_dropout_by_the_mask_of_the_reference(self, fn, dtype, name):
+        arguments, dout = lora_arguments(BY_ID[name], 3, dtype)
+        for seed in (0, -5, 1 << 62):
+            dropped = arguments | {"dropout": 0.3, "seed": seed}
+            check_family(fn, lora_linear_ref, dropped, dout)
+        index = torch.tensor([-1, 0] * len(dout))[: len(dout)]
+        if arguments["cu_seqlens"] is None:
+            check_family(fn, lora_linear_ref, dropped | {"adapter_index": index}, dout)
+
+    def test_each_gradient_alone(self, fn, dtype, name):
+        arguments, dout = lora_arguments(BY_ID[name], 3, dtype)
+        arguments |= {"dropout": 0.2, "seed": 3}
+        everything = differentiate(fn, arguments, dout)
+        for result in everything:
+            leaf = result[1:]
+            if leaf in arguments and arguments[leaf] is not None:
+                given = arguments | {leaf: arguments[leaf].detach().requires_grad_()}
+                (alone,) = torch.autograd.grad(fn(**given), given[leaf], dout)
+                assert torch.equal(alone, everything[result]), result
+
+
+@best
+def test_threads_and_other_sequences_change_no_bit(fn):
+    case = Case("batch", 9, 70, 96, 80, 1, rows=4, index=[0, 1, 2, 3, 0, 1, 2, 3, 0])
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments, dout = lora_arguments(case, 8, dtype)
+        arguments |= {"weight": None, "bias": None}
+        threads = torch.get_num_threads()
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(differentiate(fn, arguments, dout))
+        torch.set_num_threads(threads)
+        for other in results[1:]:
+            for name, value in other.items():
+                assert torch.equal(value, results[0][name]), name
+        if fn.keywords["backend"] == "cpu":
+            alone = [b for b, u in enumerate(case.index) if u == 2]
+            picked = arguments | {"x": arguments["x"][alone], "adapter_index": torch.tensor([2, 2])}
+            part = differentiate(fn, picked, dout[alone])
+            for name in ("y", "dx"):
+                assert torch.equal(part[name], results[0][name][alone]), name
+            for name in ("dA", "dB"):
+                assert torch.equal(part[name][2], results[0][name][2]), name
+
+
+def test_a_frozen_base_costs_no_gradient():
+    arguments, dout = lora_arguments(BY_ID["odd"], 3)
+    x, A = arguments["x"].requires_grad_(), arguments["A"].requires_grad_()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(ctxkern.lora_linear(**arguments), [x, A], dout)
+    assert counter.get_total_flops() > 0
+    with pytest.raises(RuntimeError, match="not require grad|not have been used"):
+        torch.autograd.grad(ctxkern.lora_linear(**arguments), [arguments["weight"]], dout)
+
+
+def test_a_seed_is_drawn_from_the_generator():
+    arguments, _ = lora_arguments(BY_ID["odd"], 3)
+    arguments["dropout"] = 0.5
+    torch.manual_seed(1)
+    first, second = ctxkern.lora_linear(**arguments), ctxkern.lora_linear(**arguments)
+    torch.manual_seed(1)
+    assert torch.equal(first, ctxkern.lora_linear(**arguments))
+    assert not torch.equal(first, second)
+    tensor = ctxkern.lora_linear(**arguments, seed=torch.tensor([7]))
+    assert torch.equal(tensor, ctxkern.lora_linear(**arguments, seed=7))
+
+
+def test_the_mask_is_even():
+    """Shares of rows, columns, and pairs of neighbours, within five standard deviations."""
+    mask = lora_dropout_mask(11, 512, 2048, 0.25).double()
+
+    def near(values, p, n):
+        assert (values - p).abs().max() < 5 * (p * (1 - p) / n) ** 0.5
+
+    near(mask.mean(1), 0.75, 2048)
+    near(mask.mean(0), 0.75, 512)
+    near((mask[1:] * mask[:-1]).mean(1), 0.75**2, 2048)
+    near((mask[:, 1:] * mask[:, :-1]).mean(0), 0.75**2, 512)
+    near((mask * lora_dropout_mask(12, 512, 2048, 0.25)).mean(1), 0.75**2, 2048)
 
 
 @pytest.mark.parametrize("scale", [0, 1, -2.5, 1e-3])
@@ -48,29 +217,33 @@ def test_scales(scale):
     check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
 
 
+@best
 @pytest.mark.parametrize("workspace", [1, 1 << 10])
 @pytest.mark.parametrize("dtypes", [DTYPES["f32"], DTYPES["bf16-f32-both"]], ids=["f32", "bf16-f32-both"])
-@pytest.mark.parametrize("name", ["odd", "shared-uneven", "ragged-shared", "no-weight"])
-def test_little_workspace(monkeypatch, name, dtypes, workspace):
+def test_little_workspace(fn, monkeypatch, dtypes, workspace):
     monkeypatch.setattr(ctxkern.functional, "DEFAULT_WORKSPACE", workspace)
-    case = next(case for case in CASES if case.id == name)
-    arguments, dout = lora_arguments(case, 3, *dtypes)
-    check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
+    for name in ("odd", "shared-uneven", "ragged-shared", "no-weight"):
+        arguments, dout = lora_arguments(BY_ID[name], 3, *dtypes)
+        check_family(fn, lora_linear_ref, arguments, dout, name)
 
 
-def test_strided_adapters():
-    arguments, dout = lora_arguments(CASES[2], 3)
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_adapters(fn, dtype):
+    arguments, dout = lora_arguments(CASES[2], 3, dtype)
     arguments["A"] = arguments["A"].mT.contiguous().mT
     arguments["B"] = arguments["B"].repeat_interleave(2, -1)[..., ::2]
     arguments["weight"] = arguments["weight"].repeat_interleave(2, 0)[::2]
-    check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
+    arguments["x"] = arguments["x"].mT.contiguous().mT
+    check_family(fn, lora_linear_ref, arguments, dout.mT.contiguous().mT)
 
 
-def test_one_adapter_for_all_expanded():
+@best
+def test_one_adapter_for_all_expanded(fn):
     arguments, dout = lora_arguments(CASES[2], 3)
     for name in ("A", "B"):
         arguments[name] = arguments[name][:1].expand_as(arguments[name])
-    check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
+    check_family(fn, lora_linear_ref, arguments, dout)
 
 
 def adapters(batch=3, rank=2, d_in=6, d_out=4):
@@ -128,8 +301,8 @@ class TestModule:
         dropped = layer(X, A, B)
         assert not torch.allclose(dropped, kept)
         torch.manual_seed(0)
-        thinned = F.dropout(X, 0.5)
-        torch.testing.assert_close(dropped, layer(X) + ctxkern.lora_linear(thinned, None, A, B))
+        want = ctxkern.lora_linear(X, layer.weight, A, B, 1.0, layer.bias, dropout=0.5)
+        assert torch.equal(dropped, want)
         assert torch.equal(layer(X), F.linear(X, layer.weight, layer.bias))
 
     def test_gradients_reach_what_makes_the_adapters(self):
