@@ -187,7 +187,7 @@ def is_readable(t):
 
 
 def check_index(index, table_rows, what, lowest=0):
-    """The values of an index as a list; ValueError where one lies outside its table. lowest: −1 where that means none."""
+    """The values of an index as a list; ValueError where one lies outside its table. lowest: −1 where that is none."""
     values = index.tolist()
     if values and not (min(values) >= lowest and max(values) < table_rows):
         at = next(i for i, v in enumerate(values) if not lowest <= v < table_rows)

@@ -23,7 +23,6 @@ from ctxkern.registry import implementation
 
 from .operands import CONSTANTS, Gradients, Operands, Options
 
-
 _TENSORS = (
     "Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? bias, Tensor? scales, Tensor? ranks, Tensor? seed, "
     "Tensor? adapter_index, Tensor? cu_seqlens, int workspace_bytes, str? backend, float scale, float dropout"
@@ -96,10 +95,9 @@ def _reference(operands, options):
     if known is not None:
         check_ranks(known, A.shape[1])
     scale = options.scale if scales is None else scales * options.scale
-    dropout = {"ranks": ranks, "dropout": options.dropout, "seed": seed}
-    return (
-        lora_linear_ref(x, weight, A, B, scale, bias, adapter_index=adapter_index, cu_seqlens=cu_seqlens, **dropout),
-    )
+    spans = {"adapter_index": adapter_index, "cu_seqlens": cu_seqlens}
+    dropout = {"dropout": options.dropout, "seed": seed}
+    return (lora_linear_ref(x, weight, A, B, scale, bias, ranks=ranks, **spans, **dropout),)
 
 
 FAMILY = Family(Operands, _forward, _backward, _reference, CONSTANTS)

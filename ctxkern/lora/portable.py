@@ -21,7 +21,7 @@ def _chunks(rows, per_adapter, workspace_bytes):
 
 
 def _pieces(rows, operands, compute, workspace_bytes):
-    """(adapters' rows of the table, A [u, r, D], B [u, E, r], rows of the grouped batch, their shape [u, R]) a piece."""
+    """(adapters' rows of the table, A [u, r, D], B [u, E, r], grouped rows, their shape [u, R]) of each piece."""
     A, B, ranks = operands.A, operands.B, operands.ranks
     per_adapter = (A[0].numel() + B[0].numel()) * compute.itemsize if len(A) else 0
     for b in _chunks(rows, per_adapter, workspace_bytes):
