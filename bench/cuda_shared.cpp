@@ -28,47 +28,49 @@ void print_of() {
 
 template <class C, class T>
 void print_rows() {
-  print_of<&project_kernel<C, T>, T, ProjectProduct<C, T>>();
-  print_of<&turn_kernel<C, T>, T, TurnProduct<C, T>>();
+  print_of<&panel_y_kernel<C, T>, T, PanelYProduct<C, T>>();
+  print_of<&panel_dx_kernel<C, T>, T, PanelDxProduct<C, T>>();
 }
 
 // P, C, planes and exact as in schedule.h.
 template <class P, class C, int planes, int exact>
 void print_parameters() {
-  print_of<&make_kernel<P, C>, MakeTile, MakeProduct<P, C>>();
-  print_of<&spread_kernel<P, C, SmallTile, planes>, SmallTile, SpreadProduct<P, C, SmallTile, planes>>();
-  print_of<&spread_kernel<P, C, NarrowTile, planes>, NarrowTile, SpreadProduct<P, C, NarrowTile, planes>>();
-  print_of<&dcontext_kernel<P, C, SmallTile, planes>, SmallTile, ContextProduct<P, C, SmallTile, planes>>();
-  print_of<&dcontext_kernel<P, C, LeastTile, planes>, LeastTile, ContextProduct<P, C, LeastTile, planes>>();
-  print_of<&outer_turn_kernel<P, C, TurnTile, exact>, TurnTile, OuterTurnProduct<P, C, TurnTile, exact>>();
-  print_of<&outer_turn_kernel<P, C, NarrowTurnTile, exact>, NarrowTurnTile,
-           OuterTurnProduct<P, C, NarrowTurnTile, exact>>();
-  print_of<&weight_turn_kernel<P, C>, SmallTile, TransposedProduct<P, C>>();
-  print<&outer_forward_kernel<P, C, FewTile>>(kOuterShared<P, C, FewTile>, FewTile::kThreads);
-  print<&outer_forward_kernel<P, C, MakeTile>>(kOuterShared<P, C, MakeTile>, MakeTile::kThreads);
-  print<&outer_forward_kernel<P, C, SmallTile>>(kOuterShared<P, C, SmallTile>, SmallTile::kThreads);
+  print_of<&panel_weights_kernel<P, C>, WeightsTile, PanelWeightsProduct<P, C>>();
+  print_of<&panel_dbilinear_kernel<P, C, SmallTile, planes>, SmallTile,
+           PanelDbilinearProduct<P, C, SmallTile, planes>>();
+  print_of<&panel_dbilinear_kernel<P, C, NarrowTile, planes>, NarrowTile,
+           PanelDbilinearProduct<P, C, NarrowTile, planes>>();
+  print_of<&panel_dcontext_kernel<P, C, SmallTile, planes>, SmallTile, PanelDcontextProduct<P, C, SmallTile, planes>>();
+  print_of<&panel_dcontext_kernel<P, C, LeastTile, planes>, LeastTile, PanelDcontextProduct<P, C, LeastTile, planes>>();
+  print_of<&outer_dx_kernel<P, C, OuterDxTile, exact>, OuterDxTile, OuterDxProduct<P, C, OuterDxTile, exact>>();
+  print_of<&outer_dx_kernel<P, C, NarrowOuterDxTile, exact>, NarrowOuterDxTile,
+           OuterDxProduct<P, C, NarrowOuterDxTile, exact>>();
+  print_of<&outer_weight_dx_kernel<P, C>, SmallTile, OuterWeightDxProduct<P, C>>();
+  print<&outer_y_kernel<P, C, FewTile>>(kOuterShared<P, C, FewTile>, FewTile::kThreads);
+  print<&outer_y_kernel<P, C, WeightsTile>>(kOuterShared<P, C, WeightsTile>, WeightsTile::kThreads);
+  print<&outer_y_kernel<P, C, SmallTile>>(kOuterShared<P, C, SmallTile>, SmallTile::kThreads);
 }
 
 template <class C, class T>
-void print_gather() {
-  print_of<&gather_kernel<C, T>, T, GatherProduct<C, T>>();
+void print_panel_g() {
+  print_of<&panel_g_kernel<C, T>, T, PanelGProduct<C, T>>();
 }
 
 template <class P, class C>
-void print_spread() {
-  print_of<&outer_spread_kernel<P, C, SmallTile>, SmallTile, OuterSpreadProduct<P, C, SmallTile>>();
-  print_of<&outer_spread_kernel<P, C, NarrowTile>, NarrowTile, OuterSpreadProduct<P, C, NarrowTile>>();
+void print_outer_dbilinear() {
+  print_of<&outer_dbilinear_kernel<P, C, SmallTile>, SmallTile, OuterDbilinearProduct<P, C, SmallTile>>();
+  print_of<&outer_dbilinear_kernel<P, C, NarrowTile>, NarrowTile, OuterDbilinearProduct<P, C, NarrowTile>>();
 }
 
 template <class C>
 void print_dtype() {
   print_rows<C, SmallTile>();
-  print_gather<C, SmallTile>();
+  print_panel_g<C, SmallTile>();
   print_parameters<C, C, 1, 1>();
-  print_spread<C, C>();
-  print_of<&dweight_kernel<C>, SmallTile, GradientProduct<C>>();
-  print<&sum_partials_kernel<C>>(kSumShared, kSumThreads);
-  print<&outer_dcontext_kernel<C>>(kSumShared, kSumThreads);
+  print_outer_dbilinear<C, C>();
+  print_of<&outer_dweight_kernel<C>, SmallTile, OuterDweightProduct<C>>();
+  print<&panel_dcontext_sum_kernel<C>>(kSumShared, kSumThreads);
+  print<&outer_dcontext_sum_kernel<C>>(kSumShared, kSumThreads);
 }
 
 // P and exact: of products with float32 parameters.
@@ -77,10 +79,10 @@ void print_half() {
   print_dtype<C>();
   print_rows<C, HighTile>();
   print_rows<C, LargeTile>();
-  print_gather<C, WideTile>();
-  print_gather<C, LargeTile>();
+  print_panel_g<C, WideTile>();
+  print_panel_g<C, LargeTile>();
   print_parameters<P, C, 2, exact>();
-  print_spread<float, C>();
+  print_outer_dbilinear<float, C>();
 }
 
 int main() {

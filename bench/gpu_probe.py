@@ -69,14 +69,14 @@ def stage_products(args):
     if args.rehearse:
         return bmm(2, 16, 16, 8, columns=16)
     for strip in (512, 1024, 2048):
-        bmm(16, 2048, 2048, strip, columns=2048)  # project, price
+        bmm(16, 2048, 2048, strip, columns=2048)  # panel_y, price
     for rows, columns in ((384, 1024), (768, 2048), (2048, 2048)):
-        bmm(16, rows, 2048, columns, transposed=True)  # weight_grads, price
+        bmm(16, rows, 2048, columns, transposed=True)  # panel_g, price
     for rows in (384, 1024):
-        bmm(16, 2048, 2048, rows)  # dx, price
-        bmm(32, rows, 512, 1024, transposed=True)  # weight_grads, qkv
+        bmm(16, 2048, 2048, rows)  # panel_dx, price
+        bmm(32, rows, 512, 1024, transposed=True)  # panel_g, qkv
     for strip in (512, 1024):
-        bmm(32, 512, 1024, strip, columns=1024)  # project, qkv
+        bmm(32, 512, 1024, strip, columns=1024)  # panel_y, qkv
     for n, d, e in ((32768, 2048, 2048), (16384, 1024, 3072)):
         x, w = random(n, d), random(d, e)
         report(f"linear {n}x{d}x{e}", lambda x=x, w=w: x @ w, 2 * n * d * e)
@@ -96,13 +96,13 @@ def _needed(case, n):
     made, outer = (2 * U * D * E * K, bilinear + weights), 2 * N * D * E * K
     return {
         "panel_weights": made,
-        "panel_fwd_project": rows,
-        "panel_bwd_weight_grads": rows,
-        "panel_bwd_dx": rows,
-        "panel_bwd_dbilinear": made,
-        "outer_fwd": (outer + product, bilinear + D * E * 2),
-        "outer_bwd_dx": (outer, bilinear),
-        "outer_bwd_dbilinear": (outer, bilinear),
+        "panel_y": rows,
+        "panel_g": rows,
+        "panel_dx": rows,
+        "panel_dbilinear": made,
+        "outer_y": (outer + product, bilinear + D * E * 2),
+        "outer_dx": (outer, bilinear),
+        "outer_dbilinear": (outer, bilinear),
         "matmul": (2 * product, 2 * D * E * 2),
     }
 
@@ -176,7 +176,7 @@ def stage_tiles(args):
         (128, 128, 128, 8, 3),
         (64, 256, 64, 4, 4),
     )
-    for kernel, direction in (("project", "fwd"), ("weight-grads", "bwd")):
+    for kernel, direction in (("panel_y", "fwd"), ("panel_g", "bwd")):
         for tile in some[: 2 if args.rehearse else None]:
             with force(tiles={kernel: Tile(*tile)} if tile else None):
                 for name in ("price", "qkv"):
@@ -195,7 +195,7 @@ def stage_overlap(args):
     case, n = _cases(args)["qkv"]
     found = []
     _steps(_calls(args, case, n)["fwd"], lambda step, values: found.append((step, values)))
-    (weights, given), (project, _) = found[:2]
+    (weights, given), (y, _) = found[:2]
     if args.device == "cpu":
         return print("no streams on the CPU")
     largest = max((t for t in given if isinstance(t, torch.Tensor) and t.dim() == 1), key=torch.Tensor.numel)
@@ -209,12 +209,12 @@ def stage_overlap(args):
     def both():
         side.wait_stream(main)
         make(side.cuda_stream)
-        project.launch(given, stream_of(device), False)
+        y.launch(given, stream_of(device), False)
         main.wait_stream(side)
 
-    alone = _seconds(args, make), _seconds(args, lambda: project.launch(given, stream_of(device), False))
+    alone = _seconds(args, make), _seconds(args, lambda: y.launch(given, stream_of(device), False))
     took = [f"{seconds * 1e3:.4f}" for seconds in (*alone, _seconds(args, both))]
-    return print("a strip of qkv, ms: weights {}, project {}, both on two streams {}".format(*took))
+    return print("a strip of qkv, ms: panel_weights {}, panel_y {}, both on two streams {}".format(*took))
 
 
 STAGES = {

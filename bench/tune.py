@@ -5,7 +5,7 @@ interleaved, and the fastest becomes the row of this architecture; one whose res
 was is left out. Before, candidates are compiled by as many processes as there are cores. Rows are written one by one.
 
     python bench/tune.py                              this GPU, every kernel
-    python bench/tune.py --kernels project make       some of them; --dtypes half mixed float32
+    python bench/tune.py --kernels panel_y outer_y    some of them; --dtypes half mixed float32
     python bench/tune.py --compile sm_100 gfx942      no GPU: the largest candidates that compile without faults
                                                       (bench/audit.py) in every variant; rows that were timed stay
     python bench/tune.py --rehearse                   does the script itself run? In the interpreter, nothing written
@@ -31,19 +31,10 @@ from ctxkern.testing import force
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.measure import captured, interleaved, provenance
 
-# what a launch's name says of its row in the table
-KERNELS = {
-    "project": ("panel_fwd_project",),
-    "weights": ("panel_weights",),
-    "weights-long": ("panel_weights", "panel_bwd_dcontext"),
-    "weight-grads": ("panel_bwd_weight_grads",),
-    "dx": ("panel_bwd_dx",),
-    "dbilinear": ("panel_bwd_dbilinear",),
-    "outer": ("outer_fwd",),
-    "outer-dx": ("outer_bwd_dx",),
-    "outer-dbilinear": ("outer_bwd_dbilinear",),
-    "matmul": ("matmul",),
-}
+# rows of the table, in its order; a row's tile is that of the kernels of its name or of these
+KERNELS = ("panel_y", "panel_weights", "panel_weights_long", "panel_g", "panel_dx", "panel_dbilinear")
+KERNELS += ("outer_y", "outer_dx", "outer_dbilinear", "matmul")
+LAUNCHED = {"panel_weights_long": ("panel_weights", "panel_dcontext")}
 # as the table calls them
 DTYPES = {
     "half": (torch.bfloat16, torch.bfloat16),
@@ -118,8 +109,8 @@ def write(key, t, source):
     with tiles.TABLE.open(newline="") as file:
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
     rows = [row for row in rows if row[:4] != key] + [(*key, *map(str, t), source)]
-    order, last = list(KERNELS), tiles.ANY
-    rows.sort(key=lambda row: (order.index(row[0]), row[1], row[2] != last, row[2], row[3] != last, row[3]))
+    last = tiles.ANY
+    rows.sort(key=lambda row: (KERNELS.index(row[0]), row[1], row[2] != last, row[2], row[3] != last, row[3]))
     columns = ("kernel", "dtypes", "architecture", "layout", *t._fields, "source")
     with tiles.TABLE.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
@@ -141,8 +132,8 @@ def compiled(kernel, kind, arch, layout, t):
         launches = launches_of(arch, problems, [DTYPES[kind]])
     for launch in launches:
         whole = dict(launch.constants).get("WHOLE_K")
-        wanted = {"weights": whole, "weights-long": not whole}.get(kernel, True)
-        if launch.name in KERNELS[kernel] and wanted:
+        wanted = {"panel_weights": whole, "panel_weights_long": not whole}.get(kernel, True)
+        if launch.name in LAUNCHED.get(kernel, (kernel,)) and wanted:
             found = _faults(launch, arch)
             if found:
                 return found
@@ -154,7 +145,7 @@ def compile_for(args, arch):
     for kernel, kind, layout in itertools.product(args.kernels, args.dtypes, LAYOUTS):
         key = kernel, kind, arch, layout
         first = of_table(*key)
-        for t in candidates(first, kernel == "dx", True):
+        for t in candidates(first, kernel == "panel_dx", True):
             wrong = compiled(*key, t)
             print(*key, *t, "|", *wrong, flush=True)
             if not wrong:
@@ -174,7 +165,7 @@ def calls_of(args, kernel, kind, case):
 
     def call():
         y = ctxkern.modulated_linear(*positional, **keyword, backend="triton")
-        return (y,) if kernel == "outer" else (y, *torch.autograd.grad(y, given, inputs.dy))
+        return (y,) if kernel == "outer_y" else (y, *torch.autograd.grad(y, given, inputs.dy))
 
     return call
 
@@ -186,15 +177,15 @@ def cases_of(args, kernel, layout):
         return ODD
     if kernel.startswith("outer") or kernel == "matmul":
         return OUTER
-    return LONG if kernel == "weights-long" else PANEL
+    return LONG if kernel == "panel_weights_long" else PANEL
 
 
 def tried(args, kernel, kind, arch, layout):
     """The candidates for a row."""
     found = of_table(kernel, kind, arch, layout)
-    some = candidates(found, kernel == "dx", False)
-    # with less of K at a time `weights-long` would run
-    return [c for c in some if kernel != "weights" or c.depth >= found.depth][: 2 if args.rehearse else args.most]
+    some = candidates(found, kernel == "panel_dx", False)
+    # with less of K at a time panel_weights_long would run
+    return [c for c in some if kernel != "panel_weights" or c.depth >= found.depth][: 2 if args.rehearse else args.most]
 
 
 def keys(args, arch):

@@ -208,11 +208,11 @@ UNIT = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA",
 # the rows of a product's tile: the matrix unit of sm_90 and later takes 64, fewer go to the older one
 _ROWS = {
     "panel_weights": "BLOCK_E",
-    "panel_fwd_project": "BLOCK_M",
-    "panel_bwd_weight_grads": "BLOCK_D",
-    "panel_bwd_dx": "BLOCK_M",
-    "panel_bwd_dbilinear": "BLOCK_E",
-    "outer_fwd": "BLOCK_M",
+    "panel_y": "BLOCK_M",
+    "panel_g": "BLOCK_D",
+    "panel_dx": "BLOCK_M",
+    "panel_dbilinear": "BLOCK_E",
+    "outer_y": "BLOCK_M",
     "matmul": "BLOCK_M",
 }
 

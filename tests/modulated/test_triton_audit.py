@@ -34,13 +34,13 @@ def test_kernels_reach_the_matrix_unit_without_spills():
     kernels = {line.split()[1] for line in done.stdout.splitlines()}
     assert {
         "panel_weights",
-        "panel_fwd_project",
-        "panel_bwd_weight_grads",
-        "panel_bwd_dx",
-        "panel_bwd_dbilinear",
-        "outer_fwd",
-        "outer_bwd_dx",
-        "outer_bwd_dbilinear",
+        "panel_y",
+        "panel_g",
+        "panel_dx",
+        "panel_dbilinear",
+        "outer_y",
+        "outer_dx",
+        "outer_dbilinear",
         "matmul",
     } <= kernels
 
@@ -48,7 +48,7 @@ def test_kernels_reach_the_matrix_unit_without_spills():
 def test_a_tile_that_is_too_large_is_found():
     prelude = (
         "from ctxkern.runtime.triton import tiles\n"
-        "for name in ('project', 'dx'):\n"
+        "for name in ('panel_y', 'panel_dx'):\n"
         "    tiles._TILES[name, 'half', 'sm_90', 'aligned'] = tiles.Tile(128, 256, 64, 4, 6)\n"
     )
     done = audited("--arch", "sm_90", "--quick", prelude=prelude)
@@ -102,8 +102,8 @@ def test_three_projections_take_the_launches_of_one():
     done = fresh(_CALLS + _LAUNCHES)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "panel_weights panel_fwd_project",
-        "panel_bwd_weight_grads panel_weights panel_bwd_dbilinear panel_bwd_dx panel_bwd_dcontext_sum",
+        "panel_weights panel_y",
+        "panel_g panel_weights panel_dbilinear panel_dx panel_dcontext_sum",
     ]
 
 

@@ -56,16 +56,16 @@ turned = torch.zeros(16, 48, 80, dtype=torch.bfloat16).permute(1, 2, 0)
 def forward(x, t):
     launches.clear()
     ctxkern.modulated_linear(x.view(4, 64, 48), context, None, t, backend="triton")
-    assert [name for name, *_ in launches] == ["_panel_weights_kernel", "_panel_fwd_project_kernel"], launches
-    (_, _, weights), (_, grid, project) = launches
-    assert weights[0][0].data_ptr() == t.data_ptr() and project[0].data_ptr() == x.data_ptr()
+    assert [name for name, *_ in launches] == ["_panel_weights_kernel", "_panel_y_kernel"], launches
+    (_, _, weights), (_, grid, y) = launches
+    assert weights[0][0].data_ptr() == t.data_ptr() and y[0].data_ptr() == x.data_ptr()
     assert (1280, 16, 1) == tuple(one for one, in weights[6]) or t is turned, weights
     return weights[6], grid
 
 for x, t in ((whole[:-1], bilinear), (whole[1:], bilinear), (whole[:-1], turned), (whole[:-1], bilinear)):
     forward(x, t)
 assert len(_KEPT) == 3, len(_KEPT)
-with force(tiles={"project": Tile(16, 16, 16, 4, 2)}):
+with force(tiles={"panel_y": Tile(16, 16, 16, 4, 2)}):
     _, small = forward(whole[:-1], bilinear)
 _, large = forward(whole[:-1], bilinear)
 assert small[0] > large[0] and len(_KEPT) == 4

@@ -68,10 +68,10 @@ def test_tiles_are_those_of_the_device_of_the_tensors(monkeypatch):
 
 
 def test_forced_tiles_come_before_the_table():
-    of = "project", tiles.HALF, "sm_90", True
-    with force(tiles={"project": tiles.Tile(32, 64, 16, 4, 2)}):
+    of = "panel_y", tiles.HALF, "sm_90", True
+    with force(tiles={"panel_y": tiles.Tile(32, 64, 16, 4, 2)}):
         assert tiles.tile(*of, 1 << 20, 1 << 20, 1 << 20) == (32, 64, 16, 4, 2)
-        assert tiles.tile("dx", *of[1:], 1 << 20, 1 << 20, 1 << 20) == tiles.found("dx", *of[1:])
+        assert tiles.tile("panel_dx", *of[1:], 1 << 20, 1 << 20, 1 << 20) == tiles.found("panel_dx", *of[1:])
     assert tiles.tile(*of, 1 << 20, 1 << 20, 1 << 20) == tiles.found(*of)
 
 
@@ -113,9 +113,9 @@ def _tuned(*arguments):
 
 def test_the_tuner_runs():
     before = tiles.TABLE.read_text()
-    done = _tuned("--rehearse", "--kernels", "outer", "--dtypes", "float32")
+    done = _tuned("--rehearse", "--kernels", "outer_y", "--dtypes", "float32")
     assert done.returncode == 0, done.stderr
-    assert "outer float32 sm_90 unaligned ->" in done.stdout
+    assert "outer_y float32 sm_90 unaligned ->" in done.stdout
     assert tiles.TABLE.read_text() == before
 
 

@@ -1,12 +1,13 @@
 // Outer: the product of a row of x with its context is the operand, and no weight is made at all.
 //
-//   forward   y[n, e] = Σ_d Σ_k (x[n, d] c[n, k]) bilinear[d, e, k] + Σ_d x[n, d] weight[d, e] + bias[e]
-//   turn      z[n, k] = Σ_e dy[n, e] bilinear[d, e, k] for one d
-//             dx[n, d] = Σ_k z[n, k] c[n, k]    dcontext[n, k] += x[n, d] z[n, k]
-//   spread    dbilinear[d, e, k] = Σ_n (x[n, d] dy[n, e]) c[n, k]
+//   outer_y          y[n, e] = Σ_d Σ_k (x[n, d] c[n, k]) bilinear[d, e, k] + Σ_d x[n, d] weight[d, e] + bias[e]
+//   outer_dx         z[n, k] = Σ_e dy[n, e] bilinear[d, e, k] for one d
+//                    dx[n, d] = Σ_k z[n, k] c[n, k]    dcontext[n, k] += x[n, d] z[n, k]
+//   outer_dbilinear  dbilinear[d, e, k] = Σ_n (x[n, d] dy[n, e]) c[n, k]
+//   outer_dweight    dweight = xᵀ dy, and outer_weight_dx dy weightᵀ, which outer_dx adds to: of Triton one matmul
 //
 // Rows stay in their order. Sums that several blocks share are kept apart and added in their order. Names of
-// dtypes as in panel.h; in outer_spread_kernel H is that of x and C that of products.
+// dtypes as in panel.h; in outer_dbilinear_kernel H is that of x and C that of products.
 #pragma once
 
 #include "panel.h"
@@ -15,21 +16,21 @@ namespace ctxkern {
 
 // Few rows × columns; rows × all of a block of K, so that a warp has whole rows, and of a small one.
 using FewTile = Tile<16, 128, 1, 4>;
-using TurnTile = Tile<64, 64, 4, 1>;
-using NarrowTurnTile = Tile<64, 32, 4, 1>;
+using OuterDxTile = Tile<64, 64, 4, 1>;
+using NarrowOuterDxTile = Tile<64, 32, 4, 1>;
 
 template <class P, class C, class T>
-using OuterProduct = Product<P, T, 1, RowsTimesContexts<P, C>, BilinearOfPairs<P, C>>;
+using OuterYProduct = Product<P, T, 1, RowsTimesContexts<P, C>, BilinearOfPairs<P, C>>;
 template <class P, class C, class T>
-using WeightProduct = Product<P, T, 1, Rows<P, C, true>, Strided<P, C, false>>;
+using OuterYWeightProduct = Product<P, T, 1, Rows<P, C, true>, Strided<P, C, false>>;
 
 // Whether products of x and context are brought into the range of P by a factor for each row, and where they lie.
 template <class P>
 constexpr bool kScaled = kCode<P> == Dtype::f16;
 template <class P, class C, class T>
 constexpr size_t kStaged =
-    OuterProduct<P, C, T>::kShared > WeightProduct<P, C, T>::kShared ? OuterProduct<P, C, T>::kShared
-                                                                     : WeightProduct<P, C, T>::kShared;
+    OuterYProduct<P, C, T>::kShared > OuterYWeightProduct<P, C, T>::kShared ? OuterYProduct<P, C, T>::kShared
+                                                                            : OuterYWeightProduct<P, C, T>::kShared;
 template <class P, class C, class T>
 constexpr size_t kOuterShared = kStaged<P, C, T> + (kScaled<P> ? T::kM * sizeof(float) : 0);
 
@@ -60,7 +61,7 @@ __device__ __forceinline__ void find_factors(float* factors, const Call& q, cons
 // sums [splits, N, E] in float32 where there are several splits of D, of d_step rows each.
 template <class P, class C, class T>
 __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
-    outer_forward_kernel(Call q, Projection p, float* __restrict__ split_sums, int d_step) {
+    outer_y_kernel(Call q, Projection p, float* __restrict__ split_sums, int d_step) {
   // rows side by side: they read the same of bilinear
   const unsigned n_blocks = static_cast<unsigned>((q.batch.tokens + T::kM - 1) / T::kM);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x % n_blocks) * T::kM;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
     if constexpr (kScaled<P>) find_factors<C, T::kThreads>(factors, q, q.slots, n0, rows, d0, d_size);
     const RowsTimesContexts<P, C> a{x, q.d_in, contexts, d0, d_size, pairs, factors};
     const BilinearOfPairs<P, C> b{p.bilinear, d0 * st[0] + e0 * st[1], st[0], st[1], st[2], columns, d_size, pairs};
-    OuterProduct<P, C, T>::add(sums, a, b, pairs.depth(d_size), tf32);
+    OuterYProduct<P, C, T>::add(sums, a, b, pairs.depth(d_size), tf32);
     if constexpr (kScaled<P>)
       sums.rows([&](int r) { return r < rows ? 1.0f / factors[r] : 1.0f; },
                 [](float scale, int, int, float& a, float& b) {
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
   if (p.weight.data) {
     const Rows<P, C, true> a{x + d0, q.d_in, nullptr, static_cast<int>(n0), rows, d_size};
     const Strided<P, C, false> b{p.weight, d0 * sw[0] + e0 * sw[1], sw[1], sw[0], columns, d_size};
-    WeightProduct<P, C, T>::add(sums, a, b, d_size, tf32);
+    OuterYWeightProduct<P, C, T>::add(sums, a, b, d_size, tf32);
   }
   float bias[T::kColumns][2];
   Sums<T>::columns([&](int j, int column) {
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
 }
 
 template <class C>
-__global__ void outer_sum_kernel(Call q, Projection p, const float* __restrict__ split_sums, int splits) {
+__global__ void outer_y_sum_kernel(Call q, Projection p, const float* __restrict__ split_sums, int splits) {
   const int64_t size = q.batch.tokens * p.d_out, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= size) return;
   float sum = 0;
@@ -117,13 +118,13 @@ __global__ void outer_sum_kernel(Call q, Projection p, const float* __restrict__
 }
 
 template <class P, class C, class T, int planes>
-using OuterTurnProduct = Product<P, T, planes, Rows<P, C, true>, Strided<P, C, false, planes>, (planes > 1)>;
+using OuterDxProduct = Product<P, T, planes, Rows<P, C, true>, Strided<P, C, false, planes>, (planes > 1)>;
 
 // For one block of K, k0 on, of one projection. sums [N, D] in float32: dx so far; partial [splits, N, K]: dcontext.
 template <class P, class C, class T, int planes>
 __global__ void __launch_bounds__(T::kThreads, sizeof(P) == 2 && (planes == 1 || T::kN < 64) ? 3 : 2)
-    outer_turn_kernel(Call q, Projection p, float* __restrict__ dx_sums, float* __restrict__ partial, int k0,
-                      int d_step, bool started, bool last, bool added) {
+    outer_dx_kernel(Call q, Projection p, float* __restrict__ dx_sums, float* __restrict__ partial, int k0, int d_step,
+                    bool started, bool last, bool added) {
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * T::kM;
   const int rows = least(T::kM, q.batch.tokens - n0), context_dim = static_cast<int>(q.context_dim);
   const int d0 = blockIdx.y * d_step, d1 = d0 + least(d_step, q.d_in - d0);
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(T::kThreads, sizeof(P) == 2 && (planes == 1 ||
     z.clear();
     const Strided<P, C, false, planes> b{p.bilinear, d * st[0] + k0 * st[2], st[2],
                                          st[1],      context_dim - k0,       static_cast<int>(p.d_out)};
-    OuterTurnProduct<P, C, T, planes>::add(z, a, b, static_cast<int>(p.d_out), q.tf32);
+    OuterDxProduct<P, C, T, planes>::add(z, a, b, static_cast<int>(p.d_out), q.tf32);
   CTXKERN_UNROLL for (int i = 0; i < T::kRows; ++i)
       CTXKERN_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t r = threadIdx.x / 32 * (T::kM / T::kWarpsM) + 16 * i + 8 * h + threadIdx.x % 32 / 4;
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(T::kThreads, sizeof(P) == 2 && (planes == 1 ||
 // dcontext of a context: the partial sums of its rows, in a fixed order.
 template <class C>
 __global__ void __launch_bounds__(kSumThreads)
-    outer_dcontext_kernel(Call q, const float* __restrict__ partial, int splits) {
+    outer_dcontext_sum_kernel(Call q, const float* __restrict__ partial, int splits) {
   const int u = blockIdx.x;
   if (u >= context_count(q.groups)) return;
   const Range range = range_of(q.batch, q.groups, u);
@@ -196,11 +197,11 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 template <class C, class H, class T>
-using OuterSpreadProduct = Product<C, T, 1, RowsTimesRows<C, H>, Contexts<C, H, false>>;
+using OuterDbilinearProduct = Product<C, T, 1, RowsTimesRows<C, H>, Contexts<C, H, false>>;
 
 template <class C, class H, class T>
 __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
-    outer_spread_kernel(Call q, Projection p) {
+    outer_dbilinear_kernel(Call q, Projection p) {
   const int e_blocks = static_cast<int>((p.d_out + T::kM - 1) / T::kM);
   const int d = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kM, k0 = blockIdx.y * T::kN;
   const int columns = least(T::kM, p.d_out - e0), rows = static_cast<int>(q.batch.tokens);
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
   const Contexts<C, H, false> b{q.context, q.context_dim, q.slots, 0, rows, k0};
   Sums<T> sums;
   sums.clear();
-  OuterSpreadProduct<C, H, T>::add(sums, a, b, rows, q.tf32);
+  OuterDbilinearProduct<C, H, T>::add(sums, a, b, rows, q.tf32);
   const int64_t *st = p.dbilinear.strides, to = d * st[0] + e0 * st[1] + k0 * st[2];
   const int left = least(T::kN, q.context_dim - k0);
   sums.rows([&](int column) { return column < columns ? to + column * st[1] : -1; },
@@ -219,12 +220,12 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
 }
 
 template <class C>
-using GradientProduct = Product<C, SmallTile, 1, Rows<C, C, false>, Rows<C, C, false>>;
+using OuterDweightProduct = Product<C, SmallTile, 1, Rows<C, C, false>, Rows<C, C, false>>;
 
 // dweight = x^T dy.
 template <class C>
 __global__ void __launch_bounds__(SmallTile::kThreads, resident<C, SmallTile>())
-    dweight_kernel(Call q, Projection p) {
+    outer_dweight_kernel(Call q, Projection p) {
   const int e_blocks = static_cast<int>((p.d_out + SmallTile::kN - 1) / SmallTile::kN);
   const int d0 = blockIdx.x / e_blocks * SmallTile::kM, e0 = blockIdx.x % e_blocks * SmallTile::kN;
   const int rows = static_cast<int>(q.batch.tokens), d_size = least(SmallTile::kM, q.d_in - d0);
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads, resident<C, SmallTile>())
   const Rows<C, C, false> b{reinterpret_cast<const C*>(p.rows) + e0, p.d_out, nullptr, 0, rows, columns};
   Sums<SmallTile> sums;
   sums.clear();
-  GradientProduct<C>::add(sums, a, b, rows, q.tf32);
+  OuterDweightProduct<C>::add(sums, a, b, rows, q.tf32);
   const int64_t *sw = p.dweight.strides, to = d0 * sw[0] + e0 * sw[1];
   sums.rows([&](int r) { return r < d_size ? to + r * sw[0] : -1; },
             [&](int64_t line, int, int column, float a, float b) {
@@ -242,12 +243,12 @@ __global__ void __launch_bounds__(SmallTile::kThreads, resident<C, SmallTile>())
 }
 
 template <class P, class C>
-using TransposedProduct = Product<P, SmallTile, 1, Rows<P, C, true>, Strided<P, C, true>>;
+using OuterWeightDxProduct = Product<P, SmallTile, 1, Rows<P, C, true>, Strided<P, C, true>>;
 
 // sums [N, D] (+)= dy weight^T.
 template <class P, class C>
 __global__ void __launch_bounds__(SmallTile::kThreads, resident<P, SmallTile>())
-    weight_turn_kernel(Call q, Projection p, float* __restrict__ dx_sums, bool started) {
+    outer_weight_dx_kernel(Call q, Projection p, float* __restrict__ dx_sums, bool started) {
   const int d_blocks = static_cast<int>((q.d_in + SmallTile::kN - 1) / SmallTile::kN);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / d_blocks) * SmallTile::kM;
   const int d0 = blockIdx.x % d_blocks * SmallTile::kN, d_out = static_cast<int>(p.d_out);
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(SmallTile::kThreads, resident<P, SmallTile>())
   const Strided<P, C, true> b{p.weight, d0 * sw[0], sw[0], sw[1], columns, d_out};
   Sums<SmallTile> sums;
   sums.clear();
-  TransposedProduct<P, C>::add(sums, a, b, d_out, rounds<P, C>(q));
+  OuterWeightDxProduct<P, C>::add(sums, a, b, d_out, rounds<P, C>(q));
   sums.each([&](int r, int column, float sum) {
     if (r >= rows || column >= columns) return;
     float* total = dx_sums + (n0 + r) * q.d_in + d0 + column;

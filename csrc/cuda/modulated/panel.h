@@ -1,11 +1,13 @@
 // Panel: weights of all contexts for a block of D × E, then their products with rows of x or dy; block after block.
 //
-//   make      W_u[d, e] = weight[d, e] + Σ_k bilinear[d, e, k] c[u, k]    all contexts at once
-//   project   y[n, e] = Σ_d x[n, d] W_u[d, e] + bias[e]                   a tile: rows of one context
-//   gather    G_u[d, e] = Σ_{n of u} x[n, d] dy[n, e]
-//   turn      dx[n, d] = Σ_e dy[n, e] W_u[d, e]
-//   spread    dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]    dweight[d, e] = Σ_u G_u[d, e]
-//   dcontext  dcontext[u, k] = Σ_{d, e} bilinear[d, e, k] G_u[d, e]       a part for each range of rows of D
+//   panel_weights    W_u[d, e] = weight[d, e] + Σ_k bilinear[d, e, k] c[u, k]    all contexts at once
+//   panel_y          y[n, e] = Σ_d x[n, d] W_u[d, e] + bias[e]                   a tile: rows of one context
+//   panel_g          G_u[d, e] = Σ_{n of u} x[n, d] dy[n, e]
+//   panel_dx         dx[n, d] = Σ_e dy[n, e] W_u[d, e]
+//   panel_dbilinear  dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]    dweight[d, e] = Σ_u G_u[d, e]
+//   panel_dcontext   dcontext[u, k] = Σ_{d, e} bilinear[d, e, k] G_u[d, e]       a part for each range of rows of D
+//
+// panel_dcontext_sum adds these parts up. The Triton kernels have the same names (ctxkern/modulated/triton/panel.py).
 //
 // G, and W after it, lie in a workspace, [contexts of a group, rows of a block, columns of a block], in the dtype of x.
 // C: the dtype of x. P: that of products with parameters: C, or float where x is float16 and parameters are float32, whose
@@ -18,7 +20,7 @@ namespace ctxkern {
 
 // Contexts × columns; rows of a context × columns: smaller ones, large ones, and those that waste less of what does not
 // fill large ones; columns × K and contexts × K, where K is small.
-using MakeTile = Tile<32, 128, 1, 4>;
+using WeightsTile = Tile<32, 128, 1, 4>;
 using SmallTile = Tile<64, 64, 2, 2>;
 using LargeTile = Tile<128, 128, 2, 4>;
 using HighTile = Tile<128, 64, 2, 2>;
@@ -35,15 +37,16 @@ __device__ __forceinline__ bool rounds(const Call& q) {
 __device__ __forceinline__ Operand dcontext_of(const Call& q) { return {q.dcontext, q.context.dtype, {}}; }
 
 template <class P, class C>
-using MakeProduct = Product<P, MakeTile, 1, Contexts<P, C, true>, Strided<P, C, true>>;
+using PanelWeightsProduct = Product<P, WeightsTile, 1, Contexts<P, C, true>, Strided<P, C, true>>;
 
 template <class P, class C>
-__global__ void __launch_bounds__(MakeTile::kThreads, resident<P, MakeTile>())
-    make_kernel(Call q, Projection p, Block block, C* __restrict__ panel) {
+__global__ void __launch_bounds__(WeightsTile::kThreads, resident<P, WeightsTile>())
+    panel_weights_kernel(Call q, Projection p, Block block, C* __restrict__ panel) {
   // contexts side by side: what they read of bilinear is the same
-  const int u_blocks = (block.u_size + MakeTile::kM - 1) / MakeTile::kM, piece = blockIdx.x / u_blocks;
-  const int e_blocks = (block.e_size + MakeTile::kN - 1) / MakeTile::kN;
-  const int row = piece / e_blocks, e0 = piece % e_blocks * MakeTile::kN, u0 = blockIdx.x % u_blocks * MakeTile::kM;
+  const int u_blocks = (block.u_size + WeightsTile::kM - 1) / WeightsTile::kM, piece = blockIdx.x / u_blocks;
+  const int e_blocks = (block.e_size + WeightsTile::kN - 1) / WeightsTile::kN;
+  const int row = piece / e_blocks, e0 = piece % e_blocks * WeightsTile::kN,
+            u0 = blockIdx.x % u_blocks * WeightsTile::kM;
   const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
   if (u0 >= count) return;
   const int64_t d = block.d_begin + row, e = block.e_begin + e0;
@@ -53,11 +56,11 @@ __global__ void __launch_bounds__(MakeTile::kThreads, resident<P, MakeTile>())
   const Strided<P, C, true> b{p.bilinear, d * st[0] + e * st[1], st[1],
                               st[2],      block.e_size - e0,     static_cast<int>(q.context_dim)};
   const int left = block.e_size - e0;
-  Sums<MakeTile> sums;
+  Sums<WeightsTile> sums;
   sums.clear();
-  MakeProduct<P, C>::add(sums, a, b, static_cast<int>(q.context_dim), rounds<P, C>(q));
-  float weight[MakeTile::kColumns][2];
-  Sums<MakeTile>::columns([&](int j, int column) {
+  PanelWeightsProduct<P, C>::add(sums, a, b, static_cast<int>(q.context_dim), rounds<P, C>(q));
+  float weight[WeightsTile::kColumns][2];
+  Sums<WeightsTile>::columns([&](int j, int column) {
     read_two<C>(weight[j], p.weight, d * sw[0] + (e + column) * sw[1], sw[1], left - column);
   });
   C* to = panel + (static_cast<int64_t>(u0) * block.d_size + row) * block.e_size + e0;
@@ -69,11 +72,11 @@ __global__ void __launch_bounds__(MakeTile::kThreads, resident<P, MakeTile>())
 }
 
 template <class C, class T>
-using ProjectProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, false>>;
+using PanelYProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, false>>;
 
 template <class C, class T>
 __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
-    project_kernel(Call q, Projection p, Block block, const C* __restrict__ panel) {
+    panel_y_kernel(Call q, Projection p, Block block, const C* __restrict__ panel) {
   const int e_blocks = (block.e_size + T::kN - 1) / T::kN;
   const int tile = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kN;
   if (tile >= tile_count(q.groups)) return;
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
   const Rows<C, C, false> b{weights, block.e_size, nullptr, 0, d_in, block.e_size - e0};
   Sums<T> sums;
   sums.clear();
-  ProjectProduct<C, T>::add(sums, a, b, d_in, q.tf32);
+  PanelYProduct<C, T>::add(sums, a, b, d_in, q.tf32);
   const int left = block.e_size - e0;
   const int64_t e = block.e_begin + e0;
   float bias[T::kColumns][2];
@@ -100,11 +103,11 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
 }
 
 template <class C, class T>
-using GatherProduct = Product<C, T, 1, Rows<C, C, false>, Rows<C, C, false>>;
+using PanelGProduct = Product<C, T, 1, Rows<C, C, false>, Rows<C, C, false>>;
 
 template <class C, class T>
 __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
-    gather_kernel(Call q, Projection p, Block block, C* __restrict__ products) {
+    panel_g_kernel(Call q, Projection p, Block block, C* __restrict__ products) {
   const int u = blockIdx.y;
   if (block.u_begin + u >= context_count(q.groups)) return;
   const int e_blocks = (block.e_size + T::kN - 1) / T::kN;
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
       reinterpret_cast<const C*>(p.rows) + block.e_begin + e0, p.d_out, order, range.begin, rows, block.e_size - e0};
   Sums<T> sums;
   sums.clear();
-  GatherProduct<C, T>::add(sums, a, b, rows, q.tf32);
+  PanelGProduct<C, T>::add(sums, a, b, rows, q.tf32);
   const int left = block.e_size - e0;
   C* to = products + (static_cast<int64_t>(u) * block.d_size + d0) * block.e_size + e0;
   sums.rows([&](int d) { return d0 + d < block.d_size ? to + static_cast<int64_t>(d) * block.e_size : nullptr; },
@@ -127,13 +130,13 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
 }
 
 template <class C, class T>
-using TurnProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, true>>;
+using PanelDxProduct = Product<C, T, 1, Rows<C, C, true>, Rows<C, C, true>>;
 
 // sums: [N, D_BLOCK] in float32, of earlier launches where `started`, for later ones where not `last`.
 template <class C, class T>
 __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
-    turn_kernel(Call q, Projection p, Block block, const C* __restrict__ panel, float* sums_at, bool started,
-                bool last) {
+    panel_dx_kernel(Call q, Projection p, Block block, const C* __restrict__ panel, float* sums_at, bool started,
+                    bool last) {
   const int d_blocks = (block.d_size + T::kN - 1) / T::kN;
   const int tile = blockIdx.x / d_blocks, d0 = blockIdx.x % d_blocks * T::kN;
   if (tile >= tile_count(q.groups)) return;
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
   const Rows<C, C, true> b{weights, block.e_size, nullptr, 0, block.d_size - d0, block.e_size};
   Sums<T> sums;
   sums.clear();
-  TurnProduct<C, T>::add(sums, a, b, block.e_size, q.tf32);
+  PanelDxProduct<C, T>::add(sums, a, b, block.e_size, q.tf32);
   const int left = block.d_size - d0;
   struct Line {
     float* total;
@@ -174,13 +177,13 @@ __global__ void __launch_bounds__(T::kThreads, resident<C, T>())
 }
 
 template <class P, class C, class T, int planes>
-using SpreadProduct = Product<P, T, planes, Rows<P, C, false>, Contexts<P, C, false, planes>>;
+using PanelDbilinearProduct = Product<P, T, planes, Rows<P, C, false>, Contexts<P, C, false, planes>>;
 
 // sums: [D_BLOCK, E_BLOCK, K + 1] in float32, of earlier groups where `started`, for later ones where not `last`.
 template <class P, class C, class T, int planes>
 __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
-    spread_kernel(Call q, Projection p, Block block, const C* __restrict__ products, float* sums_at, bool started,
-                  bool last) {
+    panel_dbilinear_kernel(Call q, Projection p, Block block, const C* __restrict__ products, float* sums_at,
+                           bool started, bool last) {
   const int e_blocks = (block.e_size + T::kM - 1) / T::kM;
   const int row = blockIdx.x / e_blocks, e0 = blockIdx.x % e_blocks * T::kM, k0 = blockIdx.y * T::kN;
   const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
     const Contexts<P, C, false, planes> b{q.context, q.context_dim, slots, block.u_begin, count, k0};
     Sums<T> sums;
     sums.clear();
-    SpreadProduct<P, C, T, planes>::add(sums, a, b, count > 0 ? count : 0, q.tf32);
+    PanelDbilinearProduct<P, C, T, planes>::add(sums, a, b, count > 0 ? count : 0, q.tf32);
     const int left = context_dim - k0;
     const int64_t to = d * st[0] + (block.e_begin + e0) * st[1] + k0 * st[2];
     sums.rows([](int e) { return e; },
@@ -229,13 +232,13 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
 }
 
 template <class P, class C, class T, int planes>
-using ContextProduct = Product<P, T, planes, ProductsOfPairs<P, C>, BilinearByPairs<P, C, planes>>;
+using PanelDcontextProduct = Product<P, T, planes, ProductsOfPairs<P, C>, BilinearByPairs<P, C, planes>>;
 
 // partial [ranges, limit, K], added to; a range is `rows` rows of the block's D by one of `parts` of its columns.
 template <class P, class C, class T, int planes>
 __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
-    dcontext_kernel(Call q, Projection p, Block block, const C* __restrict__ products, float* __restrict__ partial,
-                    int rows, int parts, int columns) {
+    panel_dcontext_kernel(Call q, Projection p, Block block, const C* __restrict__ products,
+                          float* __restrict__ partial, int rows, int parts, int columns) {
   const int u0 = blockIdx.x * T::kM, k0 = blockIdx.y * T::kN;
   const int first = blockIdx.z / parts * rows, e0 = blockIdx.z % parts * columns;
   const int count = least(context_count(q.groups) - block.u_begin, block.u_size);
@@ -250,7 +253,7 @@ __global__ void __launch_bounds__(T::kThreads, resident<P, T>())
   const BilinearByPairs<P, C, planes> b{p.bilinear, begin, st[0], st[1], st[2], context_dim - k0, d_size, pairs};
   Sums<T> sums;
   sums.clear();
-  ContextProduct<P, C, T, planes>::add(sums, a, b, pairs.depth(d_size), q.tf32);
+  PanelDcontextProduct<P, C, T, planes>::add(sums, a, b, pairs.depth(d_size), q.tf32);
   sums.each([&](int u, int k, float sum) {
     if (u0 + u >= count || k0 + k >= context_dim) return;
     partial[(static_cast<int64_t>(blockIdx.z) * q.groups.limit + block.u_begin + u0 + u) * context_dim + k0 + k] += sum;
@@ -279,7 +282,7 @@ __device__ __forceinline__ float sum_of(int64_t count, F term) {
 // dcontext of a context: its partial sums, in a fixed order.
 template <class C>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_partials_kernel(Call q, const float* __restrict__ partial, int ranges) {
+    panel_dcontext_sum_kernel(Call q, const float* __restrict__ partial, int ranges) {
   const int u = blockIdx.x;
   if (u >= context_count(q.groups)) return;
   const int64_t k = static_cast<int64_t>(blockIdx.y) * 32 + threadIdx.x % 32, step = q.groups.limit * q.context_dim;

@@ -45,8 +45,8 @@ class Modulated {
       over(p.d_out, blocks.columns, [&](int e_begin, int e_size) {
         over(q.groups.limit, blocks.group, [&](int u_begin, int u_size) {
           const Block block{0, static_cast<int>(q.d_in), e_begin, e_size, u_begin, u_size};
-          make(p, block, panel);
-          by_tile(e_size, [&](auto tile) { project<decltype(tile)>(p, block, panel); });
+          panel_weights(p, block, panel);
+          by_tile(e_size, [&](auto tile) { panel_y<decltype(tile)>(p, block, panel); });
         });
       });
     }
@@ -83,22 +83,23 @@ class Modulated {
         over(p.d_out, blocks.columns, [&](int e_begin, int e_size) {
           over(limit, blocks.group, [&](int u_begin, int u_size) {
             const Block block{d_begin, d_size, e_begin, e_size, u_begin, u_size};
-            const bool spreads = p.dbilinear.data || p.dweight.data;
-            if (spreads || contexts) gather(p, block, panel);
-            if (contexts) sum_dcontext(p, block, panel, partial, ranges);
-            if (spreads) spread(p, block, panel, sums, u_begin > 0, u_begin + u_size >= limit);
+            const bool parameters = p.dbilinear.data || p.dweight.data;
+            if (parameters || contexts) panel_g(p, block, panel);
+            if (contexts) panel_dcontext(p, block, panel, partial, ranges);
+            if (parameters) panel_dbilinear(p, block, panel, sums, u_begin > 0, u_begin + u_size >= limit);
             if (!q.dx) return;
-            make(p, block, panel);
-            by_tile(d_size,
-                    [&](auto tile) { turn<decltype(tile)>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces); });
+            panel_weights(p, block, panel);
+            by_tile(d_size, [&](auto tile) {
+              panel_dx<decltype(tile)>(p, block, panel, dx_sums, piece > 0, piece + 1 == pieces);
+            });
           });
           ++piece;
         });
       }
     });
     if (contexts)
-      launch("sum_partials", sum_partials_kernel<C>, limit, ceil_div(q.context_dim, 32), 1, kSumThreads, kSumShared, q,
-             partial, static_cast<int>(ranges.count));
+      launch("panel_dcontext_sum", panel_dcontext_sum_kernel<C>, limit, ceil_div(q.context_dim, 32), 1, kSumThreads,
+             kSumShared, q, partial, static_cast<int>(ranges.count));
   }
 
  private:
@@ -147,63 +148,64 @@ class Modulated {
     f(SmallTile{});
   }
 
-  void make(const Projection& p, const Block& block, C* panel) {
-    const int64_t pieces = block.d_size * ceil_div(block.e_size, MakeTile::kN);
-    launch("make", make_kernel<P, C>, pieces * ceil_div(block.u_size, MakeTile::kM), 1, 1, MakeTile::kThreads,
-           MakeProduct<P, C>::kShared, q, p, block, panel);
+  void panel_weights(const Projection& p, const Block& block, C* panel) {
+    const int64_t pieces = block.d_size * ceil_div(block.e_size, WeightsTile::kN);
+    launch("panel_weights", panel_weights_kernel<P, C>, pieces * ceil_div(block.u_size, WeightsTile::kM), 1, 1,
+           WeightsTile::kThreads, PanelWeightsProduct<P, C>::kShared, q, p, block, panel);
   }
 
   template <class T>
-  void project(const Projection& p, const Block& block, C* panel) {
-    launch("project", project_kernel<C, T>, q.groups.tiles * ceil_div(block.e_size, T::kN), 1, 1, T::kThreads,
-           ProjectProduct<C, T>::kShared, q, p, block, panel);
+  void panel_y(const Projection& p, const Block& block, C* panel) {
+    launch("panel_y", panel_y_kernel<C, T>, q.groups.tiles * ceil_div(block.e_size, T::kN), 1, 1, T::kThreads,
+           PanelYProduct<C, T>::kShared, q, p, block, panel);
   }
 
-  void gather(const Projection& p, const Block& block, C* products) {
+  void panel_g(const Projection& p, const Block& block, C* products) {
     if constexpr (sizeof(C) == 2) {
       const bool wide = block.d_size >= WideTile::kM && block.e_size >= WideTile::kN;
-      if (wide && wasted(block.d_size)) return gather_by<WideTile>(p, block, products);
-      if (wide) return gather_by<LargeTile>(p, block, products);
+      if (wide && wasted(block.d_size)) return panel_g_by<WideTile>(p, block, products);
+      if (wide) return panel_g_by<LargeTile>(p, block, products);
     }
-    gather_by<SmallTile>(p, block, products);
+    panel_g_by<SmallTile>(p, block, products);
   }
 
   template <class T>
-  void gather_by(const Projection& p, const Block& block, C* products) {
-    launch("gather", gather_kernel<C, T>, ceil_div(block.d_size, T::kM) * ceil_div(block.e_size, T::kN), block.u_size,
-           1, T::kThreads, GatherProduct<C, T>::kShared, q, p, block, products);
+  void panel_g_by(const Projection& p, const Block& block, C* products) {
+    launch("panel_g", panel_g_kernel<C, T>, ceil_div(block.d_size, T::kM) * ceil_div(block.e_size, T::kN), block.u_size,
+           1, T::kThreads, PanelGProduct<C, T>::kShared, q, p, block, products);
   }
 
   template <class T>
-  void turn(const Projection& p, const Block& block, C* panel, float* sums, bool started, bool last) {
-    launch("turn", turn_kernel<C, T>, q.groups.tiles * ceil_div(block.d_size, T::kN), 1, 1, T::kThreads,
-           TurnProduct<C, T>::kShared, q, p, block, panel, sums, started, last);
+  void panel_dx(const Projection& p, const Block& block, C* panel, float* sums, bool started, bool last) {
+    launch("panel_dx", panel_dx_kernel<C, T>, q.groups.tiles * ceil_div(block.d_size, T::kN), 1, 1, T::kThreads,
+           PanelDxProduct<C, T>::kShared, q, p, block, panel, sums, started, last);
   }
 
-  void spread(const Projection& p, const Block& block, C* products, float* sums, bool started, bool last) {
-    if (q.context_dim <= NarrowTile::kN) return spread_by<NarrowTile>(p, block, products, sums, started, last);
-    spread_by<SmallTile>(p, block, products, sums, started, last);
+  void panel_dbilinear(const Projection& p, const Block& block, C* products, float* sums, bool started, bool last) {
+    if (q.context_dim <= NarrowTile::kN) return panel_dbilinear_by<NarrowTile>(p, block, products, sums, started, last);
+    panel_dbilinear_by<SmallTile>(p, block, products, sums, started, last);
   }
 
   template <class T>
-  void spread_by(const Projection& p, const Block& block, C* products, float* sums, bool started, bool last) {
+  void panel_dbilinear_by(const Projection& p, const Block& block, C* products, float* sums, bool started, bool last) {
     const int64_t blocks_k = p.dbilinear.data ? std::max<int64_t>(1, ceil_div(q.context_dim, T::kN)) : 1;
-    launch("spread", spread_kernel<P, C, T, planes>, block.d_size * ceil_div(block.e_size, T::kM), blocks_k, 1,
-           T::kThreads, SpreadProduct<P, C, T, planes>::kShared, q, p, block, products, sums, started, last);
+    launch("panel_dbilinear", panel_dbilinear_kernel<P, C, T, planes>, block.d_size * ceil_div(block.e_size, T::kM),
+           blocks_k, 1, T::kThreads, PanelDbilinearProduct<P, C, T, planes>::kShared, q, p, block, products, sums,
+           started, last);
   }
 
-  void sum_dcontext(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
+  void panel_dcontext(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
     const bool least = q.context_dim <= LeastTile::kN && block.u_size <= LeastTile::kM;
-    if (least) return sum_dcontext_by<LeastTile>(p, block, products, partial, ranges);
-    sum_dcontext_by<SmallTile>(p, block, products, partial, ranges);
+    if (least) return panel_dcontext_by<LeastTile>(p, block, products, partial, ranges);
+    panel_dcontext_by<SmallTile>(p, block, products, partial, ranges);
   }
 
   template <class T>
-  void sum_dcontext_by(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
-    launch("dcontext", dcontext_kernel<P, C, T, planes>, ceil_div(block.u_size, T::kM), ceil_div(q.context_dim, T::kN),
-           ceil_div(block.d_size, ranges.rows) * ranges.parts, T::kThreads, ContextProduct<P, C, T, planes>::kShared, q,
-           p, block, products, partial, static_cast<int>(ranges.rows), static_cast<int>(ranges.parts),
-           static_cast<int>(ranges.columns));
+  void panel_dcontext_by(const Projection& p, const Block& block, C* products, float* partial, const Ranges& ranges) {
+    launch("panel_dcontext", panel_dcontext_kernel<P, C, T, planes>, ceil_div(block.u_size, T::kM),
+           ceil_div(q.context_dim, T::kN), ceil_div(block.d_size, ranges.rows) * ranges.parts, T::kThreads,
+           PanelDcontextProduct<P, C, T, planes>::kShared, q, p, block, products, partial,
+           static_cast<int>(ranges.rows), static_cast<int>(ranges.parts), static_cast<int>(ranges.columns));
   }
 
   // Rows of D of a split, at least `least`, so that there are blocks enough and their sums fit.
@@ -220,43 +222,44 @@ class Modulated {
       const Projection& p = q.projection[i];
       if (!p.d_out) continue;
       if (q.batch.tokens <= FewTile::kM) {
-        outer_forward_by<FewTile>(p, i);
-      } else if (q.batch.tokens <= MakeTile::kM) {
-        outer_forward_by<MakeTile>(p, i);
+        outer_y_by<FewTile>(p, i);
+      } else if (q.batch.tokens <= WeightsTile::kM) {
+        outer_y_by<WeightsTile>(p, i);
       } else {
-        outer_forward_by<SmallTile>(p, i);
+        outer_y_by<SmallTile>(p, i);
       }
     }
   }
 
   template <class T>
-  void outer_forward_by(const Projection& p, int i) {
+  void outer_y_by(const Projection& p, int i) {
     const int64_t blocks = ceil_div(q.batch.tokens, T::kM) * ceil_div(p.d_out, T::kN), size = q.batch.tokens * p.d_out;
     const int64_t step = step_of(blocks, size * static_cast<int64_t>(sizeof(float)), 16);
     const int64_t splits = ceil_div(q.d_in, step);
     float* sums = splits > 1 ? part<float>(i, splits * size) : nullptr;
-    launch("outer_forward", outer_forward_kernel<P, C, T>, blocks, splits, 1, T::kThreads, kOuterShared<P, C, T>, q, p,
-           sums, static_cast<int>(step));
+    launch("outer_y", outer_y_kernel<P, C, T>, blocks, splits, 1, T::kThreads, kOuterShared<P, C, T>, q, p, sums,
+           static_cast<int>(step));
     if (sums)
-      launch("outer_sum", outer_sum_kernel<C>, ceil_div(size, 256), 1, 1, 256, 0, q, p, sums, static_cast<int>(splits));
+      launch("outer_y_sum", outer_y_sum_kernel<C>, ceil_div(size, 256), 1, 1, 256, 0, q, p, sums,
+             static_cast<int>(splits));
   }
 
   void outer_backward() {
     q.slots = find_slots(launch, q.batch);
     const bool contexts = q.dcontext && q.context_dim;
-    const bool narrow = q.context_dim <= NarrowTurnTile::kN;
-    const int64_t width = narrow ? NarrowTurnTile::kN : TurnTile::kN, blocks_k = ceil_div(q.context_dim, width);
+    const bool narrow = q.context_dim <= NarrowOuterDxTile::kN;
+    const int64_t width = narrow ? NarrowOuterDxTile::kN : OuterDxTile::kN, blocks_k = ceil_div(q.context_dim, width);
     const int64_t row_blocks = ceil_div(q.batch.tokens, SmallTile::kM), d_blocks = ceil_div(q.d_in, SmallTile::kM);
     int64_t weighted = 0, pieces = 0;
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
       const int64_t e_blocks = ceil_div(p.d_out, SmallTile::kN);
       if (p.dweight.data)
-        launch("dweight", dweight_kernel<C>, d_blocks * e_blocks, 1, 1, SmallTile::kThreads,
-               GradientProduct<C>::kShared, q, p);
+        launch("outer_dweight", outer_dweight_kernel<C>, d_blocks * e_blocks, 1, 1, SmallTile::kThreads,
+               OuterDweightProduct<C>::kShared, q, p);
       // where parameters are wider than x, so are their gradients
       using G = std::conditional_t<(planes > 1), float, C>;
-      if (p.dbilinear.data) spread_outer<G>(p);
+      if (p.dbilinear.data) outer_dbilinear<G>(p);
       weighted += p.weight.data != nullptr && p.d_out;
       pieces += p.d_out ? std::max<int64_t>(1, blocks_k) : 0;
     }
@@ -266,8 +269,8 @@ class Modulated {
     for (int i = 0; q.dx && i < q.projections; ++i) {
       const Projection& p = q.projection[i];
       if (!p.weight.data || !p.d_out) continue;
-      launch("weight_turn", weight_turn_kernel<P, C>, row_blocks * d_blocks, 1, 1, SmallTile::kThreads,
-             TransposedProduct<P, C>::kShared, q, p, dx_sums, started);
+      launch("outer_weight_dx", outer_weight_dx_kernel<P, C>, row_blocks * d_blocks, 1, 1, SmallTile::kThreads,
+             OuterWeightDxProduct<P, C>::kShared, q, p, dx_sums, started);
       started = true;
     }
     const int64_t step = step_of(row_blocks, q.batch.tokens * q.context_dim * static_cast<int64_t>(sizeof(float)), 4);
@@ -279,11 +282,11 @@ class Modulated {
       const Projection& p = q.projection[i];
       if (!p.d_out) continue;
       for (int64_t k0 = 0; k0 < std::max<int64_t>(q.context_dim, 1); k0 += width) {
-        const Turn now{dx_sums, partial, k0, step, splits, started, ++piece == pieces, added};
+        const OuterDx now{dx_sums, partial, k0, step, splits, started, ++piece == pieces, added};
         if (narrow) {
-          outer_turn<NarrowTurnTile>(p, now);
+          outer_dx<NarrowOuterDxTile>(p, now);
         } else {
-          outer_turn<TurnTile>(p, now);
+          outer_dx<OuterDxTile>(p, now);
         }
         started = true;
       }
@@ -291,34 +294,34 @@ class Modulated {
     }
     if (!contexts) return;
     q.groups = group_rows(launch, q.batch, SmallTile::kM);
-    launch("outer_dcontext", outer_dcontext_kernel<C>, q.groups.limit, ceil_div(q.context_dim, 32), 1, kSumThreads,
-           kSumShared, q, partial, static_cast<int>(splits));
+    launch("outer_dcontext_sum", outer_dcontext_sum_kernel<C>, q.groups.limit, ceil_div(q.context_dim, 32), 1,
+           kSumThreads, kSumShared, q, partial, static_cast<int>(splits));
   }
 
-  struct Turn {
+  struct OuterDx {
     float *dx_sums, *partial;
     int64_t k0, step, splits;
     bool started, last, added;
   };
 
   template <class T>
-  void outer_turn(const Projection& p, const Turn& now) {
-    launch("outer_turn", outer_turn_kernel<P, C, T, exact>, ceil_div(q.batch.tokens, T::kM), now.splits, 1, T::kThreads,
-           OuterTurnProduct<P, C, T, exact>::kShared, q, p, now.dx_sums, now.partial, static_cast<int>(now.k0),
+  void outer_dx(const Projection& p, const OuterDx& now) {
+    launch("outer_dx", outer_dx_kernel<P, C, T, exact>, ceil_div(q.batch.tokens, T::kM), now.splits, 1, T::kThreads,
+           OuterDxProduct<P, C, T, exact>::kShared, q, p, now.dx_sums, now.partial, static_cast<int>(now.k0),
            static_cast<int>(now.step), now.started, now.last, now.added);
   }
 
   // G: the dtype of products.
   template <class G>
-  void spread_outer(const Projection& p) {
-    if (q.context_dim <= NarrowTile::kN) return spread_outer_by<G, NarrowTile>(p);
-    spread_outer_by<G, SmallTile>(p);
+  void outer_dbilinear(const Projection& p) {
+    if (q.context_dim <= NarrowTile::kN) return outer_dbilinear_by<G, NarrowTile>(p);
+    outer_dbilinear_by<G, SmallTile>(p);
   }
 
   template <class G, class T>
-  void spread_outer_by(const Projection& p) {
-    launch("outer_spread", outer_spread_kernel<G, C, T>, q.d_in * ceil_div(p.d_out, T::kM),
-           ceil_div(q.context_dim, T::kN), 1, T::kThreads, OuterSpreadProduct<G, C, T>::kShared, q, p);
+  void outer_dbilinear_by(const Projection& p) {
+    launch("outer_dbilinear", outer_dbilinear_kernel<G, C, T>, q.d_in * ceil_div(p.d_out, T::kM),
+           ceil_div(q.context_dim, T::kN), 1, T::kThreads, OuterDbilinearProduct<G, C, T>::kShared, q, p);
   }
 
   Launcher& launch;

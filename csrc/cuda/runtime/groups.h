@@ -153,7 +153,7 @@ static __global__ void number_kernel(Batch batch, Groups g, int* seen) {
 }
 
 // One block per sequence: the tiles of a context, the order of a sequence's rows.
-static __global__ void place_kernel(Batch batch, Groups g, const int* seen) {
+static __global__ void order_kernel(Batch batch, Groups g, const int* seen) {
   const int b = blockIdx.x, sequences = static_cast<int>(batch.sequences);
   if (b < g.buffer[0])
     for (int t = g.buffer[3 + 2 * g.limit + b] + threadIdx.x; t < g.buffer[4 + 2 * g.limit + b]; t += blockDim.x)
@@ -192,7 +192,7 @@ inline Groups group_rows(Launcher& launch, const Batch& batch, int block) {
   if (indexed)
     launch("seen", seen_kernel, ceil_div(batch.sequences, kGroupThreads), 1, 1, kGroupThreads, 0, batch, seen);
   launch("number", number_kernel, 1, 1, 1, kGroupThreads, kNumberShared, batch, g, seen);
-  launch("place", place_kernel, batch.sequences, 1, 1, kGroupThreads, 0, batch, g, seen);
+  launch("order", order_kernel, batch.sequences, 1, 1, kGroupThreads, 0, batch, g, seen);
   return g;
 }
 

@@ -55,7 +55,7 @@ class Call:
 
     @cached_property
     def groups(self):
-        block = tiles.tile("project", *self.target, self.rows_each, 1, 1).rows
+        block = tiles.tile("panel_y", *self.target, self.rows_each, 1, 1).rows
         return group_rows(self.layout, self._sequences, self.index, self.bounds, block)
 
     @cached_property

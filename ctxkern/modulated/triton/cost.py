@@ -35,11 +35,11 @@ def _panel(p, blocks, backward):
     y = _again(p.tokens * columns * p.dtype.itemsize / groups, down)
     bilinear = rows * columns * p.context_dim * p.param_dtype.itemsize
     product = 2 * p.tokens * rows * columns / groups
-    make = 2 * min(blocks.group, p.contexts) * rows * columns * p.context_dim
+    weights = 2 * min(blocks.group, p.contexts) * rows * columns * p.context_dim
     if not backward:
-        return [(count, make, bilinear), (count, product, x + y)]
-    gather = turn = (count, product, x + y)
-    return [gather, (count, 2 * make, bilinear), (count, make, bilinear), turn]
+        return [(count, weights, bilinear), (count, product, x + y)]
+    g = dx = (count, product, x + y)
+    return [g, (count, 2 * weights, bilinear), (count, weights, bilinear), dx]
 
 
 def _again(moved, times):

@@ -1,12 +1,13 @@
 """Outer: the product of a row of x with its context is the operand, made in registers; no weight is made at all.
 
-  forward    y[n, e] = Σ_d Σ_k (x[n, d] c[n, k]) bilinear[d, e, k] + Σ_d x[n, d] weight[d, e] + bias[e]
+  outer_y          y[n, e] = Σ_d Σ_k (x[n, d] c[n, k]) bilinear[d, e, k] + Σ_d x[n, d] weight[d, e] + bias[e]
 
 and backward (outer_backward.py)
 
-  dx         z[n, k] = Σ_e dy[n, e] bilinear[d, e, k] for one d
-             dx[n, d] = Σ_k z[n, k] c[n, k]    dcontext[n, k] += x[n, d] z[n, k]
-  dbilinear  dbilinear[d, e, k] = Σ_n (x[n, d] dy[n, e]) c[n, k]
+  outer_dx         z[n, k] = Σ_e dy[n, e] bilinear[d, e, k] for one d
+                   dx[n, d] = Σ_k z[n, k] c[n, k]    dcontext[n, k] += x[n, d] z[n, k]
+  outer_dbilinear  dbilinear[d, e, k] = Σ_n (x[n, d] dy[n, e]) c[n, k]
+  matmul           dweight = xᵀ dy, and dy weightᵀ, which outer_dx adds to
 
 Rows stay in their order; `slot` [N] is the row of the context table of each, none for a context per token. `bilinear`
 is read once for a tile of rows, which are few where this form wins. Sums that several programs share are kept apart and
@@ -41,7 +42,7 @@ def slots_of_rows(slot_ptr, rows, mask, SLOTS: tl.constexpr):
 
 
 @kernel
-def _outer_fwd_kernel(
+def _outer_y_kernel(
     # tensors
     x_ptr,  # [N, D]
     context_ptr,  # [F, K]
@@ -141,7 +142,7 @@ def _outer_fwd_kernel(
 
 
 @kernel
-def _outer_fwd_sum_kernel(
+def _outer_y_sum_kernel(
     # tensors
     partial_ptr,  # [splits, N, E] of each projection, one after another, float32
     biases,  # [E] each
@@ -171,7 +172,7 @@ def _outer_fwd_sum_kernel(
 def forward(call, projections):
     """y of each `Projection` into its rows."""
     for alike in together(projections):
-        _forward(call, alike)
+        _outer_y(call, alike)
 
 
 def steps_of(size, parts):
@@ -180,16 +181,16 @@ def steps_of(size, parts):
     return step, cdiv(size, step)
 
 
-def _forward(call, alike):
+def _outer_y(call, alike):
     n, k = len(alike.members), call.context_dim
-    t = tile("outer", *call.target, call.tokens, alike.widest, k)
+    t = tile("outer_y", *call.target, call.tokens, alike.widest, k)
     row_blocks = cdiv(call.tokens, t.rows)
     tiles = row_blocks * cdiv(alike.widest, t.columns)
     size = call.tokens * sum(alike.d_outs)
     step, parts = steps_of(call.d_in, splits(call.d_in, tiles * n, 4 * size, call.budget))
     partial = call.buffer(parts * size, torch.float32) if parts > 1 else None
     call.launch(
-        _outer_fwd_kernel,
+        _outer_y_kernel,
         grid=(tiles, parts, n),
         x_ptr=call.x,
         context_ptr=call.context,
@@ -223,7 +224,7 @@ def _forward(call, alike):
     if parts > 1:
         block = 1024
         call.launch(
-            _outer_fwd_sum_kernel,
+            _outer_y_sum_kernel,
             grid=(cdiv(call.tokens * alike.widest, block), n),
             partial_ptr=partial,
             biases=alike.bias,

@@ -14,7 +14,7 @@ from .projections import pick, together
 
 
 @kernel
-def _outer_bwd_dx_kernel(
+def _outer_dx_kernel(
     # tensors
     x_ptr,  # [N, D]
     dys,  # of each projection [N, E]
@@ -97,7 +97,7 @@ def _outer_bwd_dx_kernel(
 
 
 @kernel
-def _outer_bwd_dcontext_sum_kernel(
+def _outer_dcontext_sum_kernel(
     # tensors
     partial_ptr,  # [ranges of D, N, K], float32
     dcontext_ptr,  # [F, K]
@@ -138,7 +138,7 @@ def _outer_bwd_dcontext_sum_kernel(
 
 
 @kernel
-def _outer_bwd_dbilinear_kernel(
+def _outer_dbilinear_kernel(
     # tensors
     x_ptr,  # [N, D]
     dys,  # of each projection [N, E]
@@ -257,9 +257,9 @@ def backward(call, projections, dx, dcontext):
             for p in alike.members:
                 _matmul(call, call.x.t(), p.rows, p.dweight, False)
         if alike.dbilinear is not None and call.context_dim:
-            _dbilinear(call, alike)
+            _outer_dbilinear(call, alike)
     if dx is not None or dcontext is not None:
-        _dx(call, batches, dx, dcontext)
+        _outer_dx(call, batches, dx, dcontext)
 
 
 def _matmul(call, a, b, out, add):
@@ -290,12 +290,12 @@ def _matmul(call, a, b, out, add):
     )
 
 
-def _dbilinear(call, alike):
+def _outer_dbilinear(call, alike):
     k = call.context_dim
-    t = tile("outer-dbilinear", *call.target, alike.widest, k, call.tokens)
+    t = tile("outer_dbilinear", *call.target, alike.widest, k, call.tokens)
     e_blocks = cdiv(alike.widest, t.rows)
     call.launch(
-        _outer_bwd_dbilinear_kernel,
+        _outer_dbilinear_kernel,
         grid=(call.d_in * e_blocks, cdiv(k, t.columns), len(alike.members)),
         x_ptr=call.x,
         dys=alike.rows,
@@ -318,10 +318,10 @@ def _dbilinear(call, alike):
     )
 
 
-def _dx(call, batches, dx, dcontext):
+def _outer_dx(call, batches, dx, dcontext):
     """dx and the parts of dcontext, which are summed for each context."""
     k = call.context_dim
-    t = tile("outer-dx", *call.target, call.tokens, k, max(alike.widest for alike in batches))
+    t = tile("outer_dx", *call.target, call.tokens, k, max(alike.widest for alike in batches))
     tiles = cdiv(call.tokens, t.rows)
     # without contexts dx is weight's part alone, which the kernel still writes
     pieces = [(alike, at) for alike in batches for at in range(0, max(k, 1), t.columns)]
@@ -335,7 +335,7 @@ def _dx(call, batches, dx, dcontext):
     partial = None if dcontext is None else call.buffer(parts * call.tokens * k, torch.float32)
     for piece, (alike, k_begin) in enumerate(pieces):
         call.launch(
-            _outer_bwd_dx_kernel,
+            _outer_dx_kernel,
             grid=(tiles, parts),
             x_ptr=call.x,
             dys=alike.rows,
@@ -367,7 +367,7 @@ def _dx(call, batches, dx, dcontext):
     if dcontext is not None and k:
         block_k = clip(k, 128)
         call.launch(
-            _outer_bwd_dcontext_sum_kernel,
+            _outer_dcontext_sum_kernel,
             grid=(call.groups.limit, cdiv(k, block_k)),
             partial_ptr=partial,
             dcontext_ptr=dcontext,

@@ -1,14 +1,17 @@
 """Panel: weights of all contexts for a block of D × E, then their products with rows of x or dy; block after block.
 
-  weights       W_u[d, e] = weight[d, e] + Σ_k bilinear[d, e, k] c[u, k]   one pass over `bilinear` for all contexts
-  project       y[n, e] = Σ_d x[n, d] W_u[d, e] + bias[e]                  a tile: rows of one context
+  panel_weights    W_u[d, e] = weight[d, e] + Σ_k bilinear[d, e, k] c[u, k]   one pass over `bilinear` for all contexts
+  panel_y          y[n, e] = Σ_d x[n, d] W_u[d, e] + bias[e]                  a tile: rows of one context
 
 and backward (panel_backward.py, panel_parameters.py)
 
-  weight_grads  G_u[d, e] = Σ_{n of u} x[n, d] dy[n, e]
-  dx            dx[n, d] = Σ_e dy[n, e] W_u[d, e]
-  dbilinear     dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]   dweight[d, e] = Σ_u G_u[d, e]
-  dcontext      dcontext[u, k] = Σ_{d, e} bilinear[d, e, k] G_u[d, e]      in the pass that makes W, a part per program
+  panel_g          G_u[d, e] = Σ_{n of u} x[n, d] dy[n, e]
+  panel_dx         dx[n, d] = Σ_e dy[n, e] W_u[d, e]
+  panel_dbilinear  dbilinear[d, e, k] = Σ_u G_u[d, e] c[u, k]   dweight[d, e] = Σ_u G_u[d, e]
+  panel_dcontext   dcontext[u, k] = Σ_{d, e} bilinear[d, e, k] G_u[d, e]      in panel_weights where that holds all of K
+
+dcontext is a part per program, which panel_dcontext_sum adds up. The CUDA kernels have these names too
+(csrc/cuda/modulated/panel.h).
 
 W and G live in a workspace, [strips of a launch, contexts of a group, rows of a block, width of a strip], in the dtype
 of x. Strips are columns of one or several projections (projections.py). Forward, a block is all of D by some strips, so
@@ -135,7 +138,7 @@ def _panel_weights_kernel(
 
 
 @kernel
-def _panel_fwd_project_kernel(
+def _panel_y_kernel(
     # tensors
     x_ptr,  # [N, D]
     panel_ptr,  # [strips, U, D, width]: W
@@ -235,11 +238,11 @@ def _forward(call, alike):
     for first, strips in cut(alike.strips(blocks.width), blocks.strips):
         for u_begin, u_size in cut(limit, blocks.group):
             block = Block(0, call.d_in, blocks.width, u_begin, u_size, first, strips)
-            make_weights(call, alike, panel, block)
-            _project(call, alike, panel, block)
+            panel_weights(call, alike, panel, block)
+            _panel_y(call, alike, panel, block)
 
 
-def make_weights(call, alike, panel, block, grads=None, partial=None, rows=WEIGHT_ROWS):
+def panel_weights(call, alike, panel, block, grads=None, partial=None, rows=WEIGHT_ROWS):
     """W of a block into `panel` unless None; with `partial` its part of dcontext from G, where K fits into a tile.
 
     rows: of D, per program.
@@ -274,10 +277,10 @@ def make_weights(call, alike, panel, block, grads=None, partial=None, rows=WEIGH
     )
 
 
-def _project(call, alike, panel, block):
-    t = tile("project", *call.target, call.groups.block, block.width, call.d_in)
+def _panel_y(call, alike, panel, block):
+    t = tile("panel_y", *call.target, call.groups.block, block.width, call.d_in)
     call.launch(
-        _panel_fwd_project_kernel,
+        _panel_y_kernel,
         grid=(call.groups.tiles * block.strips * cdiv(block.width, t.columns),),
         x_ptr=call.x,
         panel_ptr=panel,

@@ -9,7 +9,7 @@ from ctxkern.runtime.triton.sizes import cdiv
 from ctxkern.runtime.triton.tiles import WEIGHT_ROWS, backward_blocks, tile, weights_tile
 
 from .panel import Block, cut
-from .panel_parameters import dbilinear, dcontext_sum, weights_and_dcontext
+from .panel_parameters import panel_dbilinear, panel_dcontext_sum, weights_and_dcontext
 from .projections import pick, strip_at, together
 
 # of the budget: partial sums for dcontext
@@ -17,7 +17,7 @@ _PARTIAL_SHARE = 4
 
 
 @kernel
-def _panel_bwd_weight_grads_kernel(
+def _panel_g_kernel(
     # tensors
     x_ptr,  # [N, D]
     dys,  # of each projection [N, E]
@@ -77,7 +77,7 @@ def _panel_bwd_weight_grads_kernel(
 
 
 @kernel
-def _panel_bwd_dx_kernel(
+def _panel_dx_kernel(
     # tensors
     dys,  # of each projection [N, E]
     panel_ptr,  # [strips, U, D_BLOCK, width]: W
@@ -178,21 +178,21 @@ def backward(call, projections, dx, dcontext):
                 block = Block(d_begin, d_size, blocks.width, u_begin, u_size, first, strips)
                 parameters = alike.dweight is not None or alike.dbilinear is not None
                 if parameters or partial is not None:
-                    _weight_grads(call, alike, grads, block)
+                    _panel_g(call, alike, grads, block)
                 if dx is not None or partial is not None:
                     weights_and_dcontext(call, alike, panel if dx is not None else None, grads, partial, block, rows)
                 if parameters:
-                    dbilinear(call, alike, grads, sums, block, u_begin > 0, u_begin + u_size >= limit)
+                    panel_dbilinear(call, alike, grads, sums, block, u_begin > 0, u_begin + u_size >= limit)
                 if dx is not None:
-                    _dx(call, alike, panel, dx_sums, dx, block, piece > 0, piece + 1 == len(pieces))
+                    _panel_dx(call, alike, panel, dx_sums, dx, block, piece > 0, piece + 1 == len(pieces))
     if dcontext is not None and k:
-        dcontext_sum(call, partial, programs, dcontext)
+        panel_dcontext_sum(call, partial, programs, dcontext)
 
 
-def _weight_grads(call, alike, grads, block):
-    t = tile("weight-grads", *call.target, block.d_size, block.width, call.groups.block)
+def _panel_g(call, alike, grads, block):
+    t = tile("panel_g", *call.target, block.d_size, block.width, call.groups.block)
     call.launch(
-        _panel_bwd_weight_grads_kernel,
+        _panel_g_kernel,
         grid=(block.strips * cdiv(block.d_size, t.rows) * cdiv(block.width, t.columns), block.u_size),
         x_ptr=call.x,
         dys=alike.rows,
@@ -209,10 +209,10 @@ def _weight_grads(call, alike, grads, block):
     )
 
 
-def _dx(call, alike, panel, sums, dx, block, started, last):
-    t = tile("dx", *call.target, call.groups.block, block.d_size, block.width)
+def _panel_dx(call, alike, panel, sums, dx, block, started, last):
+    t = tile("panel_dx", *call.target, call.groups.block, block.d_size, block.width)
     call.launch(
-        _panel_bwd_dx_kernel,
+        _panel_dx_kernel,
         grid=(call.groups.tiles * cdiv(block.d_size, t.columns),),
         dys=alike.rows,
         panel_ptr=panel,

@@ -7,12 +7,12 @@ from ctxkern.runtime.triton.grouping import context_count, slots_of
 from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
 from ctxkern.runtime.triton.tiles import clip, tile, weights_tile
 
-from .panel import make_weights
+from .panel import panel_weights
 from .projections import pick, strip_at
 
 
 @kernel
-def _panel_bwd_dcontext_kernel(
+def _panel_dcontext_kernel(
     # tensors
     bilinears,  # of each projection [D, E, K]
     grads_ptr,  # [strips, U, D_BLOCK, width]
@@ -82,7 +82,7 @@ def _panel_bwd_dcontext_kernel(
 
 
 @kernel
-def _panel_bwd_dcontext_sum_kernel(
+def _panel_dcontext_sum_kernel(
     # tensors
     partial_ptr,  # [programs, U, K], float32
     dcontext_ptr,  # [F, K]
@@ -119,7 +119,7 @@ def _panel_bwd_dcontext_sum_kernel(
 
 
 @kernel
-def _panel_bwd_dbilinear_kernel(
+def _panel_dbilinear_kernel(
     # tensors
     grads_ptr,  # [strips, U, D_BLOCK, width]: G
     context_ptr,  # [F, K]
@@ -218,11 +218,11 @@ def weights_and_dcontext(call, alike, panel, grads, partial, block, rows):
     """W unless `panel` is None, and dcontext unless `partial` is: in one launch where K fits into a tile."""
     t, whole = weights_tile(*call.target, block.width, block.u_size, call.context_dim)
     if panel is not None or whole:
-        make_weights(call, alike, panel, block, grads, partial, rows)
+        panel_weights(call, alike, panel, block, grads, partial, rows)
     if partial is not None and not whole:
         programs = block.strips * cdiv(block.d_size, rows) * cdiv(block.width, t.rows)
         call.launch(
-            _panel_bwd_dcontext_kernel,
+            _panel_dcontext_kernel,
             grid=(programs * cdiv(block.u_size, t.columns), cdiv(call.context_dim, t.depth)),
             bilinears=alike.bilinear,
             grads_ptr=grads,
@@ -241,11 +241,11 @@ def weights_and_dcontext(call, alike, panel, grads, partial, block, rows):
         )
 
 
-def dcontext_sum(call, partial, programs, dcontext):
+def panel_dcontext_sum(call, partial, programs, dcontext):
     k = call.context_dim
     block_k = clip(k, 128)
     call.launch(
-        _panel_bwd_dcontext_sum_kernel,
+        _panel_dcontext_sum_kernel,
         grid=(call.groups.limit, cdiv(k, block_k)),
         partial_ptr=partial,
         dcontext_ptr=dcontext,
@@ -258,11 +258,11 @@ def dcontext_sum(call, partial, programs, dcontext):
     )
 
 
-def dbilinear(call, alike, grads, sums, block, started, last):
-    t = tile("dbilinear", *call.target, block.width, call.context_dim, block.u_size)
+def panel_dbilinear(call, alike, grads, sums, block, started, last):
+    t = tile("panel_dbilinear", *call.target, block.width, call.context_dim, block.u_size)
     blocks_k = cdiv(call.context_dim, t.columns) if alike.dbilinear is not None else 1
     call.launch(
-        _panel_bwd_dbilinear_kernel,
+        _panel_dbilinear_kernel,
         grid=(block.strips * block.d_size * cdiv(block.width, t.rows), max(blocks_k, 1)),
         grads_ptr=grads,
         context_ptr=call.context,

@@ -253,7 +253,7 @@ def _order_kernel(
 
 
 @triton.jit(debug=True)
-def _slot_kernel(
+def _slots_kernel(
     index_ptr,  # [B]
     cu_seqlens_ptr,  # [B + 1]
     slot_ptr,  # [N], out
@@ -301,7 +301,7 @@ def slot_of_rows(layout, sizes, context_index, cu_seqlens):
         "INDEXED": indexed,
         "BLOCK": min(_ORDER_BLOCK, next_power_of_2(length)) if length else _ORDER_BLOCK,
     }
-    layout.launch(_slot_kernel, (sequences,), arguments | ASSERTING)
+    layout.launch(_slots_kernel, (sequences,), arguments | ASSERTING)
     return slot
 
 

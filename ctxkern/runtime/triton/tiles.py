@@ -39,14 +39,15 @@ def read_table(path=TABLE):
     where these have no row, that of a half or of float32. layout: whether 16 divides the sizes, so that operands need
     not pass through registers. rows, columns and depth:
 
-      weights, weights-long   columns of E × contexts, K at a time (all of K; K in several blocks)
-      project, dx             rows (dx: those of project) × columns of E or D, D or E at a time
-      weight-grads            D × E, rows at a time
-      dbilinear               columns of E × K, contexts at a time
-      outer                   rows × columns of E, K at a time
-      outer-dx                rows × K, columns of E at a time
-      outer-dbilinear         columns of E × K, rows at a time
-      matmul                  rows × columns, its sum at a time
+      panel_weights       columns of E × contexts, all of K at a time
+      panel_weights_long  the same, K in several blocks; panel_dcontext's too
+      panel_y, panel_dx   rows (panel_dx: those of panel_y) × columns of E or D, D or E at a time
+      panel_g             D × E, rows at a time
+      panel_dbilinear     columns of E × K, contexts at a time
+      outer_y             rows × columns of E, K at a time
+      outer_dx            rows × K, columns of E at a time
+      outer_dbilinear     columns of E × K, rows at a time
+      matmul              rows × columns, its sum at a time
     """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -65,16 +66,16 @@ def forget():
         clear()
 
 
-# rows of D that a program of `weights` goes through
+# rows of D that a program of panel_weights goes through
 WEIGHT_ROWS = 8
 
 
 def weights_tile(kind, arch, aligned, columns, contexts, context_dim):
-    """The `Tile` of `weights`, and whether it holds all of K."""
-    t = tile("weights", kind, arch, aligned, columns, contexts, context_dim)
+    """The `Tile` of panel_weights, and whether it holds all of K."""
+    t = tile("panel_weights", kind, arch, aligned, columns, contexts, context_dim)
     if context_dim <= t.depth:
         return t, True
-    return tile("weights-long", kind, arch, aligned, columns, contexts, context_dim), False
+    return tile("panel_weights_long", kind, arch, aligned, columns, contexts, context_dim), False
 
 
 def clip(size, largest):
@@ -92,7 +93,7 @@ def kind_of(dtype, mixed):
 
 
 # kernels that multiply x or dy with W or G, all in the dtype of x
-_OF_ROWS = ("project", "weight-grads", "dx")
+_OF_ROWS = ("panel_y", "panel_g", "panel_dx")
 
 
 def _kinds(kernel, kind):
