@@ -16,6 +16,8 @@ namespace {
 // Bytes of a block of weights, and in the backward of their gradients, that stay in the second level of cache with what
 // they are multiplied with, and the shortest sum that a product is cut to for that (bench/LOG.md).
 constexpr int64_t kBlockBytes = 1 << 20, kShortest = 64;
+// Rows of x that meet all panels of a strip together.
+constexpr int64_t kFewRows = 64;
 // Shares of the budget for one thread's strip; more threads than that take turns.
 constexpr int64_t kShares = 16;
 
@@ -58,7 +60,8 @@ struct PanelForward {
     Arena arena(workspace);
     x.place(arena);
     contexts.place(q, arena);
-    weights_at = contexts.along_k_words * 4 * VL + 8 * VL;
+    bias_at = contexts.along_k_words * 4 * VL + 8 * VL;
+    weights_at = bias_at + round_up(t.strip, 16);
     y_at = weights_at + round_up(t.group * context_floats(), 16);
     each_thread = y_at + (summed() ? round_up(q.rows->count * t.strip, 16) : 0);
     threads = arena.take(each_thread * t.threads);
@@ -129,25 +132,27 @@ struct PanelForward {
                float* scratch) const {
     const int64_t size = size_of(q.x.dtype), depth = words<W>(t.across);
     const bool last = d + rows >= q.d_in;
-    float bias[NR];
-    for (int64_t j = 0; j < columns; j += NR) {
-      const int64_t lanes = columns - j < NR ? columns - j : NR;
-      if (p.bias.data) pack_vector(bias, p.bias.dtype, p.bias.data + (e + j) * size_of(p.bias.dtype), 1, lanes, NR);
-      for (int64_t u = begin; u < end; ++u) {
-        const float* const panel = scratch + weights_at + (u - begin) * context_floats() + j * depth;
-        x.pieces(u, [&](const Piece& piece) {
-          Left left = x.at(piece.left);
+    float* const bias = scratch + bias_at;
+    if (p.bias.data) pack_vector(bias, p.bias.dtype, p.bias.data + e * size_of(p.bias.dtype), 1, columns, t.strip);
+    for (int64_t u = begin; u < end; ++u) {
+      const Right weights{scratch + weights_at + (u - begin) * context_floats(), NR, depth * NR};
+      x.pieces(u, [&](const Piece& piece) {
+        // a few rows at a time stay in cache while the panels pass
+        for (int64_t r = 0; r < piece.count; r += kFewRows) {
+          Left left = x.at(piece.left + r);
           left.data += d / W::PER * 4;
-          Out out{p.rows + (piece.out * p.d_out + e + j) * size, p.d_out * size, store_of(q.x.dtype), lanes};
-          out.map = piece.map;
+          Out out{p.rows + ((piece.map ? 0 : piece.out + r) * p.d_out + e) * size, p.d_out * size,
+                  store_of(q.x.dtype), columns};
+          out.map = piece.map ? piece.map + r : nullptr;
           if (summed())
-            out =
-                Out{reinterpret_cast<char*>(scratch + y_at + piece.left * t.strip + j), t.strip * 4, Store::f32, lanes};
+            out = Out{reinterpret_cast<char*>(scratch + y_at + (piece.left + r) * t.strip), t.strip * 4, Store::f32,
+                      columns};
           if (d > 0) out.store = Store::f32_add;
           out.bias = last && p.bias.data ? bias : nullptr;
-          product_wide<W>(piece.count, lanes, words<W>(rows), left, {panel, NR}, out);
-        });
-      }
+          const int64_t count = piece.count - r < kFewRows ? piece.count - r : kFewRows;
+          product_wide<W>(count, columns, words<W>(rows), left, weights, out);
+        }
+      });
     }
   }
 
@@ -162,7 +167,7 @@ struct PanelForward {
   LeftRows<W> x;
   Contexts<W> contexts;
   float* threads;
-  int64_t weights_at, y_at, each_thread, bytes;
+  int64_t bias_at, weights_at, y_at, each_thread, bytes;
 };
 
 // P: words of products with parameters (weights, dbilinear, dcontext); R: of products with rows of x and dy.

@@ -189,7 +189,7 @@ inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64
     if (turns) turn(turned, height, steps, left);
     for (int64_t j = 0; j < columns; j += 2 * VL) {
       const Out part = panel_of(out, j, columns);
-      const Right panel{b.data + j, b.step};
+      const Right panel = b.at(j);
       if (columns - j > VL) {
         block<2>(height, steps, left, panel, part, row, turns ? turned : nullptr);
       } else {

@@ -54,7 +54,10 @@ struct Left {
 
 struct Right {
   const float* data;
-  int64_t step;  // words
+  int64_t step;            // words
+  int64_t panel = 2 * VL;  // words from one panel of two vectors to the next
+
+  Right at(int64_t lane) const { return {data + lane / (2 * VL) * panel, step, panel}; }
 };
 
 // The adds: to panels of one or two vectors. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
@@ -268,7 +271,7 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int6
                                                               Right b, const Out& out) {
   for (int64_t j = 0; j < columns; j += 2 * VL) {
     const Out part = panel_of(out, j, columns);
-    const Right panel{b.data + j, b.step};
+    const Right panel = b.at(j);
     if (columns - j > VL) {
       product<W, 2>(rows, steps, a, panel, part);
     } else {
