@@ -63,7 +63,8 @@ inline void check_batch(const Batch& batch) {
     require(size >= 0, "a size is negative");
   require(batch.bounds != nullptr || batch.sequences * batch.length == batch.tokens,
           "sequences do not make up the rows of x");
-  require(batch.index != nullptr || batch.sequences <= batch.table, "the table has fewer rows than there are sequences");
+  require(batch.index != nullptr || batch.sequences <= batch.table,
+          "the table has fewer rows than there are sequences");
 }
 
 }  // namespace checks

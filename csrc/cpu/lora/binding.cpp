@@ -17,8 +17,7 @@ namespace {
 constexpr double kWorkOfAThread = 0.75e6;
 
 int64_t threads_for(const LoraCall& q) {
-  const double most =
-      2.0 * q.rows_of->count * q.rank * static_cast<double>(q.d_in + q.d_out) / kWorkOfAThread;
+  const double most = 2.0 * q.rows_of->count * q.rank * static_cast<double>(q.d_in + q.d_out) / kWorkOfAThread;
   if (most < static_cast<double>(q.threads)) return most < 1 ? 1 : static_cast<int64_t>(most);
   return q.threads;
 }
@@ -69,7 +68,8 @@ void lora(uintptr_t address, bool backward, const py::object& allocate) {
 }  // namespace
 
 void bind_lora(py::module_& m) {
-  m.def("lora", &lora, "Adds the low-rank update of the problem at an address; allocate(bytes) gives a tensor of bytes.");
+  m.def("lora", &lora,
+        "Adds the low-rank update of the problem at an address; allocate(bytes) gives a tensor of bytes.");
 }
 
 }  // namespace ctxkern

@@ -75,10 +75,10 @@ class Lora {
   struct Thread {
     int64_t* adapter;  // 1 + whose panels they are
     float *a_lanes, *a_rows, *b_lanes, *b_rows;
-    float *rows;   // of a block, as a left operand
-    float *sums;   // h or g, [rows, R], and other sums of as many rows
-    float *words;  // the same, scaled, as a left operand
-    float *strip;  // x or dy, [words along the rows, kStrip]
+    float* rows;   // of a block, as a left operand
+    float* sums;   // h or g, [rows, R], and other sums of as many rows
+    float* words;  // the same, scaled, as a left operand
+    float* strip;  // x or dy, [words along the rows, kStrip]
   };
 
   static int64_t lanes(int64_t n) { return round_up(n, NR); }
@@ -224,15 +224,15 @@ class Lora {
     float* const pairs = at.strip;
     for (int64_t k = 0; k < rank; k += kStrip) {
       const int64_t part = rank - k < kStrip ? rank - k : kStrip;
-      pack_rows<W, Dtype::f32>(pairs, kStrip, reinterpret_cast<const char*>(at.sums + k), r_lanes * 4, 4, b.count, part);
+      pack_rows<W, Dtype::f32>(pairs, kStrip, reinterpret_cast<const char*>(at.sums + k), r_lanes * 4, 4, b.count,
+                               part);
       for (int64_t j = 0; j < part; j += VL) {
         for (int64_t s = 0; s < steps; s += VL) {
           V r[VL];
           const int64_t there = steps - s < VL ? steps - s : VL;
           for (int64_t i = 0; i < VL; ++i) r[i] = i < there ? load<V>(pairs + (s + i) * kStrip + j) : V{};
           transpose(r);
-          for (int64_t i = 0; i < VL && j + i < part; ++i)
-            store_first(to + (k + j + i) * steps + s, r[i], 4 * there);
+          for (int64_t i = 0; i < VL && j + i < part; ++i) store_first(to + (k + j + i) * steps + s, r[i], 4 * there);
         }
       }
     }
@@ -241,8 +241,8 @@ class Lora {
   // Rows of y or dx (+)= the words times panels of `columns` lanes.
   void add(const LoraBlock& b, Right panels, char* to, int64_t columns, const Thread& at) const {
     const int64_t size = size_of(q.x.dtype), rank = q.rank_of(b.adapter);
-    Out out{to + (b.map ? 0 : b.row * columns * size), columns * size,
-            q.adds ? add_of(q.x.dtype) : store_of(q.x.dtype), columns};
+    Out out{to + (b.map ? 0 : b.row * columns * size), columns * size, q.adds ? add_of(q.x.dtype) : store_of(q.x.dtype),
+            columns};
     out.map = b.map;
     const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
     product_wide<W>(b.count, columns, words<W>(rank), left, panels, out);
@@ -304,13 +304,13 @@ class Lora {
         const LoraBlock& b = q.blocks[i];
         const Source from = is_a ? x_of(b) : dy_of(b);
         with_source<W>(q.x.dtype, [&](auto type) {
-          pack_rows<W, decltype(type)::value>(at.strip, kStrip, from.data + c * size, width * size, size, b.count, columns,
-                                              from.map);
+          pack_rows<W, decltype(type)::value>(at.strip, kStrip, from.data + c * size, width * size, size, b.count,
+                                              columns, from.map);
         });
         const int64_t steps = words<W>(b.count);
         const float* const left = (is_a ? turned_g_ : turned_h_) + turned_at(i) + k * steps;
-        product_wide<W>(ranks, out.lanes, steps, {reinterpret_cast<const char*>(left), steps * 4, 4}, {at.strip, kStrip},
-                        out);
+        product_wide<W>(ranks, out.lanes, steps, {reinterpret_cast<const char*>(left), steps * 4, 4},
+                        {at.strip, kStrip}, out);
         out.store = Store::f32_add;
       }
       const int64_t all = q.rank - k < kBlockRows ? q.rank - k : kBlockRows;
@@ -326,7 +326,8 @@ class Lora {
   void write_rows_of_a(int64_t u, int64_t k, int64_t ranks, int64_t d, int64_t columns, const float* total) const {
     const int64_t size = size_of(q.A.dtype);
     for (int64_t i = 0; i < ranks; ++i)
-      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1, total + i * kStrip, columns);
+      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1, total + i * kStrip,
+                   columns);
   }
 
   // Transposed.

@@ -141,8 +141,8 @@ struct PanelForward {
         for (int64_t r = 0; r < piece.count; r += kFewRows) {
           Left left = x.at(piece.left + r);
           left.data += d / W::PER * 4;
-          Out out{p.rows + ((piece.map ? 0 : piece.out + r) * p.d_out + e) * size, p.d_out * size,
-                  store_of(q.x.dtype), columns};
+          Out out{p.rows + ((piece.map ? 0 : piece.out + r) * p.d_out + e) * size, p.d_out * size, store_of(q.x.dtype),
+                  columns};
           out.map = piece.map ? piece.map + r : nullptr;
           if (summed())
             out = Out{reinterpret_cast<char*>(scratch + y_at + (piece.left + r) * t.strip), t.strip * 4, Store::f32,

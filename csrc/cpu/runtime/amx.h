@@ -97,6 +97,8 @@ constexpr int64_t kTile = 16, kBlock = 2 * kTile;
 
 // Words of a left operand that lies step after step, turned to lie row after row, at a time.
 constexpr int64_t kTurned = 1024;
+// Not on the stack: compilers that guard it touch every page of it in every call.
+alignas(64) thread_local float turned_block[kBlock * kTurned];
 
 // rows (at most kBlock) of `steps` words, [kBlock, steps]
 inline void turn(float* to, int64_t rows, int64_t steps, Left a) {
@@ -128,12 +130,12 @@ inline void multiply(int64_t rows, int64_t steps, Left a, Right b) {
   }
 }
 
+// The sums of NV vectors of up to kBlock rows, [kBlock, NV * VL]. turned: a left operand that lay step after step.
 template <int NV>
-inline void block(int64_t rows, int64_t steps, Left a, Right b, const Out& out, int64_t row, const float* turned) {
+inline void sums_of(int64_t rows, int64_t steps, Left a, Right b, const float* turned, float* sums) {
   const int top = static_cast<int>(rows < kTile ? rows : kTile), bottom = static_cast<int>(rows) - top;
   if (configured != top * 32 + bottom) tile_configure(top, bottom);
   configured = top * 32 + bottom;
-  alignas(64) float sums[kBlock][NV * VL];
   alignas(64) float buffer[kBlock * kTile];
   for (int j = 0; j < NV; j += 2) {
     constexpr int kPair = NV == 1 ? 1 : 2;
@@ -153,50 +155,93 @@ inline void block(int64_t rows, int64_t steps, Left a, Right b, const Out& out, 
                         {panel.data + s * b.step, b.step});
       }
     }
-    constexpr int64_t stride = NV * VL * 4;
-    TILE_WRITE(0, &sums[0][j * VL], stride);
-    if (kPair == 2) TILE_WRITE(1, &sums[0][(j + 1) * VL], stride);
+    constexpr int64_t row = NV * VL, stride = row * 4;
+    TILE_WRITE(0, sums + j * VL, stride);
+    if (kPair == 2) TILE_WRITE(1, sums + (j + 1) * VL, stride);
     if (bottom > 0) {
-      TILE_WRITE(2, &sums[kTile][j * VL], stride);
-      if (kPair == 2) TILE_WRITE(3, &sums[kTile][(j + 1) * VL], stride);
+      TILE_WRITE(2, sums + kTile * row + j * VL, stride);
+      if (kPair == 2) TILE_WRITE(3, sums + kTile * row + (j + 1) * VL, stride);
     }
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    V v[1][NV];
-    for (int j = 0; j < NV; ++j) v[0][j] = load<V>(&sums[i][j * VL]) + (out.bias ? load<V>(out.bias + j * VL) : V{});
-    put(v, out, row + i);
+}
+
+template <int MR, int NV>
+inline void put_rows(const Out& out, int64_t row, const float* sums) {
+  V v[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) v[i][j] = load<V>(sums + (i * NV + j) * VL);
   }
+  if (out.bias) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const V add = load<V>(out.bias + j * VL);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) v[i][j] += add;
+    }
+  }
+  put(v, out, row);
+}
+
+template <int NV>
+inline void put_sums(int64_t rows, const Out& out, int64_t row, const float* sums) {
+  constexpr int kRows = 16 / NV;
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) put_rows<kRows, NV>(out, row + i, sums + i * NV * VL);
+  for (; i < rows; ++i) put_rows<1, NV>(out, row + i, sums + i * NV * VL);
 }
 
 template <class W, int NV>
 inline std::enable_if_t<std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, Left a, Right b, const Out& out,
                                                         Ahead* ahead = nullptr) {
+  alignas(64) float sums[kBlock * NV * VL];
   for (int64_t row = 0; row < rows; row += kBlock) {
     const int64_t height = rows - row < kBlock ? rows - row : kBlock;
-    block<NV>(height, steps, {a.data + row * a.row, a.row, a.step}, b, out, row, nullptr);
+    sums_of<NV>(height, steps, {a.data + row * a.row, a.row, a.step}, b, nullptr, sums);
     for (int64_t i = 0; ahead && i < 4 * steps; ++i) ahead->fetch();
+    put_sums<NV>(height, out, row, sums);
   }
 }
+
+// Sums of a block that wait to be put: read at once, they would wait for the matrix unit, and it for them.
+struct Pending {
+  Out out;
+  int64_t row, rows;
+  const float* sums = nullptr;
+
+  void put() const {
+    if (!sums) return;
+    if (out.lanes > VL) {
+      put_sums<2>(rows, out, row, sums);
+    } else {
+      put_sums<1>(rows, out, row, sums);
+    }
+  }
+};
 
 template <class W>
 inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a,
                                                              Right b, const Out& out) {
-  alignas(64) float turned[kBlock * kTurned];
-  for (int64_t row = 0; row < rows; row += kBlock) {
+  alignas(64) float sums[2][kBlock * 2 * VL];
+  Pending before;
+  for (int64_t row = 0, at = 0; row < rows; row += kBlock) {
     const int64_t height = rows - row < kBlock ? rows - row : kBlock;
     const Left left{a.data + row * a.row, a.row, a.step};
     const bool turns = a.step != 4 && steps <= kTurned;
+    float* const turned = turns ? turned_block : nullptr;
     if (turns) turn(turned, height, steps, left);
-    for (int64_t j = 0; j < columns; j += 2 * VL) {
-      const Out part = panel_of(out, j, columns);
-      const Right panel = b.at(j);
+    for (int64_t j = 0; j < columns; j += 2 * VL, at ^= 1) {
       if (columns - j > VL) {
-        block<2>(height, steps, left, panel, part, row, turns ? turned : nullptr);
+        sums_of<2>(height, steps, left, b.at(j), turned, sums[at]);
       } else {
-        block<1>(height, steps, left, panel, part, row, turns ? turned : nullptr);
+        sums_of<1>(height, steps, left, b.at(j), turned, sums[at]);
       }
+      before.put();
+      before = {panel_of(out, j, columns), row, height, sums[at]};
     }
   }
+  before.put();
 }
 
 }  // namespace
