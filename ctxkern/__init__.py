@@ -1,4 +1,4 @@
-"""Context-modulated layers at nearly the price of ordinary ones: a weight matrix per context, never materialised."""
+"""Context-modulated layers: a weight matrix for each context, none of which is kept whole."""
 
 __version__ = "0.1.0"
 
