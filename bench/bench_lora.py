@@ -70,9 +70,7 @@ def test_lora_linear(request, capsys):
     least = min(speeds, key=speeds.get)
     with capsys.disabled():
         mean = geometric_mean(speeds.values())
-        print(
-            f"geometric mean {mean:.2f} × the best PyTorch form over {len(speeds)}; least {speeds[least]:.2f} at {least}"
-        )
+        print(f"{mean:.2f} × the best PyTorch form over {len(speeds)}; least {speeds[least]:.2f} at {least}")
     path = results_file("cpu", request.config.rootpath / "bench" / "results")
     path = path.with_name(f"lora-{path.name}")
     new = not path.exists()

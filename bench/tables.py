@@ -87,9 +87,52 @@ def markdown(path):
     return "\n".join(lines) + "\n"
 
 
+LORA_HEAD = (
+    "| adapters × rows, width, rank | dtype | ms, fwd+bwd | best PyTorch form | × | × one by one | price over linear "
+    "| temporary MiB: ctxkern \\| best |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def lora_markdown(path):
+    """The table of a file of bench_lora.py, and the geometric mean by dtype."""
+    runs, lines, speeds = {}, [LORA_HEAD], {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            peers = runs.setdefault(tuple(row[name] for name in ("adapters", "rows", "d", "rank", "dtype")), {})
+            if row["peer"] == "ctxkern":
+                peers.clear()
+            peers[row["peer"]] = row
+    for (adapters, rows, d, rank, dtype), peers in runs.items():
+        ms = {peer: float(row["p50_ms"]) for peer, row in peers.items()}
+        best = min((peer for peer in ms if peer not in ("ctxkern", "linear", "one by one")), key=ms.get)
+        speeds.setdefault(SHORT[dtype], []).append(ms[best] / ms["ctxkern"])
+        cells = (
+            f"{adapters} × {rows}, {d}, {rank}",
+            SHORT[dtype],
+            f"{ms['ctxkern']:.3g}",
+            f"{best} {ms[best]:.3g}",
+            f"{ms[best] / ms['ctxkern']:.2f}",
+            f"{ms['one by one'] / ms['ctxkern']:.1f}",
+            f"{ms['ctxkern'] / ms['linear']:.2f}",
+            _pair([float(peers[peer]["peak_mib"]) for peer in ("ctxkern", best)], lambda mib: f"{mib:.1f}"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for kind, each in speeds.items():
+        lines.append(
+            f"- {kind}: {geometric_mean(each):.2f} times as fast as the best PyTorch form over {len(each)} cases"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def filled(text):
     """The page with its tables made from the rows."""
-    return TABLE.sub(lambda m: m[1] + markdown(PAGE.parent / m[2]) + m[4], text)
+
+    def made(match):
+        table = lora_markdown if Path(match[2]).name.startswith("lora-") else markdown
+        return match[1] + table(PAGE.parent / match[2]) + match[4]
+
+    return TABLE.sub(made, text)
 
 
 def main(argv=None):
