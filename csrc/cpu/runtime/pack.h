@@ -47,7 +47,7 @@ CTXKERN_INLINE V zip_words(const char* first, const char* second, int64_t n) {
 
 // to[w, lane] = words w of row `lane`: rows of `count` elements along the sum (`step` bytes apart), as lanes of 2·VL.
 template <class W, Dtype D>
-inline void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
+[[gnu::noinline]] void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
                        int64_t count) {
   const int64_t steps = words<W>(count), size = size_of(D);
   if (step != size && count > 1) {
@@ -114,7 +114,7 @@ constexpr Zip kZip;
 // to[w, lane] = words along the rows: row w (or rows 2w and 2w + 1) of `columns` elements, `step` bytes apart, as lanes.
 // map: the row to read for each, or null.
 template <class W, Dtype D>
-inline void pack_rows(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
+[[gnu::noinline]] void pack_rows(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
                       int64_t columns, const int64_t* map = nullptr) {
   const int64_t size = size_of(D), steps = words<W>(rows);
   const auto at = [&](int64_t r) { return r < rows ? from + (map ? map[r] : r) * row : nullptr; };
@@ -152,7 +152,7 @@ inline void pack_rows(float* to, int64_t to_step, const char* from, int64_t row,
 
 // to[r, w] = words w of row r, as a left operand; padded with zeros to words<W>(columns).
 template <class W, Dtype D>
-inline void pack_left(float* to, const char* from, int64_t row, int64_t rows, int64_t columns,
+[[gnu::noinline]] void pack_left(float* to, const char* from, int64_t row, int64_t rows, int64_t columns,
                       const int64_t* map = nullptr) {
   const int64_t steps = words<W>(columns);
   for (int64_t r = 0; r < rows; ++r) {

@@ -1,6 +1,10 @@
-#include "kernels.h"
+#include "../lora/kernels.h"
+#include "../modulated/kernels.h"
 
 namespace ctxkern {
+
+extern const Kernels f32_avx512;
+const Kernels f32_avx512 = kernels_of<F32>;
 
 extern const LoraKernels lora_f32_avx512;
 const LoraKernels lora_f32_avx512 = lora_kernels_of<F32>;
