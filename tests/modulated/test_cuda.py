@@ -259,7 +259,7 @@ def test_temporaries_stay_within_the_workspace(form, dtypes):
 
 def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
     x, context, bilinear = torch.randn(2, 3, 4), torch.randn(2, 2), torch.randn(4, 6, 2)
-    monkeypatch.setattr(importlib.import_module("ctxkern.modulated.native"), "CODES", {torch.float32: 7})
+    monkeypatch.setattr(importlib.import_module("ctxkern.runtime.fill"), "CODES", {torch.float32: 7})
     with pytest.raises(
         RuntimeError, match=r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*failed: an unknown dtype"
     ):

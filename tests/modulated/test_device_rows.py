@@ -10,6 +10,7 @@ import ctxkern
 from ctxkern.lora import portable as lora
 from ctxkern.lora.operands import Gradients as LoraGradients
 from ctxkern.lora.operands import Operands as LoraOperands
+from ctxkern.lora.operands import Options
 from ctxkern.modulated import portable
 from ctxkern.modulated.operands import Gradients, Operands
 from ctxkern.modulated.portable import modulated
@@ -75,7 +76,7 @@ def test_the_case_table(case):
 @by_index
 def test_lora(case, dtypes):
     arguments, dout = lora_arguments(case, 3, *dtypes, weight_dtype=dtypes[1])
-    check_family(ctxkern.lora_linear, lora_linear_ref, arguments, dout)
+    check_family(partial(ctxkern.lora_linear, backend="portable"), lora_linear_ref, arguments, dout)
 
 
 @pytest.mark.usefixtures("out_of_reach")
@@ -84,7 +85,7 @@ def test_gradients_of_a_shared_table_add_up_in_float32(sequences):
     case = Case("shared", sequences, 2, 6, 8, 3, rows=1, index=(0,) * sequences)
     for fn, reference, (arguments, dout) in (
         (ctxkern.modulated_linear, modulated_linear_ref, modulated_arguments(case, torch.bfloat16)),
-        (ctxkern.lora_linear, lora_linear_ref, lora_arguments(case, 2, torch.bfloat16)),
+        (partial(ctxkern.lora_linear, backend="portable"), lora_linear_ref, lora_arguments(case, 2, torch.bfloat16)),
     ):
         got = differentiate(fn, arguments, dout)
         double = {n: t.double() if is_floating(t) else t for n, t in arguments.items()}
@@ -139,12 +140,18 @@ def test_lora_reads_nothing_back_from_a_device(case):
     arguments, dout = lora_arguments(case, 3)
     made = unreadable(arguments | {"dout": dout})
     x, weight, A, B, bias, index = (made[n] for n in ("x", "weight", "A", "B", "bias", "adapter_index"))
-    operands = LoraOperands(x, weight, A, B, bias, index)
-    y = lora.forward(operands, 0.5, 1 << 10)
-    assert y.shape == dout.shape
-    needs = LoraGradients.of([t is not None for t in (x, weight, A, B, bias)])
-    dx, _, dA, dB, _ = lora.backward(made["dout"], operands, 0.5, 1 << 10, needs)
-    assert (dx.shape, dA.shape, dB.shape) == (x.shape, A.shape, B.shape)
+    constants = {"scales": torch.empty(len(A), device="meta"), "ranks": torch.empty(len(A), device="meta").long()}
+    constants["seed"] = torch.empty((), device="meta").long()
+    for operands, dropout in (
+        (LoraOperands(x, weight, A, B, bias, adapter_index=index), 0.0),
+        (LoraOperands(x, weight, A, B, bias, adapter_index=index, **constants), 0.5),
+    ):
+        options = Options(1 << 10, None, 0.5, dropout)
+        y = lora.forward(operands, options)
+        assert y.shape == dout.shape
+        needs = LoraGradients.of([t is not None for t in (x, weight, A, B, bias)])
+        dx, _, dA, dB, _ = lora.backward(made["dout"], operands, options, needs)
+        assert (dx.shape, dA.shape, dB.shape) == (x.shape, A.shape, B.shape)
 
 
 def test_reading_back_would_fail():
