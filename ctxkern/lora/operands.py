@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ctxkern.checks import check_bounds, check_index, check_ranks, is_readable
 from ctxkern.dtypes import accumulator
 from ctxkern.plan import compute_dtype
 
@@ -66,6 +67,17 @@ class Gradients(NamedTuple):
 
     def flat(self):
         return tuple(self)
+
+
+def check_values(operands):
+    """Of integer tensors on the CPU; on a GPU the kernels check them."""
+    x, A, index, bounds, ranks = operands.x, operands.A, operands.adapter_index, operands.cu_seqlens, operands.ranks
+    if index is not None and is_readable(index):
+        check_index(index, len(A), "adapter_index", -1)
+    if bounds is not None and is_readable(bounds):
+        check_bounds(bounds, len(x))
+    if ranks is not None and is_readable(ranks):
+        check_ranks(ranks, A.shape[1])
 
 
 def _strips(weight, dim, compute, workspace_bytes):

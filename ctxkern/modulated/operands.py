@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ctxkern.checks import check_bounds, check_index, is_readable
+from ctxkern.plan import rounds_to_tf32 as rounds_to_tf32
 
 
 class Operands(NamedTuple):
@@ -74,12 +75,6 @@ class Gradients(NamedTuple):
 
 def contiguous(t):
     return t if t is None or t.is_contiguous() else t.contiguous()
-
-
-def rounds_to_tf32(dtype):
-    """Whether products of `dtype` may be rounded to TF32. Follows `torch.set_float32_matmul_precision` too, whose own
-    getter raises where precision was set for a backend."""
-    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def check_values(operands):

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.emulated import SOURCES, compiled, emulated, forget
 from helpers.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 
 import ctxkern
-from ctxkern import registry
 from ctxkern.reference import modulated_qkv_ref
 from ctxkern.runtime import cuda as cuda_runtime
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
@@ -23,7 +22,6 @@ from ctxkern.testing.force import STRATEGIES, force
 from ctxkern.testing.measure import peak_extra_bytes
 from ctxkern.testing.oracle import check, check_family, oracle, run
 
-SOURCES = Path(__file__).parents[2] / "csrc"
 FORMS = STRATEGIES
 # the emulation needs seconds for each of these, and longer in many strips
 LARGE = ("deep", "non-power-of-two", "debug", "prime", "narrow-k")
@@ -31,35 +29,10 @@ LARGE = ("deep", "non-power-of-two", "debug", "prime", "narrow-k")
 cuda_linear = functools.partial(ctxkern.modulated_linear, backend="cuda")
 
 
-def compiled(folder, *flags, sources=SOURCES):
-    """The kernels as a library for the CPU."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None or not sources.exists():
-        pytest.skip("no C++ compiler or no sources here")
-    library, given = Path(folder) / "emulated.so", shlex.split(os.environ.get("CXXFLAGS", ""))
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *given, *flags]
-    kernels = sorted(map(str, sources.glob("cuda/*/*.cu")))
-    command += ["-DCTXKERN_EMULATE", "-x", "c++", *kernels, "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
-
-
-def forget():
-    cuda_runtime._attempt.cache_clear()
-    registry.forget()
-
-
 @pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
-    kept = os.environ.get("CTXKERN_CUDA_LIBRARY")
-    os.environ["CTXKERN_CUDA_LIBRARY"] = str(compiled(tmp_path_factory.mktemp("cuda")))
-    forget()
-    yield os.environ["CTXKERN_CUDA_LIBRARY"]
-    del os.environ["CTXKERN_CUDA_LIBRARY"]
-    if kept is not None:
-        os.environ["CTXKERN_CUDA_LIBRARY"] = kept
-    forget()
+def library():
+    with emulated() as path:
+        yield path
 
 
 @pytest.fixture
@@ -185,7 +158,7 @@ def test_long_sums_of_d_and_k(case):
         check(cuda_linear, make_inputs(case))
 
 
-def test_a_gradient_reads_nothing_that_it_does_not_need(emulated):
+def test_a_gradient_reads_nothing_that_it_does_not_need():
     """Of one operand alone, in a process that dies where it reads others."""
     environment = {**os.environ, "PYTHONPATH": str(Path(ctxkern.__file__).parents[1])}
     code = UNREAD_CODE.format(backend="cuda", unread=UNREAD)

@@ -175,7 +175,7 @@ class Lora {
       constexpr Dtype D = decltype(type)::value;
       for (int64_t i = 0; i < b.count; ++i) {
         const int64_t row = row_of(b, i);
-        const RowDraws draws(q.seed, row);
+        const RowDraws draws(*q.seed, row);
         const char* const from = q.x.data + row * q.d_in * size;
         char* const to = dropped_ + (b.first + i) * q.d_in * size;
         for (int64_t c = 0; c < q.d_in; c += VL) {
@@ -260,7 +260,7 @@ class Lora {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
           const int64_t row = row_of(b, i);
-          const RowDraws draws(q.seed, row);
+          const RowDraws draws(*q.seed, row);
           char* const to = q.dx + (row * q.d_in + d) * size;
           for (int64_t c = 0; c < columns; c += VL) {
             V v = kept(load<V>(at.sums + i * kStrip + c), draws.at(d + c), static_cast<uint32_t>(q.kept_from));

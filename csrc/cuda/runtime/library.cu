@@ -13,7 +13,7 @@ __global__ void probe_kernel() {}
 }  // namespace ctxkern
 
 // What changes what is exported changes this.
-CTXKERN_EXPORT int ctxkern_cuda_abi() { return 4; }
+CTXKERN_EXPORT int ctxkern_cuda_abi() { return 5; }
 
 CTXKERN_EXPORT int ctxkern_cuda_emulated() {
 #ifdef CTXKERN_EMULATE
