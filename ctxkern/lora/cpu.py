@@ -25,7 +25,7 @@ def _without_gaps(operands):
     return type(operands)(_contiguous(x), weight, A, B, bias, *map(_contiguous, constants))
 
 
-def _problem(operands, options, rows, adds):
+def _problem(operands, options, rows, adds, gates):
     q, x = LoraProblem(), operands.x
     fill_batch(q.batch, x.shape, operands.A.shape[0], operands.adapter_index, operands.cu_seqlens)
     fill(q.x, x)
@@ -40,6 +40,9 @@ def _problem(operands, options, rows, adds):
         q.scales = operands.scales.data_ptr()
     if options.dropout:
         q.kept_from, q.seed = round(options.dropout * 2**32), int(operands.seed)
+    if gates is not None:
+        q.gates = gates.values.data_ptr()
+        q.gate_of, q.products = (0 if t is None else t.data_ptr() for t in gates[1:])
     return q
 
 
@@ -61,7 +64,7 @@ def check_values(operands):
         check_ranks(operands.ranks, operands.A.shape[1])
 
 
-def forward(operands, options):
+def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
     operands = _without_gaps(operands)
     x, weight, bias = operands[0], operands[1], operands[4]
@@ -75,11 +78,11 @@ def forward(operands, options):
         y = x.new_zeros(len(flat), operands.B.shape[1])
     else:
         y, adds = x.new_empty(len(flat), operands.B.shape[1]), False
-    _run(_problem(operands, options, y, adds), False, operands)
+    _run(_problem(operands, options, y, adds, gates), False, operands)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def backward(dout, operands, options, needs):
+def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
     operands, dout = _without_gaps(operands), dout.contiguous()
     x, weight, A, B, bias = operands[:5]
@@ -90,8 +93,8 @@ def backward(dout, operands, options, needs):
         adds = operands.adapter_index is not None
         dx = flat.new_zeros(flat.shape) if adds else flat.new_empty(flat.shape)
     dA, dB = (t.new_empty(t.shape) if need else None for t, need in ((A, needs.A), (B, needs.B)))
-    if needs.x or needs.A or needs.B:
-        q = _problem(operands, options, dout, adds)
+    if needs.x or needs.A or needs.B or (gates is not None and gates.products is not None):
+        q = _problem(operands, options, dout, adds, gates)
         q.dx, q.dA, q.dB = (0 if t is None else t.data_ptr() for t in (dx, dA, dB))
         _run(q, True, operands)
     return Gradients(dx if dx is None else dx.view(x.shape), dweight, dA, dB, dbias)
