@@ -35,7 +35,7 @@ inline std::string problem_layout() {
   FIELD(LoraProblem, dA), FIELD(LoraProblem, dB), FIELD(LoraProblem, d_in), FIELD(LoraProblem, d_out);
   FIELD(LoraProblem, rank), FIELD(LoraProblem, threads), FIELD(LoraProblem, tf32), FIELD(LoraProblem, adds);
   FIELD(LoraProblem, scale), FIELD(LoraProblem, kept_from), FIELD(LoraProblem, seed), FIELD(LoraProblem, gates);
-  FIELD(LoraProblem, gate_of), FIELD(LoraProblem, products);
+  FIELD(LoraProblem, gate_rows), FIELD(LoraProblem, gate_of), FIELD(LoraProblem, products);
 #undef FIELD
 #undef SIZE
   return text;

@@ -22,11 +22,11 @@ def _run(problem, backward, operands):
         raise
 
 
-def forward(operands, options):
+def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
-    return native.forward(operands, options, _run)
+    return native.forward(operands, options, gates, _run)
 
 
-def backward(dout, operands, options, needs):
+def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
-    return native.backward(dout, operands, options, needs, _run)
+    return native.backward(dout, operands, options, needs, gates, _run)

@@ -16,13 +16,13 @@ def _run(problem, backward, operands):
     cuda_runtime.run(cuda_runtime.load().ctxkern_cuda_lora, problem, backward, x.device, what)
 
 
-def forward(operands, options):
+def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
     check_values(operands)
-    return native.forward(operands, options, _run)
+    return native.forward(operands, options, gates, _run)
 
 
-def backward(dout, operands, options, needs):
+def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
     check_values(operands)
-    return native.backward(dout, operands, options, needs, _run)
+    return native.backward(dout, operands, options, needs, gates, _run)

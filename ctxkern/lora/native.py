@@ -18,7 +18,7 @@ def _without_gaps(operands):
     return type(operands)(_contiguous(x), weight, A, B, bias, *map(_contiguous, constants))
 
 
-def _problem(operands, options, rows, adds):
+def _problem(operands, options, rows, adds, gates):
     """The `LoraProblem` of operands without gaps; it keeps no tensor alive. rows: y, or dy in a backward."""
     q, x = LoraProblem(), operands.x
     fill_batch(q.batch, x.shape, operands.A.shape[0], operands.adapter_index, operands.cu_seqlens)
@@ -34,10 +34,13 @@ def _problem(operands, options, rows, adds):
         q.scales = operands.scales.data_ptr()
     if options.dropout:
         q.kept_from, q.seed = round(options.dropout * 2**32), operands.seed.data_ptr()
+    if gates is not None:
+        q.gates, q.gate_rows = gates.values.data_ptr(), len(gates.values)
+        q.gate_of, q.products = (0 if t is None else t.data_ptr() for t in gates[1:])
     return q
 
 
-def forward(operands, options, run):
+def forward(operands, options, gates, run):
     """y in the dtype of x and the leading shape of x."""
     operands = _without_gaps(operands)
     x, weight, bias = operands[0], operands[1], operands[4]
@@ -51,11 +54,11 @@ def forward(operands, options, run):
         y = x.new_zeros(len(flat), operands.B.shape[1])
     else:
         y, adds = x.new_empty(len(flat), operands.B.shape[1]), False
-    run(_problem(operands, options, y, adds), False, operands)
+    run(_problem(operands, options, y, adds, gates), False, operands)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def backward(dout, operands, options, needs, run):
+def backward(dout, operands, options, needs, gates, run):
     """The `Gradients` that `needs` asks for."""
     operands, dout = _without_gaps(operands), dout.contiguous()
     x, weight, A, B, bias = operands[:5]
@@ -66,8 +69,8 @@ def backward(dout, operands, options, needs, run):
         adds = operands.adapter_index is not None
         dx = flat.new_zeros(flat.shape) if adds else flat.new_empty(flat.shape)
     dA, dB = (t.new_empty(t.shape) if need else None for t, need in ((A, needs.A), (B, needs.B)))
-    if needs.x or needs.A or needs.B:
-        q = _problem(operands, options, dout, adds)
+    if needs.x or needs.A or needs.B or (gates is not None and gates.products is not None):
+        q = _problem(operands, options, dout, adds, gates)
         q.dx, q.dA, q.dB = (0 if t is None else t.data_ptr() for t in (dx, dA, dB))
         run(q, True, operands)
     return Gradients(dx if dx is None else dx.view(x.shape), dweight, dA, dB, dbias)

@@ -5,6 +5,8 @@ A backend is a module of this folder with
     forward(operands, options) → y                      dtype and leading shape of x
     backward(dout, operands, options, needs) → Gradients
 
+both with `gates` as a last argument that may be left out.
+
 All tensors that reach it are plain (`ctxkern.ops`).
 """
 
@@ -50,6 +52,14 @@ class Operands(NamedTuple):
 
 # scales and what follows
 CONSTANTS = 5
+
+
+class Gates(NamedTuple):
+    """Factors of the entries of x A^T, a row of them for each row of x (`ctxkern.factored`)."""
+
+    values: torch.Tensor  # [G, R] float32, without gaps
+    rows: torch.Tensor | None  # [N] int64 row of `values` of each row of x; None: as many, in order
+    products: torch.Tensor | None = None  # [N, R] float32 for the gradient of each row's gates, which a backward writes
 
 
 class Gradients(NamedTuple):

@@ -42,7 +42,7 @@ class LoraProblem(ctypes.Structure):
         *((name, _int) for name in ("ranks", "scales", "rows", "dx", "dA", "dB")),
         *((name, _int) for name in ("d_in", "d_out", "rank", "threads", "tf32", "adds")),
         ("scale", ctypes.c_double),
-        *((name, _int) for name in ("kept_from", "seed", "gates", "gate_of", "products")),
+        *((name, _int) for name in ("kept_from", "seed", "gates", "gate_rows", "gate_of", "products")),
     ]
 
 

@@ -99,8 +99,9 @@ __device__ __forceinline__ void gate(Sums<T>& sums, const LoraCall& q, const Lin
   sums.rows(
       [&](int i) -> const float* {
         if (i >= lines.count) return nullptr;
-        const int64_t row = lines.row(i);
-        return q.gates + (q.gate_of ? q.gate_of[row] : row) * q.rank + r;
+        const int64_t row = q.gate_of ? q.gate_of[lines.row(i)] : lines.row(i);
+        require(row >= 0 && row < q.gate_rows);
+        return q.gates + row * q.rank + r;
       },
       [&](const float* gates, int, int column, float& a, float& b) {
         if (!gates) return;
