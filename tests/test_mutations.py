@@ -39,9 +39,9 @@ def last_element(t, change):
     return changed
 
 
-# of one tensor, whatever it is
 # what a problem points to
 OTHER_SEED = torch.tensor(8)
+# of one tensor, whatever it is
 DAMAGE = {
     "zeroed": torch.zeros_like,
     "negated": torch.neg,
