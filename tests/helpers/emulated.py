@@ -39,6 +39,16 @@ def compiled(folder, *flags, sources=SOURCES):
     return library
 
 
+def planted(folder, file, old, new):
+    """A copy of the sources with a fault in it."""
+    sources = Path(folder) / "csrc"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert old in text
+    (sources / file).write_text(text.replace(old, new))
+    return sources
+
+
 def forget():
     cuda_runtime._attempt.cache_clear()
     registry.forget()

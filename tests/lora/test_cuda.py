@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from helpers.emulated import emulated
+from helpers.emulated import compiled, emulated, forget, planted
 
 import ctxkern
 from ctxkern.lora import cuda as lora_cuda
@@ -217,3 +217,40 @@ def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
     monkeypatch.setattr(importlib.import_module("ctxkern.runtime.fill"), "CODES", {torch.float32: 7})
     with pytest.raises(RuntimeError, match=r"lora_forward on backend 'cuda' \(x \[3, 5, 7\].*failed: an unknown dtype"):
         fn(**arguments)
+
+
+KERNELS = "cuda/lora/kernels.h"
+PLANTED = {
+    "the neighbour's adapter": (KERNELS, "slot * st[0] + r * st[1]", "(slot ? slot - 1 : slot) * st[0] + r * st[1]"),
+    "no barrier before h is read": (
+        KERNELS,
+        "    __syncthreads();\n    const Strided<S, C, true> b",
+        "    const Strided<S, C, true> b",
+    ),
+    "dropout of the next column": ("cuda/lora/operands.h", "kept(column + begin + i)", "kept(column + begin + i + 1)"),
+    "an adapter for sequences without one": (
+        "cuda/runtime/groups.h",
+        "const int64_t mine = batch.index[b];",
+        "const int64_t mine = batch.index[b] < 0 ? 0 : batch.index[b];",
+    ),
+    "a row of each adapter is left out": (KERNELS, "b, rows, rounds<S, C>(q)", "b, rows - 1, rounds<S, C>(q)"),
+    "a column of each part is left out": (
+        KERNELS,
+        "least(begin + columns, width)}",
+        "least(begin + columns, width - 1)}",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_faults_are_caught(name, tmp_path, monkeypatch):
+    sources = planted(tmp_path, *PLANTED[name])
+    monkeypatch.setenv("CTXKERN_CUDA_LIBRARY", str(compiled(tmp_path, sources=sources)))
+    forget()
+    arguments, dout = lora_arguments(BY_ID["shared-uneven"], 3, torch.bfloat16)
+    index = torch.tensor([3, -1, 3, 1, 3, 0, -1, 3])
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_family(fn, lora_linear_ref, arguments | {"adapter_index": index, "dropout": 0.3, "seed": 4}, dout)
+    monkeypatch.undo()
+    forget()

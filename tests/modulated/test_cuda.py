@@ -3,14 +3,13 @@
 import functools
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.emulated import SOURCES, compiled, emulated, forget
+from helpers.emulated import compiled, emulated, forget, planted
 from helpers.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 
 import ctxkern
@@ -167,12 +166,7 @@ def test_a_gradient_reads_nothing_that_it_does_not_need():
 
 
 def test_a_library_of_another_layout_is_refused(tmp_path, monkeypatch):
-    sources = tmp_path / "csrc"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / "problem.h").read_text()
-    fields = "  int64_t d_in, context_dim;\n"
-    assert fields in text
-    (sources / "problem.h").write_text(text.replace(fields, "  int64_t context_dim, d_in;\n"))
+    sources = planted(tmp_path, "problem.h", "int64_t d_in, context_dim;", "int64_t context_dim, d_in;")
     monkeypatch.setenv("CTXKERN_CUDA_LIBRARY", str(compiled(tmp_path, "-O0", sources=sources)))
     forget()
     reason = cuda_runtime.reason()
@@ -317,12 +311,7 @@ QUICK = ("nothing", "no barrier before a stage is read", "a column too many is w
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANTED])
 def test_planted_faults_are_caught(name, tmp_path):
-    file, old, new = PLANTED[name]
-    sources = tmp_path / "csrc"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / file).read_text()
-    assert old in text
-    (sources / file).write_text(text.replace(old, new))
+    sources = planted(tmp_path, *PLANTED[name])
     # with the sanitizer's own red zones around what torch and the emulation allocate
     library = compiled(tmp_path, "-g", "-fsanitize=address", "-Wno-clobbered", sources=sources)
     preload = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
