@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,6 +41,7 @@ class ModulatedLinear(nn.Module):
         torch.Size([3, 5, 6])
     """
 
+    bilinear: Any  # nn.Parameter or BilinearFactors
     workspace_bytes: int | None = None
     backend: str | None = None
 
