@@ -72,20 +72,22 @@ def test_ranks(dtypes):
         check_family(fn, lora_linear_ref, arguments, dout, "rank 300")
 
 
-# rows, columns and ranks beyond one tile; all columns by one block, and by several
+# rows, columns and ranks beyond one tile; columns in turn by one block, and by several
 SIZES = [
     (Case("tiles", 2, 130, 72, 136, 1, bias=True), 16),
     (Case("tiles-and-less", 2, 67, 161, 141, 1, rows=3, index=(2, 0)), 40),
     (Case("parts-of-columns", 1, 3, 300, 600, 1), 8),
     (Case("few-columns", 2, 5, 140, 3, 1, weight=False), 8),
     # empty sequences count as tiles, as how long they are is known on the device alone
-    (Case("whole-columns", 300, 0, 300, 140, 1, lengths=(0,) * 298 + (5, 9)), 3),
+    (Case("columns-in-turn", 140, 0, 300, 300, 1, lengths=(0,) * 138 + (5, 9)), 3),
 ]
 
 
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16-f32-adapters"])
 @pytest.mark.parametrize(("case", "rank"), SIZES, ids=[case.id for case, _ in SIZES])
 def test_sizes(case, rank, dtypes):
+    if case.id == "columns-in-turn" and dtypes != "bf16":
+        pytest.skip("the same in every dtype")
     arguments, dout = lora_arguments(case, rank, *DTYPES[dtypes])
     check_family(fn, lora_linear_ref, arguments, dout)
 
