@@ -228,12 +228,7 @@ PLANTED = {
         "    const Strided<S, C, true> b",
     ),
     "dropout of the next column": ("cuda/lora/operands.h", "kept(column + begin + i)", "kept(column + begin + i + 1)"),
-    "an adapter for sequences without one": (
-        "cuda/runtime/groups.h",
-        "const int64_t mine = batch.index[b];",
-        "const int64_t mine = batch.index[b] < 0 ? 0 : batch.index[b];",
-    ),
-    "a row of each adapter is left out": (KERNELS, "b, rows, rounds<S, C>(q)", "b, rows - 1, rounds<S, C>(q)"),
+    "a row of each adapter is left out": (KERNELS, "range.begin, rows, columns}", "range.begin, rows - 1, columns}"),
     "a column of each part is left out": (
         KERNELS,
         "least(begin + columns, width)}",
