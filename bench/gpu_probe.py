@@ -136,9 +136,7 @@ def stage_kernels(args):
 
             def take(step, values, total=total, device=device):
                 took = _seconds(args, lambda: step.launch(values, stream_of(device), False))
-                entry = total.setdefault(
-                    step.kernel.fn.__name__.strip("_").removesuffix("_kernel"), [0, 0.0, step.grid]
-                )
+                entry = total.setdefault(step.name, [0, 0.0, step.grid])
                 entry[0] += 1
                 entry[1] += took
 
