@@ -45,8 +45,8 @@ def modulated_linear(
             place: they are read as they are.
         context_index: [B] int64, the row of `context` of each sequence; None: F == B, in order.
         cu_seqlens: [B + 1] int32, the bounds of the packed sequences, from 0 to N; empty sequences are allowed.
-        workspace_bytes: temporary memory beyond O(N·(D + E)); 32 MiB by default, at least one row or
-            column of one weight.
+        workspace_bytes: temporary memory beyond O(N·(D + E)), at least one row or column of one weight; by default
+            32 MiB, on a GPU 128 MiB.
         backend: None for the best one there, or a name of `ctxkern.backends()`, which then runs or raises.
 
     Returns:

@@ -22,7 +22,14 @@ from triton.compiler import ASTSource
 
 from ctxkern.modulated import triton as backend
 from ctxkern.modulated.operands import Gradients, Operands
-from ctxkern.modulated.triton import outer, outer_backward, panel, panel_backward, panel_parameters
+from ctxkern.modulated.triton import (
+    outer,
+    outer_backward,
+    outer_parameters,
+    panel,
+    panel_backward,
+    panel_parameters,
+)
 from ctxkern.plan import GPU_WORKSPACE
 from ctxkern.runtime.triton import grouping, tiles
 
@@ -133,7 +140,8 @@ class _Recorder:
 def recorded(arch):
     """The `Launches` of the modulated operators, recorded instead of run, with the tiles of a target."""
     launches, kept = Launches(), [(tiles, "architecture", tiles.architecture)]
-    for module in (grouping, panel, panel_backward, panel_parameters, outer, outer_backward):
+    modules = panel, panel_backward, panel_parameters, outer, outer_backward, outer_parameters
+    for module in (grouping, *modules):
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))

@@ -10,26 +10,31 @@ import torch
 from ctxkern import plan as planner
 from ctxkern.modulated.operands import rounds_to_tf32
 from ctxkern.runtime.triton.sizes import cdiv, next_power_of_2
-from ctxkern.runtime.triton.tiles import CACHED
+from ctxkern.runtime.triton.tiles import CACHED, PROGRAMS, splits
+
+from .outer_backward import DX_ROWS
+from .outer_parameters import DBILINEAR_ROWS
 
 # of the rate of one large product: what our tiles should reach, and the library's. Seconds between launches of a graph;
-# bytes of rows that stay in cache next to a block; programs at a time; rate of small tiles that miss the matrix unit.
-# None of them measured
+# bytes of rows that stay in cache next to a block; seconds of a copy with two more under way; multiprocessors. None of
+# them measured
 _SHARE, _LIBRARY_SHARE = 0.6, 0.95
 _LAUNCH = 2e-6
 _CACHED = 24 << 20
+_STEP = 0.25e-6
 _PROGRAMS = 132
 # FLOP/s of dtypes that were not measured, to weigh one form against the other
 _TF32, _IEEE = 380e12, 50e12
 
 
 class Launch(NamedTuple):
-    """Launches alike: how many, operations, bytes, share of the rate of products."""
+    """Launches alike: how many, operations, bytes, share of the rate of products, copies that wait for each other."""
 
     count: int
     flops: float
     moved: float
     share: float
+    steps: float = 0
 
 
 def predicted_seconds(problem, strategy, blocks, backward, library=False):
@@ -60,10 +65,11 @@ def seconds(launches, dtype):
         rate = _TF32 if rounds_to_tf32(dtype) else _IEEE
     else:
         rate = rates.flops[torch.bfloat16]
-    return sum(
-        launch.count * (_LAUNCH + max(launch.flops / (rate * launch.share), launch.moved / rates.bandwidth))
-        for launch in launches
-    )
+
+    def of(launch):
+        return max(launch.flops / (rate * launch.share), launch.moved / rates.bandwidth, launch.steps * _STEP)
+
+    return sum(launch.count * (_LAUNCH + of(launch)) for launch in launches)
 
 
 def panel(p, d_outs, blocks, backward, library, biased=False):
@@ -113,7 +119,29 @@ def _again(moved, times):
 
 
 def _outer(p, backward):
+    """[Launch] of the outer form, with tiles of 64 × 64 and two programs a multiprocessor."""
+    size, item = p.d_in * p.d_out, p.param_dtype.itemsize
     rows = p.tokens * (p.d_in + p.d_out) * p.dtype.itemsize
-    bilinear = p.d_in * p.d_out * (p.context_dim + p.has_weight) * p.param_dtype.itemsize
-    product = 2 * p.tokens * p.d_in * p.d_out * (p.context_dim + p.has_weight)
-    return [Launch(3 if backward else 1, product, rows + bilinear, _SHARE)]
+    down, across, deep = cdiv(p.tokens, 64), cdiv(p.d_out, 64), cdiv(p.context_dim, 64)
+    flops, bilinear = 2 * p.tokens * size * p.context_dim, size * p.context_dim * item
+    product, weight = 2 * p.tokens * size * p.has_weight, size * item * p.has_weight
+
+    def waves(programs):
+        return cdiv(programs, 2 * _PROGRAMS)
+
+    if not backward:
+        parts = splits(p.d_in, down * across, 1, 1 << 30)
+        steps = waves(parts * down * across) * cdiv(p.d_in, parts) * deep
+        made = [Launch(1, flops + product, rows + bilinear + weight, _SHARE, steps)]
+        return made + [Launch(1, 0, 0, 1.0)] * (parts > 1)
+    each = max(1, min(DBILINEAR_ROWS, p.d_in * across * deep // (8 * PROGRAMS)))
+    made = [
+        Launch(1, flops, rows + bilinear, _SHARE, waves(cdiv(p.d_in, each) * across * deep) * (3 * down + each) / 3)
+    ]
+    parts = splits(p.d_in, down, 1, 1 << 30, DX_ROWS)
+    steps = waves(parts * down) * cdiv(p.d_in, parts) * across * deep
+    made.append(Launch(1, flops, rows + bilinear, _SHARE, steps))
+    if p.has_weight:
+        made += [Launch(1, product, rows + weight, _SHARE)] * 2
+    # not copied ahead
+    return [*made, Launch(1, 0, 0, 1.0, 3 * cdiv(parts * p.tokens, 32 * max(p.contexts, 1)))]

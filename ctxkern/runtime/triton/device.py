@@ -13,7 +13,18 @@ import triton.language as tl
 # a kernel; counts that no address depends on are not compiled for again where they are 1 or a multiple of 16
 kernel = functools.partial(
     triton.jit,
-    do_not_specialize=("limit", "tiles", "length", "u_begin", "u_size", "first_strip", "programs", "splits", "spans"),
+    do_not_specialize=(
+        "limit",
+        "tiles",
+        "length",
+        "u_begin",
+        "u_size",
+        "first_strip",
+        "programs",
+        "splits",
+        "spans",
+        "first_part",
+    ),
 )
 
 

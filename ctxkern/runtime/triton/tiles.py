@@ -147,9 +147,12 @@ AFTER.append(found.cache_clear)
 PROGRAMS = 264
 
 
-def splits(size, programs, bytes_each, budget):
-    """Into how many parts a sum over `size` is split so that there are programs enough, their sums within a budget."""
-    wanted = min(-(-PROGRAMS // max(programs, 1)), -(-size // 16))
+def splits(size, programs, bytes_each, budget, least=16):
+    """Into how many parts a sum over `size` is split so that there are programs enough, their sums within a budget.
+
+    least: what a part has.
+    """
+    wanted = min(-(-PROGRAMS // max(programs, 1)), -(-size // least))
     return max(1, min(wanted, budget // max(bytes_each, 1)))
 
 
