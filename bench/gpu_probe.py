@@ -36,7 +36,7 @@ def _graph_ms(args, fn):
     return _seconds(args, fn if args.rehearse else captured(fn)[0]) * 1e3
 
 
-def _calls(args, case, n, workspace=32 << 20):
+def _calls(args, case, n, workspace=128 << 20):
     """{direction: callable} of the backend itself."""
     from ctxkern.modulated import triton as backend
 

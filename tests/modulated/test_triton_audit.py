@@ -120,6 +120,9 @@ CASES = [
     Case("decode", 64, 1, 512, 512, 32),
     Case("long", 2, 2048, 512, 512, 4),
 ]
+from ctxkern.runtime.triton import launches
+# as kernels are not run either
+launches.bmm = launches.baddbmm = lambda *args, out: out
 with recorded("sm_90"):
     for case in CASES:
         for dtype, param_dtype in ((torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2):

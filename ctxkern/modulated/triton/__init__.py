@@ -1,6 +1,6 @@
 """Triton kernels of the modulated operators: which form a call takes, and the launches that are kept for the next one.
 
-panel.py and panel_backward.py, outer.py and outer_backward.py have the maths, the kernels and their launchers.
+panel*.py and outer*.py have the maths, the kernels and their launchers; library.py the products that are torch's.
 """
 
 import math
