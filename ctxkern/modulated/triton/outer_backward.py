@@ -91,8 +91,8 @@ def _outer_dx_kernel(
         if DX:
             total = tl.sum(z * c, 1)
             if STARTED:
-                for span in range(0, spans):
-                    total += tl.load(sums_ptr + (wide(span) * rows + n) * d_in + d, mask=mask_m, other=0.0)
+                for s in range(0, spans):
+                    total += tl.load(sums_ptr + (wide(s) * rows + n) * d_in + d, mask=mask_m, other=0.0)
             if LAST:
                 tl.store(dx_ptr + n * d_in + d, total.to(dx_ptr.dtype.element_ty), mask=mask_m)
             else:
