@@ -26,7 +26,7 @@ def _outer_dx_kernel(
     context_ptr,  # [F, K]
     slot_ptr,  # [N]
     bilinears,  # [D, E, K] each
-    sums_ptr,  # [spans, N, D], float32: dx so far, in parts
+    sums_ptr,  # [parts, N, D], float32: dx so far
     dx_ptr,  # [N, D]
     partial_ptr,  # [ranges of D, N, K], float32: dcontext
     # strides
@@ -38,14 +38,13 @@ def _outer_dx_kernel(
     context_dim,
     k_begin,
     d_step,
-    spans,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DX: tl.constexpr,
     DCONTEXT: tl.constexpr,
-    STARTED: tl.constexpr,  # there are spans
+    STARTED: tl.constexpr,  # how many parts the sums are in
     LAST: tl.constexpr,
     ADDED: tl.constexpr,  # partial sums hold those of earlier launches
     SLOTS: tl.constexpr,
@@ -90,8 +89,8 @@ def _outer_dx_kernel(
         z += rest
         if DX:
             total = tl.sum(z * c, 1)
-            if STARTED:
-                for s in range(0, spans):
+            if STARTED > 0:
+                for s in tl.static_range(0, STARTED):
                     total += tl.load(sums_ptr + (wide(s) * rows + n) * d_in + d, mask=mask_m, other=0.0)
             if LAST:
                 tl.store(dx_ptr + n * d_in + d, total.to(dx_ptr.dtype.element_ty), mask=mask_m)
@@ -185,7 +184,7 @@ def _outer_dx(call, batches, dx, dcontext):
     # without contexts dx is weight's part alone, which the kernel still writes
     pieces = [(alike, at) for alike in batches for at in range(0, max(k, 1), t.columns)]
     weighted = [] if dx is None else [p for alike in batches for p in alike.members if p.weight is not None]
-    sums, spans = _weight_sums(call, weighted) if weighted else (None, 0)
+    sums, parts_of_sums = _weight_sums(call, weighted) if weighted else (None, 0)
     if sums is None and dx is not None and len(pieces) > 1:
         sums = call.buffer((call.tokens, call.d_in), torch.float32)
     wanted = splits(call.d_in, tiles, 4 * call.tokens * k, call.budget // 2, DX_ROWS)
@@ -210,13 +209,12 @@ def _outer_dx(call, batches, dx, dcontext):
             context_dim=k,
             k_begin=k_begin,
             d_step=step,
-            spans=1 if piece else spans,
             BLOCK_M=t.rows,
             BLOCK_E=t.depth,
             BLOCK_K=t.columns,
             DX=dx is not None,
             DCONTEXT=dcontext is not None,
-            STARTED=piece > 0 or spans > 0,
+            STARTED=1 if piece else parts_of_sums,
             LAST=piece + 1 == len(pieces),
             ADDED=alike is not batches[0],
             SLOTS=call.slot is not None,
