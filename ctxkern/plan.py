@@ -66,6 +66,12 @@ def compute_dtype(device_type, dtype):
     return dtype
 
 
+def rounds_to_tf32(dtype):
+    """Whether products of `dtype` may be rounded to TF32. Follows `torch.set_float32_matmul_precision` too, whose own
+    getter raises where precision was set for a backend."""
+    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def floor(device_type, dtype, flops, moved):
     """(seconds, source of the rates) that products in `dtype` and `moved` bytes take at least; (None, "") where the
     device's rates are not known."""

@@ -16,9 +16,9 @@ from ctxkern.modulated.operands import (
     fill_with_biases,
     new_gradients,
     new_outputs,
-    rounds_to_tf32,
 )
 from ctxkern.modulated.plan import Problem, describe, gpu_terms, outer_above
+from ctxkern.plan import rounds_to_tf32
 from ctxkern.runtime import cuda as cuda_runtime
 
 # a workspace begins at a multiple of it

@@ -76,12 +76,6 @@ def contiguous(t):
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
-def rounds_to_tf32(dtype):
-    """Whether products of `dtype` may be rounded to TF32. Follows `torch.set_float32_matmul_precision` too, whose own
-    getter raises where precision was set for a backend."""
-    return dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def check_values(operands):
     """Of integer tensors on the CPU; on a GPU the kernels check them."""
     if operands.context_index is not None and is_readable(operands.context_index):

@@ -5,10 +5,10 @@ import triton.language as tl
 
 from ctxkern.runtime.triton.device import dot_exact, dot_rounded, kernel, scale_to_float16, wide
 from ctxkern.runtime.triton.grouping import context_count, range_of, rows_at, slots_of
+from ctxkern.runtime.triton.products import TL_DTYPES
 from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
 from ctxkern.runtime.triton.tiles import clip, splits, tile
 
-from .call import TL_DTYPES
 from .outer import slots_of_rows, steps_of
 from .projections import pick, together
 
