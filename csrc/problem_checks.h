@@ -34,7 +34,8 @@ inline std::string problem_layout() {
   FIELD(LoraProblem, ranks), FIELD(LoraProblem, scales), FIELD(LoraProblem, rows), FIELD(LoraProblem, dx);
   FIELD(LoraProblem, dA), FIELD(LoraProblem, dB), FIELD(LoraProblem, d_in), FIELD(LoraProblem, d_out);
   FIELD(LoraProblem, rank), FIELD(LoraProblem, threads), FIELD(LoraProblem, adds), FIELD(LoraProblem, scale);
-  FIELD(LoraProblem, kept_from), FIELD(LoraProblem, seed);
+  FIELD(LoraProblem, kept_from), FIELD(LoraProblem, seed), FIELD(LoraProblem, gates), FIELD(LoraProblem, gate_of);
+  FIELD(LoraProblem, products);
 #undef FIELD
 #undef SIZE
   return text;

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import checks, ops
 from .dtypes import accumulator
+from .factored.operands import Operands as FactoredOperands
+from .factored.ops import factored
 from .lora.operands import Operands as LoraOperands
 from .lora.operands import Options as LoraOptions
 from .lora.ops import lora
@@ -262,6 +264,7 @@ def factored_modulated_linear(
     *,
     context_index: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`modulated_linear` with `bilinear` in CP form.
 
@@ -274,10 +277,11 @@ def factored_modulated_linear(
         in_factor: [D, R]. context_factor: [K, R]. out_factor: [R, E]. The others as in `modulated_linear`.
 
     Returns:
-        [B, S, E] or [N, E] in the dtype of x. Plain differentiable PyTorch; temporaries are O(N·(R + E)).
+        [B, S, E] or [N, E] in the dtype of x. Differentiable in all but indices, twice through the reference;
+        temporaries are O(N·R).
 
     Raises:
-        TypeError, ValueError: as in `modulated_linear`.
+        TypeError, ValueError, RuntimeError: as in `modulated_linear`.
 
     Example:
         >>> x, context = torch.randn(2, 8, 64), torch.randn(2, 16)
@@ -303,20 +307,10 @@ def factored_modulated_linear(
         checks.fits(op, "weight", weight, x, (x.shape[-1], d_out), "[D, E]")
     if bias is not None:
         checks.fits(op, "bias", bias, x, (d_out,), "[E]")
-    ops.check_values(x, context, context_index, cu_seqlens)
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
-    # picked in float32, in which the gradients of one context's tokens then add up
     gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
-    if context.dim() == 2:
-        gate = gate if context_index is None else gate[context_index]
-        if cu_seqlens is None:
-            gate = gate[:, None]
-        else:
-            token = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-            gate = gate[torch.bucketize(token, cu_seqlens[1:], right=True)]
-    y = ((x @ in_factor.to(x.dtype)) * gate.to(x.dtype)) @ out_factor.to(x.dtype)
-    y = y if weight is None else y + x @ weight.to(x.dtype)
-    return y if bias is None else y + bias.to(x.dtype)
+    operands = FactoredOperands(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)
+    return factored(operands, ops.Options(DEFAULT_WORKSPACE, _backend(backend, x, "factored")))
 
 
 def explain(

@@ -141,10 +141,15 @@ def factored_modulated_linear_ref(
     Shapes: in_factor [D, R], context_factor [K, R], out_factor [R, E]; the rest as `modulated_linear_ref`.
     """
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
-    gate = (context.to(wide) @ context_factor.to(wide)).to(x.dtype)
-    gate = gate if context_index is None else gate[context_index]
+    gate = context.to(wide) @ context_factor.to(wide)
+    return gated_linear_ref(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)
+
+
+def gated_linear_ref(x, gate, weight, in_factor, out_factor, bias=None, context_index=None, cu_seqlens=None):
+    """The same, given gate = c context_factor: [F, R], or [B, S, R], one per token."""
+    gate = gate.to(x.dtype) if context_index is None else gate.to(x.dtype)[context_index]
     inner = x @ in_factor.to(x.dtype)
-    if context.dim() == 3:
+    if gate.dim() == 3:
         inner = inner * gate
     else:
         inner = _per_sequence(lambda h, g: h * g, inner, cu_seqlens, gate[:, None])

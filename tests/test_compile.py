@@ -40,7 +40,7 @@ FAMILIES = {
     "modulated_qkv": (by_projection(ctxkern.modulated_qkv), qkv_arguments, CASES, "modulated_backward"),
     "bilinear": (ctxkern.bilinear, bilinear_arguments, [PADDED], "modulated_backward"),
     "lora_linear": (ctxkern.lora_linear, partial(lora_arguments, rank=2), TABLES, "lora_backward"),
-    "factored": (ctxkern.factored_modulated_linear, partial(factored_arguments, rank=2), CASES, None),
+    "factored": (ctxkern.factored_modulated_linear, partial(factored_arguments, rank=2), CASES, "factored_backward"),
 }
 PROBLEMS = [
     pytest.param(fn, make, case, operator, id=f"{name}-{case.id}")

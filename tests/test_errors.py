@@ -260,7 +260,7 @@ def test_the_base_of_the_table_is_right(fn):
 
 
 @pytest.mark.parametrize("name", [n for n, status in ctxkern.backends().items() if not status])
-@pytest.mark.parametrize("fn", ["modulated_linear", "modulated_qkv", "lora_linear", "explain"])
+@pytest.mark.parametrize("fn", [name for name in BASE if name != "bilinear"])
 def test_a_backend_that_is_not_there_never_falls_back(fn, name):
     with pytest.raises(RuntimeError, match=f"'{name}' cannot run here: .+"):
         getattr(ctxkern, fn)(**BASE[fn], backend=name)

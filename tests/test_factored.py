@@ -1,12 +1,17 @@
 """factored_modulated_linear: against the oracle, and as modulated_linear with the tensor its factors stand for."""
 
+import functools
+
 import pytest
 import torch
 
 import ctxkern
 from ctxkern.reference import factored_modulated_linear_ref
-from ctxkern.testing.cases import CASES
+from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.testing import force
+from ctxkern.testing.cases import CASES, Case
 from ctxkern.testing.families import factored_arguments
+from ctxkern.testing.measure import peak_extra_bytes
 from ctxkern.testing.oracle import check_family, differentiate
 
 DTYPES = {
@@ -17,20 +22,100 @@ DTYPES = {
     "bf16-f32-params": (torch.bfloat16, torch.float32),
 }
 BY_ID = {case.id: case for case in CASES}
+# each backend, and of the compiled one each instruction set
+HOW = ["portable", *(cpu_runtime.cpu_isas() or [])]
 
 
+@pytest.fixture
+def fn(request):
+    """`factored_modulated_linear` as a backend or an instruction set runs it."""
+    if request.param == "portable":
+        yield functools.partial(ctxkern.factored_modulated_linear, backend="portable")
+        return
+    with force(isa=request.param):
+        yield functools.partial(ctxkern.factored_modulated_linear, backend="cpu")
+
+
+everywhere = pytest.mark.parametrize("fn", HOW, indirect=True)
+best = pytest.mark.parametrize("fn", sorted({HOW[0], HOW[-1]}), indirect=True)
+
+
+@everywhere
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", [c for c in CASES if c.id != "deep"], ids=lambda c: c.id)
-def test_matches_the_oracle(case, dtypes):
-    arguments, dout = factored_arguments(case, 3, *dtypes)
-    check_family(ctxkern.factored_modulated_linear, factored_modulated_linear_ref, arguments, dout)
+def test_the_case_table(fn, dtypes):
+    if dtypes[0] is torch.float64:
+        fn = functools.partial(ctxkern.factored_modulated_linear, backend="portable")
+    for case in CASES:
+        if case.id not in ("deep", "debug", "wide-k"):
+            arguments, dout = factored_arguments(case, 3, *dtypes)
+            check_family(fn, factored_modulated_linear_ref, arguments, dout, case.id)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 17])
-@pytest.mark.parametrize("name", ["odd", "shared-uneven", "ragged-shared", "context-per-token"])
-def test_ranks(name, rank):
-    arguments, dout = factored_arguments(BY_ID[name], rank)
-    check_family(ctxkern.factored_modulated_linear, factored_modulated_linear_ref, arguments, dout)
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ranks(fn, dtype):
+    for rank in (0, 1, 2, 17, 64, 130):
+        for name in ("odd", "shared-uneven", "ragged-shared", "context-per-token"):
+            arguments, dout = factored_arguments(BY_ID[name], rank, dtype)
+            check_family(fn, factored_modulated_linear_ref, arguments, dout, f"{name}, rank {rank}")
+
+
+@best
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_and_strided_factors(fn, dtype):
+    case = Case("long", 3, 300, 96, 160, 8, rows=2, index=[1, 0, 1])
+    arguments, dout = factored_arguments(case, 24, dtype)
+    arguments |= {name: arguments[name].mT.contiguous().mT for name in ("weight", "in_factor", "out_factor")}
+    arguments["x"] = arguments["x"].mT.contiguous().mT
+    check_family(fn, factored_modulated_linear_ref, arguments, dout)
+
+
+@best
+@pytest.mark.parametrize("name", ["odd", "shared-uneven", "ragged-shared", "context-per-token", "no-weight"])
+def test_each_gradient_alone(fn, name):
+    arguments, dout = factored_arguments(BY_ID[name], 3)
+    everything = differentiate(fn, arguments, dout)
+    for result in everything:
+        leaf = result[1:]
+        if leaf in arguments and arguments[leaf] is not None:
+            given = arguments | {leaf: arguments[leaf].detach().requires_grad_()}
+            (alone,) = torch.autograd.grad(fn(**given), given[leaf], dout)
+            assert torch.equal(alone, everything[result]), result
+
+
+@best
+def test_threads_and_other_sequences_change_no_bit(fn):
+    case = Case("batch", 9, 70, 96, 80, 8, rows=4, index=[0, 1, 2, 3, 0, 1, 2, 3, 0])
+    arguments, dout = factored_arguments(case, 8)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(differentiate(fn, arguments, dout))
+    torch.set_num_threads(threads)
+    names = results[0] if fn.keywords["backend"] == "cpu" else ["y"]
+    for other in results[1:]:
+        for name in set(names) - {"dweight", "dbias", "dcontext_factor"}:
+            assert torch.equal(other[name], results[0][name]), name
+
+
+@best
+def test_temporaries_do_not_grow_with_the_contexts(fn):
+    """The same rows of one context and of each its own: no weight of a context is made."""
+    peaks = []
+    for count in (1, 64):
+        case = Case("contexts", 64, 32, 256, 256, 8, rows=count, index=[b % count for b in range(64)])
+        arguments, dout = factored_arguments(case, 16)
+        differentiate(fn, arguments, dout)
+        peaks.append(peak_extra_bytes(functools.partial(differentiate, fn, arguments, dout)))
+    assert peaks[1] <= peaks[0] + 64 * 1024, peaks
+
+
+def test_an_index_out_of_range_is_refused():
+    arguments, _ = factored_arguments(BY_ID["shared-uneven"], 3)
+    arguments["context_index"] = arguments["context_index"] + len(arguments["context"])
+    for backend in (None, "portable", "reference"):
+        with pytest.raises(ValueError, match="context_index"):
+            ctxkern.factored_modulated_linear(**arguments, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 import ctxkern
+from ctxkern.lora import cpu as lora_cpu
 from ctxkern.lora import portable as lora
 from ctxkern.modulated.portable import modulated, outer, panel
 from ctxkern.modulated.portable.call import Partial
 from ctxkern.plan import compute_dtype
-from ctxkern.reference import lora_linear_ref, modulated_linear_ref
+from ctxkern.reference import factored_modulated_linear_ref, lora_linear_ref, modulated_linear_ref
 from ctxkern.runtime import rows
 from ctxkern.testing import force
 from ctxkern.testing.cases import CASES, Case, make_inputs
-from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.families import factored_arguments, lora_arguments
 from ctxkern.testing.oracle import assert_matches, baseline, check, check_family, oracle, run
 
 
@@ -267,6 +268,57 @@ def test_catches_lora_pieces_under_the_wrong_adapter(monkeypatch):
     arguments, dout = lora_arguments(CASES[2], 3)
     with pytest.raises(AssertionError, match=r"y: rms"):
         check_family(partial(ctxkern.lora_linear, backend="portable"), lora_linear_ref, arguments, dout)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("y", {"scale": 1.5}),
+        ("y", {"ranks": 0}),
+        ("y", {"scales": 0}),
+        ("y", {"seed": 8}),
+        ("y", {"kept_from": 1 << 30}),
+        ("y", {"adds": 0}),
+        ("y", {"d_out": 6}),
+        ("dA", {"dA": 0}),
+        ("dB", {"dB": 0}),
+    ],
+    ids=str,
+)
+def test_catches_a_low_rank_problem_filled_wrongly(monkeypatch, what, change):
+    filled = lora_cpu._run
+
+    def changed(problem, backward, operands):
+        for name, value in change.items():
+            if backward or name not in ("dA", "dB"):
+                setattr(problem, name, value)
+        filled(problem, backward, operands)
+
+    monkeypatch.setattr(lora_cpu, "_run", changed)
+    arguments, dout = lora_arguments(Case("planted", 5, 4, 6, 8, 3, rows=4, index=(3, 0, 3, 1, 0)), 3)
+    fixed = {
+        "ranks": torch.tensor([2, 3, 1, 1]),
+        "dropout": 0.4,
+        "seed": 7,
+        "scale": torch.tensor([0.5, 2.0, 1.0, 3.0]),
+    }
+    with pytest.raises(AssertionError, match=f"{what}: rms"):
+        check_family(partial(ctxkern.lora_linear, backend="cpu"), lora_linear_ref, arguments | fixed, dout)
+
+
+@pytest.mark.parametrize(("what", "change"), [("y", "gates"), ("y", "gate_of"), ("dcontext", "products")])
+def test_catches_gates_left_out(monkeypatch, what, change):
+    filled = lora_cpu._run
+
+    def changed(problem, *rest):
+        setattr(problem, change, 0)
+        filled(problem, *rest)
+
+    monkeypatch.setattr(lora_cpu, "_run", changed)
+    arguments, dout = factored_arguments(Case("planted", 5, 4, 6, 8, 3, rows=20, index=(3, 0, 3, 1, 0)), 3)
+    fn = partial(ctxkern.factored_modulated_linear, backend="cpu")
+    with pytest.raises(AssertionError, match=f"{what}: rms"):
+        check_family(fn, factored_modulated_linear_ref, arguments, dout)
 
 
 def test_run_gives_every_gradient():

@@ -8,7 +8,7 @@ from torch.library import opcheck
 import ctxkern
 from ctxkern.registry import interpreted
 from ctxkern.testing.cases import make_inputs
-from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.families import factored_arguments, lora_arguments
 
 ops = torch.ops.ctxkern
 by_case = pytest.mark.parametrize("case", CHECKED, ids=lambda c: c.id)
@@ -87,3 +87,16 @@ def test_lora_operators(case):
             operands = (*differentiable, scales, ranks, seed, index, bounds, 1 << 12, backend, 0.5, dropout)
             opcheck(ops.lora_forward.default, operands)
             opcheck(ops.lora_backward.default, (dout, *operands, needs))
+
+
+@by_case
+def test_factored_operators(case):
+    arguments, dout = factored_arguments(case, 3)
+    gate = arguments.pop("context") @ arguments.pop("context_factor")
+    arguments["gate"] = gate
+    names = ("x", "gate", "weight", "in_factor", "out_factor", "bias", "context_index", "cu_seqlens")
+    tensors = [arguments[name] for name in names]
+    for backend in ("portable", "cpu"):
+        operands = (*tensors, 1 << 12, backend)
+        opcheck(ops.factored_forward.default, operands)
+        opcheck(ops.factored_backward.default, (dout, *operands, [t is not None for t in tensors[:6]]))

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctxkern
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref, modulated_qkv_ref
+from ctxkern.registry import resolve
 from ctxkern.testing.cases import Case
 from ctxkern.testing.families import (
     by_projection,
@@ -97,9 +98,19 @@ FAMILIES = {
     ),
 }
 BACKENDS = [None, *(name for name, status in ctxkern.backends().items() if status and name != "reference")]
+
+
+def takes(family, backend):
+    try:
+        resolve(backend, torch.device("cpu"), torch.float32, family.partition("-")[0])
+    except RuntimeError:
+        return False
+    return True
+
+
 PAIRS = [
-    *((family, None) for family in FAMILIES if not family.startswith("modulated")),
-    *((family, backend) for family in FAMILIES if family.startswith("modulated") for backend in BACKENDS),
+    ("qkv", None),
+    *((family, backend) for family in FAMILIES if family != "qkv" for backend in BACKENDS if takes(family, backend)),
 ]
 
 

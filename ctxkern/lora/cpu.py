@@ -14,7 +14,7 @@ def _allocate(size):
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
-def _problem(operands, options, rows, adds):
+def _problem(operands, options, rows, adds, gates):
     q, x = LoraProblem(), operands.x
     fill_batch(q.batch, x.shape, operands.A.shape[0], operands.adapter_index, operands.cu_seqlens)
     fill(q.x, x)
@@ -29,6 +29,9 @@ def _problem(operands, options, rows, adds):
         q.scales = operands.scales.data_ptr()
     if options.dropout:
         q.kept_from, q.seed = round(options.dropout * 2**32), int(operands.seed)
+    if gates is not None:
+        q.gates = gates.values.data_ptr()
+        q.gate_of, q.products = (0 if t is None else t.data_ptr() for t in gates[1:])
     return q
 
 
@@ -40,23 +43,23 @@ def _run(problem, backward, operands):
         raise
 
 
-def forward(operands, options):
+def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
     operands = without_gaps(operands)
     y, adds = new_output(operands, options.workspace_bytes)
-    _run(_problem(operands, options, y, adds), False, operands)
+    _run(_problem(operands, options, y, adds, gates), False, operands)
     return y.view(*operands.x.shape[:-1], y.shape[1])
 
 
-def backward(dout, operands, options, needs):
+def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
     operands, dout = without_gaps(operands), dout.contiguous()
     x, _, A, B, _ = operands[:5]
     dy = dout.flatten(0, -2)
     dx, adds, dweight, dbias = new_gradients(dy, operands, needs, options.workspace_bytes)
     dA, dB = (t.new_empty(t.shape) if need else None for t, need in ((A, needs.A), (B, needs.B)))
-    if needs.x or needs.A or needs.B:
-        q = _problem(operands, options, dout, adds)
+    if needs.x or needs.A or needs.B or (gates is not None and gates.products is not None):
+        q = _problem(operands, options, dout, adds, gates)
         q.dx, q.dA, q.dB = (0 if t is None else t.data_ptr() for t in (dx, dA, dB))
         _run(q, True, operands)
     return Gradients(dx if dx is None else dx.view(x.shape), dweight, dA, dB, dbias)

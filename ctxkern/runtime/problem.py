@@ -33,7 +33,8 @@ class Projection(ctypes.Structure):
 
 
 class LoraProblem(ctypes.Structure):
-    """A low-rank call. rows: address of y in a forward, of dy in a backward; dx, dA, dB, ranks, scales: addresses."""
+    """A low-rank call. rows: address of y in a forward, of dy in a backward; dx, dA, dB, ranks, scales, gates, gate_of
+    and products: addresses."""
 
     _fields_ = [
         ("batch", Batch),
@@ -41,7 +42,7 @@ class LoraProblem(ctypes.Structure):
         *((name, _int) for name in ("ranks", "scales", "rows", "dx", "dA", "dB")),
         *((name, _int) for name in ("d_in", "d_out", "rank", "threads", "adds")),
         ("scale", ctypes.c_double),
-        *((name, _int) for name in ("kept_from", "seed")),
+        *((name, _int) for name in ("kept_from", "seed", "gates", "gate_of", "products")),
     ]
 
 

@@ -2,7 +2,8 @@
 //
 //   g_u = s dy_u B_u    dx_u += g_u A_u    dA_u = g_u^T x_u    dB_u = dy_u^T h_u
 //
-// The first two, and h, block by block; then dA and dB, strip of columns by strip, over the blocks of an adapter in their
+// Where rows have gates, entries of h and g are multiplied by those of their row, and the products of both without them
+// are the gates' gradient. The first two, and h, block by block; then dA and dB, strip of columns by strip, over the blocks of an adapter in their
 // order. Where adapters are many and even, a thread takes each whole, so that its rows stay in cache between the two.
 // Cuts depend on the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
 #pragma once
@@ -46,6 +47,7 @@ class Lora {
       const Thread at = with_panels(b.adapter, thread);
       if (dropped_) drop(b);
       h(b, at);
+      scale(b, at);
       words_of(b, at);
       add(b, {at.b_lanes, lanes(q.d_out)}, q.rows, q.d_out, at);
     });
@@ -77,13 +79,14 @@ class Lora {
     float *a_lanes, *a_rows, *b_lanes, *b_rows;
     float* rows;   // of a block, as a left operand
     float* sums;   // h or g, [rows, R], and other sums of as many rows
+    float* plain;  // x A^T, kept for the gates' gradient
     float* words;  // the same, scaled, as a left operand
     float* strip;  // x or dy, [words along the rows, kStrip]
   };
 
   static int64_t lanes(int64_t n) { return round_up(n, NR); }
-  bool needs_h() const { return !backward_ || q.dB; }
-  bool needs_g() const { return backward_ && (q.dA || q.dx); }
+  bool needs_h() const { return !backward_ || q.dB || q.products; }
+  bool needs_g() const { return backward_ && (q.dA || q.dx || q.products); }
   int64_t strips_of(const char* wanted, int64_t n) const { return wanted ? (n + kStrip - 1) / kStrip : 0; }
   int64_t strips() const { return strips_of(q.dA, q.d_in) + strips_of(q.dB, q.d_out); }
   // Where h^T or g^T of a block lies, with room for the last word of each to be half full.
@@ -109,6 +112,7 @@ class Lora {
     at.b_rows = needs_g() ? arena.take(words<W>(q.d_out) * r_lanes) : nullptr;
     at.rows = arena.take(kBlockRows * words<W>(widest) + NR);
     at.sums = arena.take(kBlockRows * (r_lanes > kStrip ? r_lanes : kStrip));
+    at.plain = q.products ? arena.take(kBlockRows * r_lanes) : nullptr;
     at.words = arena.take(kBlockRows * r_words + NR);
     at.strip = backward_ ? arena.take(words<W>(kBlockRows) * kStrip) : nullptr;
     return at;
@@ -198,12 +202,41 @@ class Lora {
     }
     product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(from.columns), kDeepest, left,
                          {panels, lanes(q.rank)}, at.sums, lanes(q.rank));
-    const double scale = q.scale * (q.scales ? q.scales[q.slot(b.adapter)] : 1.0) / kept_share();
+  }
+
+  float scale_of(const LoraBlock& b) const {
+    return static_cast<float>(q.scale * (q.scales ? q.scales[q.slot(b.adapter)] : 1.0) / kept_share());
+  }
+
+  const char* gates_of(const LoraBlock& b, int64_t i) const {
+    const int64_t row = row_of(b, i);
+    return reinterpret_cast<const char*>(q.gates + (q.gate_of ? q.gate_of[row] : row) * q.rank);
+  }
+
+  // The sums times the scale and the gates of their row.
+  void scale(const LoraBlock& b, const Thread& at) const {
+    const int64_t rank = q.rank_of(b.adapter);
+    const V factor = splat(scale_of(b));
     for (int64_t i = 0; i < b.count; ++i) {
-      for (int64_t k = 0; k < q.rank_of(b.adapter); k += VL) {
-        float* const sum = at.sums + i * lanes(q.rank) + k;
-        store(sum, load<V>(sum) * splat(static_cast<float>(scale)));
+      float* const sums = at.sums + i * lanes(q.rank);
+      const char* const gates = q.gates ? gates_of(b, i) : nullptr;
+      for (int64_t k = 0; k < rank; k += VL) {
+        const V each = gates ? factor * load_f32_first<Dtype::f32>(gates + 4 * k, rank - k) : factor;
+        store(sums + k, load<V>(sums + k) * each);
       }
+    }
+  }
+
+  // The gradient of each row's gates, of g as it is in the sums.
+  void products(const LoraBlock& b, const Thread& at) const {
+    const int64_t rank = q.rank_of(b.adapter);
+    const V factor = splat(scale_of(b));
+    for (int64_t i = 0; i < b.count; ++i) {
+      const int64_t from = i * lanes(q.rank);
+      float* const to = q.products + row_of(b, i) * q.rank;
+      for (int64_t k = 0; k < rank; k += VL)
+        store_as_first<Dtype::f32>(reinterpret_cast<char*>(to + k),
+                                   factor * load<V>(at.plain + from + k) * load<V>(at.sums + from + k), rank - k);
     }
   }
 
@@ -275,13 +308,19 @@ class Lora {
   void block_gradients(int64_t i, int thread) const {
     const LoraBlock& b = q.blocks[i];
     const Thread at = with_panels(b.adapter, thread);
-    if (dropped_ && (q.dA || q.dB)) drop(b);
-    if (q.dB) {
+    if (dropped_ && (q.dA || needs_h())) drop(b);
+    if (needs_h()) {
       h(b, at);
+      if (q.products) std::memcpy(at.plain, at.sums, static_cast<size_t>(b.count * lanes(q.rank) * 4));
+    }
+    if (q.dB) {
+      scale(b, at);
       turned(b, at, turned_h_ + turned_at(i));
     }
     if (!needs_g()) return;
     g(b, at);
+    if (q.products) products(b, at);
+    scale(b, at);
     if (q.dA) turned(b, at, turned_g_ + turned_at(i));
     if (!q.dx) return;
     words_of(b, at);

@@ -1,0 +1,146 @@
+"""What a factored call is given and gives back, and what its backends do alike.
+
+A backend is a module of this folder with
+
+    forward(operands, options) → y                      dtype and leading shape of x
+    backward(dout, operands, options, needs) → Gradients
+
+All tensors that reach it are plain (`ctxkern.ops`). Kernels are those of `ctxkern.lora` with one adapter, whose inner
+products are multiplied by a row of gates.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ctxkern.checks import check_bounds, check_index, is_readable
+from ctxkern.lora.operands import Gates
+from ctxkern.lora.operands import Gradients as LoraGradients
+from ctxkern.lora.operands import Operands as LoraOperands
+from ctxkern.lora.operands import Options as LoraOptions
+
+
+class Operands(NamedTuple):
+    """x [B, S, D] or packed [N, D]; gate [F, R] or [B, S, R], in the dtype of sums; weight [D, E] or None; in_factor
+    [D, R]; out_factor [R, E]; bias [E] or None."""
+
+    x: torch.Tensor
+    gate: torch.Tensor
+    weight: torch.Tensor | None
+    in_factor: torch.Tensor
+    out_factor: torch.Tensor
+    bias: torch.Tensor | None
+    context_index: torch.Tensor | None = None  # [B] int64
+    cu_seqlens: torch.Tensor | None = None  # [B + 1]
+
+    def flat(self):
+        return tuple(self)
+
+    @classmethod
+    def of(cls, flat):
+        return cls(*flat)
+
+    @property
+    def per_token(self):
+        return self.gate.dim() == 3
+
+
+class Gradients(NamedTuple):
+    """One entry per operand that has a gradient. As `needs`: whether it is asked for. Absent ones are None."""
+
+    x: Any
+    gate: Any
+    weight: Any
+    in_factor: Any
+    out_factor: Any
+    bias: Any
+
+    @classmethod
+    def of(cls, flat):
+        return cls(*flat)
+
+    def flat(self):
+        return tuple(self)
+
+
+def gate_rows(operands):
+    """[N] int64, the row of gate [F, R] of each row of x; None where there is one per token."""
+    x, index, bounds = operands.x, operands.context_index, operands.cu_seqlens
+    if operands.per_token:
+        return None
+    if bounds is None:
+        each = torch.arange(len(x), device=x.device) if index is None else index
+        return each.repeat_interleave(x.shape[1], output_size=x.shape[0] * x.shape[1])
+    token = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    sequence = torch.bucketize(token, bounds[1:], right=True)
+    return sequence if index is None else index[sequence]
+
+
+def gate_gradient(products, operands):
+    """Of gate, from those of each row of x [N, R]: sums in a fixed order."""
+    x, gate, index, bounds = operands.x, operands.gate, operands.context_index, operands.cu_seqlens
+    if operands.per_token:
+        return products.view(gate.shape)
+    if bounds is None:
+        each = products.view(*x.shape[:2], gate.shape[1]).sum(1)
+    else:
+        each = torch.segment_reduce(products, "sum", offsets=bounds.long(), initial=0)
+    if index is None:
+        return each
+    total = torch.zeros_like(gate, memory_format=torch.contiguous_format)
+    if x.device.type == "cpu":
+        return total.index_add_(0, index, each)
+    # index_add_ is atomic on a GPU; this one sorts
+    return total.index_put_((index,), each, accumulate=True)
+
+
+def check_values(operands):
+    """Of integer tensors on the CPU."""
+    if operands.context_index is not None and is_readable(operands.context_index):
+        check_index(operands.context_index, len(operands.gate), "context_index")
+    if operands.cu_seqlens is not None and is_readable(operands.cu_seqlens):
+        check_bounds(operands.cu_seqlens, len(operands.x))
+
+
+class _Call(NamedTuple):
+    """A factored call as one of the low-rank family, of one adapter for all rows."""
+
+    operands: LoraOperands
+    options: LoraOptions
+    gates: Gates
+
+
+def _as_lora(operands, options, products=None):
+    x, gate, weight, in_factor, out_factor, bias = operands[:6]
+    if x.device.type == "cpu":
+        check_values(operands)
+    transposed = None if weight is None else weight.mT
+    lora = LoraOperands(
+        x.reshape(1, x.shape[:-1].numel(), x.shape[-1]), transposed, in_factor.mT[None], out_factor.mT[None], bias
+    )
+    gates = Gates(gate.flatten(0, -2).contiguous(), gate_rows(operands), products)
+    return _Call(lora, LoraOptions(options.workspace_bytes, options.backend, 1.0, 0.0), gates)
+
+
+def lora_forward(backend, operands, options):
+    """y by the forward of a low-rank backend."""
+    y = backend.forward(*_as_lora(operands, options))
+    return y.view(*operands.x.shape[:-1], y.shape[-1])
+
+
+def lora_backward(backend, dout, operands, options, needs):
+    """The `Gradients` that `needs` asks for, by the backward of a low-rank backend."""
+    x, gate, rank = operands.x, operands.gate, operands.gate.shape[-1]
+    tokens = x.shape[:-1].numel()
+    products = gate.new_empty((tokens, rank)) if needs.gate else None
+    call = _as_lora(operands, options, products)
+    wanted = LoraGradients(needs.x, needs.weight, needs.in_factor, needs.out_factor, needs.bias)
+    given = backend.backward(dout.reshape(1, tokens, dout.shape[-1]), call.operands, call.options, wanted, call.gates)
+    return Gradients(
+        None if given.x is None else given.x.view(x.shape),
+        gate_gradient(products, operands) if needs.gate else None,
+        None if given.weight is None else given.weight.mT,
+        None if given.A is None else given.A[0].mT,
+        None if given.B is None else given.B[0].mT,
+        given.bias,
+    )

@@ -1,0 +1,100 @@
+"""The factored operators as torch.library knows them: schema, fake, FLOPs and what autograd calls."""
+
+import torch
+
+from ctxkern.ops import (
+    Family,
+    Options,
+    call,
+    check_values,
+    contiguous,
+    differentiable,
+    direct,
+    flop_formula,
+    isolated,
+    needed,
+    operator,
+    spread,
+)
+from ctxkern.reference import gated_linear_ref
+from ctxkern.registry import implementation
+
+from .operands import Gradients, Operands
+
+_TENSORS = (
+    "Tensor x, Tensor gate, Tensor? weight, Tensor in_factor, Tensor out_factor, Tensor? bias, Tensor? context_index, "
+    "Tensor? cu_seqlens, int workspace_bytes, str? backend"
+)
+
+
+def _factored_fake(x, gate, weight, in_factor, out_factor, *_):
+    return x.new_empty((*x.shape[:-1], out_factor.shape[1]))
+
+
+@operator(f"factored_forward({_TENSORS}) -> Tensor", _factored_fake)
+def factored_forward(*args):
+    """y of a linear layer whose weight is gated by a context."""
+    return isolated(_run, Operands(*args[:-2]), Options(*args[-2:]))
+
+
+def _run(operands, options):
+    return implementation("factored", options.backend, operands.x).forward(operands, options)
+
+
+def _factored_backward_fake(dout, x, gate, weight, in_factor, out_factor, bias, *others):
+    inputs = (x, gate, weight, in_factor, out_factor, bias)
+    return [contiguous(t) for t, need in zip(inputs, others[-1], strict=True) if need]
+
+
+@operator(f"factored_backward(Tensor dout, {_TENSORS}, bool[] needs) -> Tensor[]", _factored_backward_fake)
+def factored_backward(dout, *args):
+    """The gradients that `needs` asks for, of (x, gate, weight, in_factor, out_factor, bias) in this order."""
+    operands, options, needs = Operands(*args[:-3]), Options(*args[-3:-1]), args[-1]
+    return needed(isolated(_run_backward, operands, dout, options, needs), needs)
+
+
+def _run_backward(operands, dout, options, needs):
+    module = implementation("factored", options.backend, operands.x)
+    grads = module.backward(dout, operands, options, Gradients.of(needs))
+    return [t if t is None else t.contiguous() for t in grads]
+
+
+def _factored_flops(x, weight, in_factor, out_factor):
+    tokens, (d_in, rank), d_out = torch.Size(x[:-1]).numel(), in_factor, out_factor[1]
+    return 2 * tokens * (rank * (d_in + d_out) + (0 if weight is None else d_in * d_out))
+
+
+@flop_formula("factored_forward")
+def _factored_forward_flops(x, gate, weight, in_factor, out_factor, *_, out_shape=None, **__):
+    return _factored_flops(x, weight, in_factor, out_factor)
+
+
+@flop_formula("factored_backward")
+def _factored_backward_flops(dout, x, gate, weight, in_factor, out_factor, *_, out_shape=None, **__):
+    return 2 * _factored_flops(x, weight, in_factor, out_factor)
+
+
+def _forward(operands, flat, options):
+    if direct(flat):
+        return (isolated(_run, operands, options),)
+    return (factored_forward(*flat, *options),)
+
+
+def _backward(douts, flat, options, needs):
+    if direct(flat) and direct(douts):
+        return isolated(_run_backward, Operands.of(flat), douts[0], options, needs)
+    return spread(factored_backward(douts[0], *flat, *options, list(needs)), needs)
+
+
+def _reference(operands, _options):
+    check_values(operands.x, operands.gate, operands.context_index, operands.cu_seqlens)
+    return (gated_linear_ref(*operands),)
+
+
+FAMILY = Family(Operands, _forward, _backward, _reference, constants=2)
+_function = differentiable(FAMILY)
+
+
+def factored(operands, options):
+    """The output of a linear layer whose weight is gated by a context."""
+    return call(FAMILY, _function, operands, options)[0]
