@@ -74,15 +74,17 @@ def test_sequences_without_an_adapter(case, dtypes):
     check(arguments, dout, "none at all")
 
 
-@pytest.mark.parametrize("rank", [0, 1, 16, 65, 256, 300])
-def test_ranks(rank):
-    for dtypes in (DTYPES["f32"], DTYPES["f16"]):
-        check(*made(SMALL, rank, *dtypes))
+@pytest.mark.parametrize(
+    ("rank", "dtypes"), [(0, "f32"), (1, "f16"), (65, "f32"), (130, "f16-f32-adapters"), (256, "f16"), (300, "f16")]
+)
+def test_ranks(rank, dtypes):
+    """One, several launches, each with and without tiles of its own."""
+    check(*made(SMALL, rank, *DTYPES[dtypes]))
 
 
 @by_layout
 def test_a_rank_for_each_adapter(case):
-    for rank, ranks in ((20, (7, 20, 0)), (270, (260, 270, 17))):
+    for rank, ranks in ((20, (7, 20, 0)), (70, (66, 70, 17)))[: 2 if case is SMALL else 1]:
         arguments, dout = made(case, rank)
         arguments["ranks"] = torch.tensor(ranks, device=DEVICE)
         check(arguments, dout)
@@ -111,12 +113,12 @@ def test_a_scale_for_each_adapter(case):
 @by_layout
 def test_dropout_by_the_mask_of_the_reference(case, dtypes):
     arguments, dout = made(case, 3, *dtypes)
-    for seed, share in ((0, 0.3), (-5, 0.9), (1 << 62, 0.3)):
+    for seed, share in ((-5, 0.9), (1 << 62, 0.3)):
         check(arguments | {"dropout": share, "seed": seed}, dout, f"seed {seed}")
 
 
 def test_the_mask_is_that_of_the_reference_bit_for_bit():
-    rows, columns, share = 70, 130, 0.4
+    rows, columns, share = 70, 60, 0.4
     x = torch.ones(1, rows, columns, device=DEVICE)
     eye = torch.eye(columns, device=DEVICE)[None]
     y = ctxkern.lora_linear(x, None, eye, eye, dropout=share, seed=-77, backend="triton")
@@ -125,7 +127,7 @@ def test_the_mask_is_that_of_the_reference_bit_for_bit():
 
 def test_the_numbers_of_a_call_are_not_those_of_the_last():
     arguments, dout = made(SMALL, 3)
-    for change in ({"scale": 2.0}, {"scale": 0.25}, {"dropout": 0.5, "seed": 1}, {"dropout": 0.25, "seed": 1}):
+    for change in ({"scale": 2.0}, {"dropout": 0.5, "seed": 1}, {"dropout": 0.25, "seed": 1}):
         check(arguments | change, dout, str(change))
 
 
@@ -273,6 +275,18 @@ def test_gates(gate_rows, dtype):
     for name, value in got.items():
         error, size = (value.double() - exact[name]).norm(), exact[name].norm()
         assert error <= 4 * torch.finfo(dtype).eps * size, (name, error, size)
+
+
+@by_layout
+def test_operators(case):
+    arguments, dout = made(case, 3)
+    tensors = [arguments[name] for name in ("x", "weight", "A", "B", "bias")]
+    scales, ranks, seed = torch.ones(3), torch.tensor([2, 3, 0]), torch.tensor(3)
+    constants = [t.to(DEVICE) for t in (scales, ranks, seed)]
+    operands = (*tensors, *constants, arguments["adapter_index"], arguments["cu_seqlens"], 1 << 12, "triton", 0.5, 0.5)
+    torch.library.opcheck(torch.ops.ctxkern.lora_forward.default, operands)
+    needs = [t is not None for t in tensors]
+    torch.library.opcheck(torch.ops.ctxkern.lora_backward.default, (dout, *operands, needs))
 
 
 @pytest.mark.parametrize("damage", ["A of a neighbour", "y of the base alone", "another seed", "g in another order"])
