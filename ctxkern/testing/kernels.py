@@ -24,7 +24,7 @@ from ctxkern.lora import triton as lora
 from ctxkern.lora.operands import Gradients as LoraGradients
 from ctxkern.lora.operands import Operands as LoraOperands
 from ctxkern.lora.operands import Options as LoraOptions
-from ctxkern.lora.triton import gradients, update
+from ctxkern.lora.triton import adapters, gradients, update
 from ctxkern.modulated import triton as backend
 from ctxkern.modulated.operands import Gradients, Operands
 from ctxkern.modulated.triton import outer, outer_backward, panel, panel_backward, panel_parameters
@@ -138,7 +138,8 @@ class _Recorder:
 def recorded(arch):
     """The `Launches` of all operators, recorded instead of run, with the tiles of a target."""
     launches, kept = Launches(), [(tiles, "architecture", tiles.architecture)]
-    for module in (grouping, panel, panel_backward, panel_parameters, outer, outer_backward, update, gradients):
+    modulated = panel, panel_backward, panel_parameters, outer, outer_backward
+    for module in (grouping, *modulated, update, gradients, adapters):
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))
@@ -267,7 +268,7 @@ LORA_PROBLEMS = [
     (Case("lora-256", 8, 512, 2048, 2048, 1), 256, 0.0),
     (Case("lora-odd", 5, 97, 385, 391, 1), 8, 0.0),
     (Case("lora-odd-high", 5, 97, 385, 391, 1), 100, 0.0),
-    (Case("lora-mixed", 16, 0, 2048, 2048, 1, rows=4, index=(0,) * 16, lengths=(64,) * 16), 16, 0.0),
+    (Case("lora-mixed", 16, 0, 2048, 2048, 1, rows=4, index=(0,) * 16, lengths=(256,) * 16), 16, 0.0),
     (Case("lora-dropout", 8, 512, 2048, 2048, 1), 16, 0.1),
     (Case("lora-dropout-256", 8, 512, 2048, 2048, 1), 256, 0.1),
 ]

@@ -194,6 +194,29 @@ def test_other_sequences_change_no_bit():
         assert torch.equal(part[name][1], both[name][1]), name
 
 
+# around multiples of a chunk of 16 rows
+CHUNKS = Case("chunks", 6, 0, 18, 21, 1, rows=4, index=(2, 0, 2, 0, 3, 1), lengths=(20, 15, 13, 2, 7, 16), weight=False)
+
+
+def test_adapters_with_many_rows(monkeypatch):
+    """Sums in chunks, which other adapters do not move."""
+    from ctxkern.lora.triton import adapters
+
+    monkeypatch.setattr(adapters, "_CHUNK", 16)
+    tiles.forget()
+    arguments, dout = made(CHUNKS, 5, F16)
+    check(arguments, dout)
+    whole = differentiate(fn, arguments, dout)
+    rows = torch.cat([torch.arange(0, 20), torch.arange(35, 48)])
+    alone = {"x": arguments["x"][rows], "adapter_index": torch.tensor([2, 2], device=DEVICE)}
+    alone["cu_seqlens"] = torch.tensor([0, 20, 33], dtype=torch.int32, device=DEVICE)
+    part = differentiate(fn, arguments | alone, dout[rows])
+    monkeypatch.undo()
+    tiles.forget()
+    for name in ("dA", "dB"):
+        assert torch.equal(part[name][2], whole[name][2]), name
+
+
 @pytest.mark.skipif(not interpreted(), reason="a GPU orders programs as it likes")
 def test_the_order_of_programs_changes_no_bit(monkeypatch):
     from triton.runtime.interpreter import interpreter_builder as builder

@@ -87,6 +87,9 @@ class Call:
         step = block * cdiv(cdiv(size, block), parts)
         return step, cdiv(size, step)
 
+    def buffer(self, size, dtype):
+        return self.layout.buffer(size, dtype)
+
     def launch(self, kernel, grid, ranks, **arguments):
         """Adds a launch, with what all kernels take."""
         o = self.operands

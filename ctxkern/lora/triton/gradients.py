@@ -1,23 +1,20 @@
 """Gradients of the low-rank update, for rows dy of the gradient of y:
 
   lora_dx   g = s dy_u B_u [rows, R], summed over E; h as in lora_y; dx_u += mask ∘ (g A_u)
-  lora_dab  dA_u = g_uᵀ (mask ∘ x_u)    dB_u = dy_uᵀ h_u
+  lora_dab  dA_u = g_uᵀ (mask ∘ x_u)    dB_u = dy_uᵀ h_u    (adapters.py)
 
 lora_dx leaves g and h in a workspace, [N, R] in grouped order: in the dtype of the products, in float32 where that is
 float16, as they may leave its range. Where there are few tiles, columns of D are split among programs, of which the
-first has h too. A program of lora_dab has a strip of columns of an adapter and goes over its rows in their order: no
-float atomics. With gates g and h are multiplied by rows of them, whose gradients are `products`, s (x Aᵀ) ∘ (dy B).
+first has h too. With gates g and h are multiplied by rows of them, whose gradients are `products`, s (x Aᵀ) ∘ (dy B).
 """
 
-import triton
 import triton.language as tl
 
-from ctxkern.runtime.triton.device import dot_rounded, kernel, scale_to_float16, wide
-from ctxkern.runtime.triton.grouping import context_count, range_of, rows_at, slots_of, tile_count, tile_range
-from ctxkern.runtime.triton.sizes import cdiv
+from ctxkern.runtime.triton.device import kernel, wide
+from ctxkern.runtime.triton.grouping import rows_at, slots_of, tile_count, tile_range
 
-from .call import strides_of
-from .update import add_product, dropped, gates_of, inner_product, keys_of, ranks_of, scale_of
+from .adapters import lora_dab
+from .update import add_product, gates_of, inner_product, keys_of, ranks_of, scale_of
 
 
 @kernel
@@ -166,185 +163,15 @@ def _lora_dx_kernel(
         )
 
 
-@triton.jit
-def _strip_gradient(
-    rows_ptr,  # [N, size]: x or dy
-    inner_ptr,  # [N, BLOCK_R]: g or h
-    out_ptr,  # [R, size] of an adapter
-    stride_r,
-    stride_c,
-    first,  # column
-    size,
-    count,  # ranks
-    rank,
-    r_begin,
-    begin,
-    end,
-    groups_ptr,
-    limit,
-    tiles,
-    seed_ptr,
-    kept_from,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ORDERED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SCALED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    offs_c = first + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < size
-    offs_r = tl.arange(0, BLOCK_R)
-    # [BLOCK_C, BLOCK_R]
-    acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
-    for n in range(begin, end, BLOCK_N):
-        grouped = n + tl.arange(0, BLOCK_N)
-        mask_n = grouped < end
-        rows = rows_at(groups_ptr, limit, tiles, grouped, mask_n, ORDERED).to(tl.int64)
-        at = rows_ptr + rows[:, None] * size + offs_c[None, :]
-        values = tl.load(at, mask=mask_n[:, None] & mask_c[None, :], other=0.0)
-        if DROPOUT:
-            values = dropped(values, keys_of(seed_ptr, rows), offs_c, kept_from)
-        at = inner_ptr + grouped[:, None].to(tl.int64) * BLOCK_R + offs_r[None, :]
-        inner = tl.load(at, mask=mask_n[:, None], other=0.0)
-        if SCALED:
-            scale, inverse = scale_to_float16(tl.max(tl.abs(inner), 0))
-            sums = tl.dot(tl.trans(values), (inner * scale[None, :]).to(DTYPE), input_precision=PRECISION)
-            acc += sums * inverse[None, :]
-        else:
-            acc = dot_rounded(tl.trans(values), inner, acc, DTYPE=DTYPE, PRECISION=PRECISION)
-    offs_r += r_begin
-    acc = tl.where((offs_r < count)[None, :], acc, 0.0)
-    at = out_ptr + offs_c[:, None].to(tl.int64) * stride_c + offs_r[None, :].to(tl.int64) * stride_r
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & (offs_r < rank)[None, :])
-
-
-@kernel
-def _lora_dab_kernel(
-    # tensors
-    x_ptr,  # [N, D]
-    dy_ptr,  # [N, E]
-    g_ptr,  # [N, BLOCK_R]
-    h_ptr,  # [N, BLOCK_R]
-    da_ptr,  # [b, R, D], out
-    db_ptr,  # [b, E, R], out
-    ranks_ptr,  # [b]
-    seed_ptr,  # []
-    # strides
-    stride_da_0,
-    stride_da_1,
-    stride_da_2,
-    stride_db_0,
-    stride_db_1,
-    stride_db_2,
-    # sizes
-    d_in,
-    d_out,
-    rank,
-    r_begin,
-    kept_from,
-    # groups
-    groups_ptr,
-    limit,
-    tiles,
-    length,
-    # tile
-    BLOCK_C: tl.constexpr,  # of D or E
-    BLOCK_N: tl.constexpr,  # rows at a time
-    BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    ORDERED: tl.constexpr,
-    SCALED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A strip of dA_u or, after those, of dB_u."""
-    of_a = 0
-    of_b = 0
-    if da_ptr is not None:
-        of_a = tl.cdiv(d_in, BLOCK_C)
-    if db_ptr is not None:
-        of_b = tl.cdiv(d_out, BLOCK_C)
-    # programs of one adapter follow each other: they read the same of g and h
-    u = tl.program_id(0) // (of_a + of_b)
-    strip = tl.program_id(0) % (of_a + of_b)
-    if u >= context_count(groups_ptr, limit, UNIFORM):
-        return
-    begin, end = range_of(groups_ptr, limit, length, u, UNIFORM)
-    slot = wide(slots_of(groups_ptr, u, True, UNIFORM))
-    count = ranks_of(ranks_ptr, slot, rank)
-    if da_ptr is not None:
-        if strip < of_a:
-            _strip_gradient(
-                x_ptr,
-                g_ptr,
-                da_ptr + slot * stride_da_0,
-                stride_r=stride_da_1,
-                stride_c=stride_da_2,
-                first=strip * BLOCK_C,
-                size=d_in,
-                count=count,
-                rank=rank,
-                r_begin=r_begin,
-                begin=begin,
-                end=end,
-                groups_ptr=groups_ptr,
-                limit=limit,
-                tiles=tiles,
-                seed_ptr=seed_ptr,
-                kept_from=kept_from,
-                BLOCK_C=BLOCK_C,
-                BLOCK_N=BLOCK_N,
-                BLOCK_R=BLOCK_R,
-                ORDERED=ORDERED,
-                DROPOUT=DROPOUT,
-                SCALED=SCALED,
-                DTYPE=DTYPE,
-                PRECISION=PRECISION,
-            )
-    if db_ptr is not None:
-        if strip >= of_a:
-            _strip_gradient(
-                dy_ptr,
-                h_ptr,
-                db_ptr + slot * stride_db_0,
-                stride_r=stride_db_2,
-                stride_c=stride_db_1,
-                first=(strip - of_a) * BLOCK_C,
-                size=d_out,
-                count=count,
-                rank=rank,
-                r_begin=r_begin,
-                begin=begin,
-                end=end,
-                groups_ptr=groups_ptr,
-                limit=limit,
-                tiles=tiles,
-                seed_ptr=seed_ptr,
-                kept_from=kept_from,
-                BLOCK_C=BLOCK_C,
-                BLOCK_N=BLOCK_N,
-                BLOCK_R=BLOCK_R,
-                ORDERED=ORDERED,
-                DROPOUT=False,
-                SCALED=SCALED,
-                DTYPE=DTYPE,
-                PRECISION=PRECISION,
-            )
-
-
 def add_gradients(call, dy, into, adds):
     """Those that `into`, a `Gradients` of `Operand`s, has room for; adds: to the dx that is there."""
     for ranks in call.ranks():
         size = call.tokens, ranks.block
-        g = call.layout.buffer(size, call.between) if into.A is not None else None
-        h = call.layout.buffer(size, call.between) if into.B is not None else None
+        g = call.buffer(size, call.between) if into.A is not None else None
+        h = call.buffer(size, call.between) if into.B is not None else None
         _lora_dx(call, ranks, dy, g, h, into, adds or ranks.first > 0)
         if g is not None or h is not None:
-            _lora_dab(call, ranks, dy, g, h, into)
+            lora_dab(call, ranks, dy, g, h, into)
 
 
 def _lora_dx(call, ranks, dy, g, h, into, adds):
@@ -365,25 +192,5 @@ def _lora_dx(call, ranks, dy, g, h, into, adds):
         BLOCK_N=t.columns,
         BLOCK_C=t.depth,
         ADD=adds,
-        **t.launch(),
-    )
-
-
-def _lora_dab(call, ranks, dy, g, h, into):
-    t = call.tile("lora_dab", ranks, 1 << 16, 1 << 16)
-    strips = cdiv(call.d_in, t.rows) * (g is not None) + cdiv(call.d_out, t.rows) * (h is not None)
-    call.launch(
-        _lora_dab_kernel,
-        (call.groups.limit * strips,),
-        ranks,
-        dy_ptr=dy,
-        g_ptr=g,
-        h_ptr=h,
-        da_ptr=into.A,
-        db_ptr=into.B,
-        **strides_of("da", into.A),
-        **strides_of("db", into.B),
-        BLOCK_C=t.rows,
-        BLOCK_N=t.depth,
         **t.launch(),
     )
