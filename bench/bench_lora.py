@@ -1,7 +1,6 @@
 """lora_linear with a frozen base against its peers: forward and backward, many adapters in one batch. Rows go to
 bench/results/lora-<device>.csv. A wrong result fails before anything is timed."""
 
-import csv
 from statistics import geometric_mean
 
 import pytest
@@ -11,13 +10,12 @@ from ctxkern.dtypes import name_of
 from ctxkern.functional import lora_linear
 from ctxkern.reference import lora_linear_ref
 from ctxkern.testing.lora_peers import LORA_CASES, SCALE, calls, inputs_of
-from ctxkern.testing.measure import interleaved, peak_extra_bytes, provenance
 from ctxkern.testing.oracle import check_family
-from ctxkern.testing.report import results_file
+from ctxkern.testing.report import append, family_rows, results_file
 
 DTYPES = (torch.bfloat16, torch.float32)
 # what is no form of the same computation
-_PRICE = ("linear", "one by one")
+_PRICE = ("linear", "one by one", "PEFT")
 
 
 def _check(case, dtype):
@@ -26,30 +24,15 @@ def _check(case, dtype):
     check_family(lora_linear, lora_linear_ref, given, dy, case.id)
 
 
-def _rows(case, dtype, seconds):
-    run = calls(case, dtype)
-    memory = {name: peak_extra_bytes(fn) for name, fn in run.items()}
-    for name, timing in interleaved(run, seconds).items():
-        yield {
-            **provenance(),
-            **case._asdict(),
-            "dtype": name_of(dtype),
-            "peer": name,
-            "p20_ms": f"{timing.p20 * 1e3:.4f}",
-            "p50_ms": f"{timing.p50 * 1e3:.4f}",
-            "p80_ms": f"{timing.p80 * 1e3:.4f}",
-            "peak_mib": f"{memory[name] / 2**20:.1f}",
-        }
-
-
 def _line(case, dtype, ms):
     """(text, speed over the best form, price)."""
     best = min((name for name in ms if name != "ctxkern" and name not in _PRICE), key=ms.get)
     speed, price = ms[best] / ms["ctxkern"], ms["ctxkern"] / ms["linear"]
     loop = ms["one by one"] / ms["ctxkern"]
+    peft = f", PEFT {ms['PEFT'] / ms['ctxkern']:.2f} ×" if "PEFT" in ms else ""
     text = (
         f"{case.id:18} {name_of(dtype):9} ctxkern {ms['ctxkern']:8.3f} ms, {best} {ms[best]:8.3f}: {speed:.2f} ×, "
-        f"price {price:.2f}, one by one {loop:.2f} ×"
+        f"price {price:.2f}, one by one {loop:.2f} ×{peft}"
     )
     return text, speed, price
 
@@ -61,7 +44,7 @@ def test_lora_linear(request, capsys):
     for dtype in DTYPES:
         for case in LORA_CASES:
             _check(case, dtype)
-            made = list(_rows(case, dtype, seconds))
+            made = family_rows(case, dtype, calls(case, dtype), seconds)
             rows += made
             text, speed, _ = _line(case, dtype, {row["peer"]: float(row["p50_ms"]) for row in made})
             speeds[case.id, name_of(dtype)] = speed
@@ -72,11 +55,5 @@ def test_lora_linear(request, capsys):
         mean = geometric_mean(speeds.values())
         print(f"{mean:.2f} × the best PyTorch form over {len(speeds)}; least {speeds[least]:.2f} at {least}")
     path = results_file("cpu", request.config.rootpath / "bench" / "results")
-    path = path.with_name(f"lora-{path.name}")
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(rows, path.with_name(f"lora-{path.name}"), list(rows[0]))
     assert speeds[least] >= 1.0, f"{speeds[least]:.2f} of the best PyTorch form's speed at {least}"

@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from .functional import (
     bilinear,
     explain,
+    explain_lora,
     factored_modulated_linear,
     lora_linear,
     modulated_linear,
@@ -20,6 +21,7 @@ __all__ = [
     "backends",
     "bilinear",
     "explain",
+    "explain_lora",
     "factored_modulated_linear",
     "lora_linear",
     "merge",

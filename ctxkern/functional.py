@@ -15,6 +15,8 @@ from .factored.ops import factored
 from .lora.operands import Operands as LoraOperands
 from .lora.operands import Options as LoraOptions
 from .lora.ops import lora
+from .lora.plan import LoraPlan
+from .lora.plan import plan as lora_plan
 from .modulated.operands import Operands
 from .modulated.ops import modulated, with_memory
 from .plan import DEFAULT_WORKSPACE, Plan
@@ -219,7 +221,12 @@ def lora_linear(
 
     Source: Hu et al., LoRA (2021).
     """
-    op = "lora_linear"
+    given = (x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, seed)
+    return lora(*_lora("lora_linear", backend, *given))
+
+
+def _lora(op, backend, x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, seed):
+    """The arguments of `lora_linear`, checked, as (operands, options)."""
     checks.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
     checks.activation(op, "x", x)
     for name, t, takes in (("A", A, "[b, r, D]"), ("B", B, "[b, E, r]")):
@@ -250,7 +257,7 @@ def lora_linear(
     dropout = checks.share(op, "dropout", dropout)
     seed = checks.seed(op, seed, x) if dropout else None
     options = LoraOptions(DEFAULT_WORKSPACE, _backend(backend, x, "lora"), checks.number(op, "scale", scale), dropout)
-    return lora(LoraOperands(x, weight, A, B, bias, scales, ranks, seed, adapter_index, cu_seqlens), options)
+    return LoraOperands(x, weight, A, B, bias, scales, ranks, seed, adapter_index, cu_seqlens), options
 
 
 def factored_modulated_linear(
@@ -345,6 +352,38 @@ def explain(
     backend = _backend(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return implementation("modulated", backend, x).plan(with_memory(operands), workspace_bytes, backward)
+
+
+def explain_lora(
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    adapter_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ranks: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+    backward: bool = False,
+) -> LoraPlan:
+    """The `LoraPlan` by which `lora_linear` would run these arguments (or their backward): what computes the base
+    product, the backend of the update, flops, bytes and the floor. `print` it. Computes nothing; fake tensors and
+    those on the meta device will do. Of a backward, gradients of what requires them count, or of x, A and B.
+
+    Raises what `lora_linear` raises.
+
+    Example:
+        >>> shapes = (32, 128, 1024), (1024, 1024), (32, 16, 1024), (32, 1024, 16)
+        >>> print(ctxkern.explain_lora(*(torch.empty(shape) for shape in shapes), backward=True))
+    """
+    # any seed: none is drawn
+    given = (x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, 0 if seed is None else seed)
+    operands, options = _lora("explain_lora", backend, *given)
+    return lora_plan(operands, options, options.backend or "portable", backward)
 
 
 def _activations(op, x, context):

@@ -32,6 +32,7 @@ BASE = {
     "explain": PADDED | WEIGHTS,
     "modulated_qkv": PADDED | {f"{n}es" if n == "bias" else f"{n}s": [t] * 3 for n, t in WEIGHTS.items()},
     "lora_linear": {"x": X, "weight": zeros(E, D), "A": zeros(B, R, D), "B": zeros(B, E, R), "bias": zeros(E)},
+    "explain_lora": {"x": X, "weight": zeros(E, D), "A": zeros(B, R, D), "B": zeros(B, E, R)},
     "factored_modulated_linear": PADDED | FACTORS,
     "bilinear": {"input1": zeros(B, D), "input2": zeros(B, K), "weight": zeros(E, D, K), "bias": zeros(E)},
 }
@@ -69,6 +70,10 @@ def packed(error, got, takes, cu_seqlens, fn="modulated_linear", **others):
 
 def qkv(argument, error, got, takes, **change):
     return Bad("modulated_qkv", argument, error, got, takes, change)
+
+
+def explained(argument, error, got, takes, **change):
+    return Bad("explain_lora", argument, error, got, takes, change)
 
 
 def lora(argument, error, got, takes, **change):
@@ -168,6 +173,8 @@ TABLE = [
     qkv("workspace_bytes", ValueError, "is 0", "positive", workspace_bytes=0),
     qkv("context", ValueError, "3 rows", "context_index", context=zeros(3, K)),
     qkv("context_index", ValueError, r"\[0\] is 2", "0 to 1", context_index=index(2, 0)),
+    explained("A", ValueError, r"\[2, 2, 5\]", r"\[b, r, D\]", A=zeros(B, R, D + 1)),
+    explained("scale", TypeError, "'one'", "a number", scale="one"),
     lora("x", ValueError, r"\[4\]", r"\[B, S, D\]", x=zeros(D)),
     lora("x", ValueError, r"\[7, 4\]", "cu_seqlens", x=PACKED),
     lora("A", TypeError, "NoneType", r"\[b, r, D\]", A=None),

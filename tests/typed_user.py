@@ -4,12 +4,14 @@ from torch import Tensor, nn
 import ctxkern
 from ctxkern.nn import (
     Bilinear,
+    BilinearFactors,
     ContextModulatedAttention,
     DynamicLoraLinear,
     EinsumContextModulatedAttention,
     KVCache,
     ModulatedLinear,
     init_bilinear_,
+    init_factors_,
 )
 from ctxkern.reference import (
     factored_modulated_linear_ref,
@@ -26,8 +28,9 @@ def calls(x: Tensor, context: Tensor, weight: Tensor, bilinear: Tensor) -> Tenso
     a: Tensor = ctxkern.lora_linear(x, weight, bilinear, bilinear, 0.5)
     f: Tensor = ctxkern.factored_modulated_linear(x, context, weight, weight, weight, weight)
     plan = ctxkern.explain(x, context, weight, bilinear, backward=True)
+    low_rank = ctxkern.explain_lora(x, weight, bilinear, bilinear, backward=True)
     seconds: float | None = plan.floor_seconds
-    print(plan.strategy, plan.flops, seconds)
+    print(plan.strategy, plan.flops, seconds, low_rank.base.upper())
     for name, status in ctxkern.backends().items():
         print(name, bool(status))
     return y + q + k + v + z + a + f
@@ -49,6 +52,10 @@ def layers(x: Tensor, context: Tensor) -> Tensor:
     init_bilinear_(linear.bilinear, "hyperfan")
     z: Tensor = linear(x, context)
     w: Tensor = Bilinear(64, 16, 8)(x, context)
+    factored = ModulatedLinear(64, 64, 16, rank=4)
+    factors = BilinearFactors(64, 64, 16, rank=4)
+    init_factors_(*factors.factors(), "hyperfan")
+    z = z + factored(x, context) + factors.tensor().sum()
     lora = DynamicLoraLinear(64, 64)
     u: Tensor = lora(x, None, None)
     return y + z + w + u

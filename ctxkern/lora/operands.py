@@ -125,7 +125,7 @@ def new_gradients(dy, operands, needs, workspace_bytes):
     return dx, adds, dweight, dbias
 
 
-def _strips(weight, dim, compute, workspace_bytes):
+def strips_of_weight(weight, dim, compute, workspace_bytes):
     """Slices of a dimension of weight [E, D]: one, or as many as keep a cast copy within the workspace."""
     size, other = weight.shape[dim], weight.shape[1 - dim]
     step = size if weight.dtype == compute else workspace_bytes // max(1, other * compute.itemsize)
@@ -139,7 +139,7 @@ def base_product(x, weight, bias, workspace_bytes):
         return torch.nn.functional.linear(x, weight, bias)
     wide = x.to(compute)
     y = wide.new_empty(len(x), weight.shape[0])
-    for strip in _strips(weight, 0, compute, workspace_bytes):
+    for strip in strips_of_weight(weight, 0, compute, workspace_bytes):
         y[:, strip] = wide @ weight[strip].to(compute).mT
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
@@ -151,12 +151,12 @@ def base_gradients(x, dy, weight, bias, needs, workspace_bytes):
     wide = dy.to(compute)
     if needs.x and weight is not None:
         dx = wide.new_empty(x.shape)
-        for strip in _strips(weight, 1, compute, workspace_bytes):
+        for strip in strips_of_weight(weight, 1, compute, workspace_bytes):
             torch.mm(wide, weight[:, strip].to(compute), out=dx[:, strip])
         dx = dx.to(x.dtype)
     if needs.weight:
         dweight = torch.empty_like(weight)
-        for strip in _strips(weight, 0, compute, workspace_bytes):
+        for strip in strips_of_weight(weight, 0, compute, workspace_bytes):
             dweight[strip] = wide[:, strip].mT @ x.to(compute)
     if needs.bias:
         dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
 
 from ctxkern import reference
-from ctxkern.functional import modulated_qkv
+from ctxkern.functional import factored_modulated_linear, modulated_qkv
 
 from .attend import attend, check_dtype
 from .cache import KVCache
+from .factors import BilinearFactors, bilinear_parameter
 from .init import init_bilinear_
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -31,6 +34,7 @@ class ContextAttention(nn.Module):
         out_proj: bool = True,
         is_causal: bool = False,
         dropout: float = 0.0,
+        rank: int | None = None,
         init: str = "normal",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -60,9 +64,10 @@ class ContextAttention(nn.Module):
         self.W_q_base = _Base(d_model, d_model, bias, device, dtype)
         self.W_k_base = _Base(d_model, kv_dim, bias, device, dtype)
         self.W_v_base = _Base(d_model, kv_dim, bias, device, dtype)
-        self.bilinear_q = nn.Parameter(torch.empty(d_model, d_model, context_dim, device=device, dtype=dtype))
-        self.bilinear_k = nn.Parameter(torch.empty(d_model, kv_dim, context_dim, device=device, dtype=dtype))
-        self.bilinear_v = nn.Parameter(torch.empty(d_model, kv_dim, context_dim, device=device, dtype=dtype))
+        self.rank = rank
+        self.bilinear_q = bilinear_parameter(d_model, d_model, context_dim, rank, init, device, dtype)
+        self.bilinear_k = bilinear_parameter(d_model, kv_dim, context_dim, rank, init, device, dtype)
+        self.bilinear_v = bilinear_parameter(d_model, kv_dim, context_dim, rank, init, device, dtype)
         self.W_o = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype) if out_proj else None
         self.reset_parameters()
 
@@ -72,13 +77,19 @@ class ContextAttention(nn.Module):
             if layer is not None:
                 layer.reset_parameters()
         for tensor in (self.bilinear_q, self.bilinear_k, self.bilinear_v):
-            init_bilinear_(tensor, self.init)
+            if isinstance(tensor, BilinearFactors):
+                tensor.reset_parameters()
+            else:
+                init_bilinear_(tensor, self.init)
 
     def extra_repr(self) -> str:
         heads = f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
-        return f"d_model={self.d_model}, context_dim={self.context_dim}, {heads}, is_causal={self.is_causal}"
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        return f"d_model={self.d_model}, context_dim={self.context_dim}{rank}, {heads}, is_causal={self.is_causal}"
 
-    def projections(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]:
+    def projections(
+        self,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | BilinearFactors], list[torch.Tensor | None]]:
         """(weights, bilinears, biases) of q, k and v."""
         bases = (self.W_q_base, self.W_k_base, self.W_v_base)
         return (
@@ -90,6 +101,21 @@ class ContextAttention(nn.Module):
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
         """q [B, S, D], and k and v [B, S, n_kv_heads · head_dim], of x."""
         raise NotImplementedError(f"{type(self).__name__} must define qkv(x, context, context_index)")
+
+    def _factored(
+        self,
+        fn: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        context: torch.Tensor,
+        context_index: torch.Tensor | None,
+        **options: Any,
+    ) -> QKV:
+        """q, k and v by a function of the factors."""
+        q, k, v = (
+            fn(x, context, weight, *factors.factors(), bias, context_index=context_index, **options)
+            for weight, factors, bias in zip(*self.projections(), strict=True)
+        )
+        return q, k, v
 
     def forward(
         self,
@@ -181,6 +207,8 @@ class EinsumContextModulatedAttention(ContextAttention):
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
         if x.dim() != 3:
             raise ValueError(f"attention: x has shape {list(x.shape)}; it must be [B, S, D]")
+        if self.rank is not None:
+            return self._factored(reference.factored_modulated_linear_ref, x, context, context_index)
         q, k, v = reference.modulated_qkv_ref(x, context, *self.projections(), context_index=context_index)
         return q, k, v
 
@@ -197,17 +225,20 @@ class ContextModulatedAttention(ContextAttention):
         out_proj: whether there is an output projection `W_o`.
         is_causal: whether later tokens are masked.
         dropout: probability of dropping an attention weight, in training only.
-        init: how the bilinear tensors start, see `init_bilinear_`.
+        rank: R, where bilinear tensors are kept by CP factors of that rank, as in `ModulatedLinear`; None: whole.
+        init: how the bilinear tensors start, see `init_bilinear_` and `init_factors_`.
         device, dtype: of the parameters.
 
     Attributes:
         W_q_base.weight: [D, D], used as x @ weight; also W_k_base and W_v_base, [D, n_kv_heads · head_dim].
-        bilinear_q: [D, D, K]; also bilinear_k and bilinear_v, [D, n_kv_heads · head_dim, K].
+        bilinear_q: [D, D, K]; also bilinear_k and bilinear_v, [D, n_kv_heads · head_dim, K]; or a `BilinearFactors`
+            each.
         W_o: nn.Linear, or None.
         workspace_bytes, backend: passed to `ctxkern.modulated_qkv`; None, the defaults, may be set on a layer.
 
     Raises:
-        ValueError: a size that is not positive or does not divide, a dropout outside [0, 1), or an unknown init.
+        ValueError: a size or rank that is not positive, heads that do not divide, a dropout outside [0, 1), or an
+            unknown init.
 
     Works under torch.compile(fullgraph=True), torch.export and AOTInductor. A process that loads an exported program or
     an AOTInductor package of it must `import ctxkern` first, which registers the operators.
@@ -224,6 +255,8 @@ class ContextModulatedAttention(ContextAttention):
 
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
         x, context, context_index = _broadcast(x, context, context_index)
+        if self.rank is not None:
+            return self._factored(factored_modulated_linear, x, context, context_index, backend=self.backend)
         q, k, v = modulated_qkv(
             x,
             context,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ctxkern.functional import bilinear, lora_linear, modulated_linear
+from ctxkern.functional import bilinear, factored_modulated_linear, lora_linear, modulated_linear
 
+from .factors import BilinearFactors, bilinear_parameter
 from .init import init_bilinear_
 
 
@@ -20,15 +23,17 @@ class ModulatedLinear(nn.Module):
         context_dim: K, width of a context.
         bias: whether there is a bias [E], which all contexts share.
         base: whether there is a shared weight [D, E]; without it the context makes the whole weight.
-        init: how `bilinear` [D, E, K] starts, see `init_bilinear_`.
+        rank: R, where `bilinear` is kept by CP factors of that rank: (D + E + K)·R parameters in place of D·E·K, and
+            about the cost of a low-rank adapter. None: the whole tensor.
+        init: how `bilinear` starts, see `init_bilinear_` and `init_factors_`.
         device, dtype: of the parameters.
 
     Attributes:
-        weight: [D, E], used as x @ weight, or None. bilinear: [D, E, K]. bias: [E] or None.
+        weight: [D, E], used as x @ weight, or None. bilinear: [D, E, K], or a `BilinearFactors`. bias: [E] or None.
         workspace_bytes, backend: passed to `ctxkern.modulated_linear`; None, the defaults, may be set on a layer.
 
     Raises:
-        ValueError: an unknown init.
+        ValueError: an unknown init, or a rank below 1.
 
     Example:
         >>> layer = ModulatedLinear(8, 6, context_dim=4)
@@ -36,6 +41,7 @@ class ModulatedLinear(nn.Module):
         torch.Size([3, 5, 6])
     """
 
+    bilinear: Any  # nn.Parameter or BilinearFactors
     workspace_bytes: int | None = None
     backend: str | None = None
 
@@ -47,6 +53,7 @@ class ModulatedLinear(nn.Module):
         bias: bool = True,
         *,
         base: bool = True,
+        rank: int | None = None,
         init: str = "normal",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -55,17 +62,20 @@ class ModulatedLinear(nn.Module):
         self.in_features, self.out_features, self.context_dim, self.init = in_features, out_features, context_dim, init
         shape = (in_features, out_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if base else None
-        self.bilinear = nn.Parameter(torch.empty((*shape, context_dim), device=device, dtype=dtype))
+        self.bilinear = bilinear_parameter(*shape, context_dim, rank, init, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, context_dim: int, *, init: str = "normal") -> ModulatedLinear:
+    def from_linear(
+        cls, linear: nn.Linear, context_dim: int, *, rank: int | None = None, init: str = "normal"
+    ) -> ModulatedLinear:
         """A layer that starts near an nn.Linear: a copy of its weight and bias, and a bilinear part.
 
         Args:
             linear: the layer to copy; it stays as it is.
             context_dim: K, width of a context.
+            rank: of CP factors in place of the whole tensor, as at construction.
             init: how `bilinear` starts, see `init_bilinear_`; with `normal` the layer starts near `linear`.
 
         Returns:
@@ -82,6 +92,7 @@ class ModulatedLinear(nn.Module):
             linear.out_features,
             context_dim,
             bias is not None,
+            rank=rank,
             init=init,
             device=weight.device,
             dtype=weight.dtype,
@@ -97,7 +108,10 @@ class ModulatedLinear(nn.Module):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
-        init_bilinear_(self.bilinear, self.init)
+        if isinstance(self.bilinear, BilinearFactors):
+            self.bilinear.reset_parameters()
+        else:
+            init_bilinear_(self.bilinear, self.init)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, context_dim={self.context_dim}, bias={self.bias is not None}"
@@ -124,17 +138,18 @@ class ModulatedLinear(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as in `ctxkern.modulated_linear`.
         """
-        y = modulated_linear(
-            _sequences(x, cu_seqlens),
-            context.flatten(1, -2) if isinstance(context, torch.Tensor) and context.dim() > 3 else context,
-            self.weight,
-            self.bilinear,
-            self.bias,
-            context_index=context_index,
-            cu_seqlens=cu_seqlens,
-            workspace_bytes=self.workspace_bytes,
-            backend=self.backend,
-        )
+        tokens = _sequences(x, cu_seqlens)
+        if isinstance(context, torch.Tensor) and context.dim() > 3:
+            context = context.flatten(1, -2)
+        spans = {"context_index": context_index, "cu_seqlens": cu_seqlens, "backend": self.backend}
+        if isinstance(self.bilinear, BilinearFactors):
+            factors = self.bilinear.factors()
+            y = factored_modulated_linear(tokens, context, self.weight, *factors, self.bias, **spans)
+        else:
+            memory = self.workspace_bytes
+            y = modulated_linear(
+                tokens, context, self.weight, self.bilinear, self.bias, workspace_bytes=memory, **spans
+            )
         return _shaped(y, x)
 
 

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .attention import ContextAttention, ContextModulatedAttention, EinsumContextModulatedAttention
+from .factors import BilinearFactors
 from .linear import ModulatedLinear
 from .merged import MergedAttention, MergedLinear
 
@@ -159,17 +160,18 @@ class _Merging:
         self,
         cls: type[nn.Linear],
         weight: torch.Tensor | None,
-        bilinear: torch.Tensor,
+        bilinear: torch.Tensor | BilinearFactors,
         bias: torch.Tensor | None,
     ) -> nn.Linear:
         key = (id(weight), id(bilinear))
         if key not in self.weights:
             made = merged_weight(weight, bilinear, self.context).mT.contiguous()
-            needs_grad = (bilinear if weight is None else weight).requires_grad
+            whole = bilinear.out_factor if isinstance(bilinear, BilinearFactors) else bilinear
+            needs_grad = (whole if weight is None else weight).requires_grad
             self.weights[key] = nn.Parameter(made, requires_grad=needs_grad), (weight, bilinear)
         merged = self.weights[key][0]
         # nothing is allocated or drawn for parameters that are replaced
-        d_in, d_out, _ = bilinear.shape
+        d_out, d_in = merged.shape
         new = cls(d_in, d_out, bias=False, device="meta")
         new.weight = merged
         if bias is not None:
@@ -183,8 +185,15 @@ class _Merging:
 
 
 @torch.no_grad()
-def merged_weight(weight: torch.Tensor | None, bilinear: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+def merged_weight(
+    weight: torch.Tensor | None, bilinear: torch.Tensor | BilinearFactors, context: torch.Tensor
+) -> torch.Tensor:
     """weight + Σ_k bilinear[:, :, k] context[k], [D, E] in the dtype of weight; summed in float32 or wider."""
+    if isinstance(bilinear, BilinearFactors):
+        wide = torch.promote_types(bilinear.out_factor.dtype, torch.float32)
+        in_factor, context_factor, out_factor = (t.to(wide) for t in bilinear.factors())
+        total = (in_factor * (context.to(in_factor.device, wide) @ context_factor)) @ out_factor
+        return total.to(bilinear.out_factor.dtype) if weight is None else (total + weight.to(wide)).to(weight.dtype)
     wide = torch.promote_types(bilinear.dtype, torch.float32)
     total = torch.zeros(bilinear.shape[:2], dtype=wide, device=bilinear.device)
     for row in range(bilinear.shape[0]):

@@ -1,6 +1,7 @@
 """What `lora_linear` is measured against, each as its users write it, for sequences that have an adapter each."""
 
 import functools
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,25 @@ def grouped(x, weight, A, B):
     return F.linear(x, weight) + low.view(u, rows, -1) * SCALE
 
 
+def peft_mixed(weight, A, B):
+    """PEFT's mixed batch as a function of x, and its parameters; in evaluation mode, as it refuses to train."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    u, rank, _ = A.shape
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["layer"])
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(*weight.mT.shape, bias=False)})
+    for i in range(u):
+        inject_adapter_in_model(config, model, adapter_name=str(i))
+    layer = model["layer"].to(weight.dtype).eval()
+    layer.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    leaves = []
+    for i in range(u):
+        for held, given in ((layer.lora_A, A), (layer.lora_B, B)):
+            held[str(i)].weight = torch.nn.Parameter(given[i].detach().clone())
+            leaves.append(held[str(i)].weight)
+    return functools.partial(layer, adapter_names=[str(i) for i in range(u)]), leaves
+
+
 def linear(x, weight, A, B):
     """One plain layer with the frozen weight: the price line."""
     return F.linear(x, weight)
@@ -120,7 +140,11 @@ def calls(case, dtype, backward=True):
         y = fn(x, weight, A, B)
         return (y, torch.autograd.grad(y, given, dy)) if backward else y
 
-    return {
+    run = {
         name: functools.partial(step, fn, leaves[:1] if name == "linear" else leaves)
         for name, fn in forms(case, dtype).items()
     }
+    if importlib.util.find_spec("peft") is not None:
+        layer, parameters = peft_mixed(weight, A, B)
+        run["PEFT"] = functools.partial(step, lambda x, *_: layer(x), [x, *parameters] if backward else [])
+    return run

@@ -160,13 +160,31 @@ def means(rows):
     return lines
 
 
-def append(rows, path):
+def family_rows(case, dtype, run, seconds):
+    """Rows of a case that is a named tuple of sizes, one per peer of run = {name: callable}, and their peaks."""
+    memory = {name: peak_extra_bytes(fn) for name, fn in run.items()}
+    return [
+        {
+            **provenance(),
+            **case._asdict(),
+            "dtype": name_of(dtype),
+            "peer": name,
+            "p20_ms": f"{timing.p20 * 1e3:.4f}",
+            "p50_ms": f"{timing.p50 * 1e3:.4f}",
+            "p80_ms": f"{timing.p80 * 1e3:.4f}",
+            "peak_mib": f"{memory[name] / 2**20:.1f}",
+        }
+        for name, timing in interleaved(run, seconds).items()
+    ]
+
+
+def append(rows, path, columns=COLUMNS):
     """Appends rows to a CSV file, with a header where it is new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -312,3 +312,31 @@ class TestModule:
         layer(X, made[:, :12].view(3, 2, 6), made[:, 12:].view(3, 4, 2)).sum().backward()
         assert maker.weight.grad.abs().sum() > 0
         assert layer.weight.grad.abs().sum() > 0
+
+
+class TestExplain:
+    def test_counts_of_base_and_update(self):
+        shapes = (4, 32, 64), (48, 64), (4, 8, 64), (4, 48, 8)
+        tensors = [torch.empty(shape, device="meta") for shape in shapes]
+        state = torch.get_rng_state()
+        plan = ctxkern.explain_lora(*tensors, dropout=0.1)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert plan.linear_flops == 2 * 128 * 64 * 48
+        assert plan.flops == plan.linear_flops + 2 * 128 * 8 * (64 + 48)
+        assert plan.bytes == 4 * (128 * 64 + 64 * 48 + 4 * 8 * (64 + 48) + 3 * 128 * 48)
+        back = ctxkern.explain_lora(*tensors, backward=True)
+        assert back.flops == plan.linear_flops + 2 * 128 * 8 * (3 * 64 + 2 * 48)
+        tensors[2].requires_grad_()
+        only_a = ctxkern.explain_lora(*tensors, backward=True)
+        assert (only_a.linear_flops, only_a.flops) == (0, 2 * 128 * 8 * (64 + 48))
+
+    @pytest.mark.parametrize("backend", [None, "portable", "cpu"])
+    def test_says_what_computes_the_base(self, backend):
+        arguments, _ = lora_arguments(BY_ID["odd"], 3)
+        plan = ctxkern.explain_lora(**arguments, backend=backend)
+        assert plan.backend == (backend or "cpu")
+        assert plan.base == "torch's product in float32"
+        assert plan.base in str(plan)
+        assert ctxkern.explain_lora(**(arguments | {"weight": None})).base == "none"
+        half = arguments | {"weight": arguments["weight"].bfloat16()}
+        assert "weight cast from bfloat16 in 1 strip" in ctxkern.explain_lora(**half).base

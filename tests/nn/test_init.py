@@ -7,11 +7,13 @@ from torch import nn
 from ctxkern.experiments.multifile.model import MultiFileConfig, MultiFileTransformer
 from ctxkern.nn import (
     Bilinear,
+    BilinearFactors,
     ContextModulatedAttention,
     DynamicLoraLinear,
     EinsumContextModulatedAttention,
     ModulatedLinear,
     init_bilinear_,
+    init_factors_,
 )
 from ctxkern.nn.block import TransformerBlock
 from ctxkern.nn.init import MODES
@@ -19,6 +21,8 @@ from ctxkern.nn.init import MODES
 D, K = 64, 16
 MADE = {
     "modulated": lambda: ModulatedLinear(D, 32, K),
+    "modulated-rank": lambda: ModulatedLinear(D, 32, K, rank=4),
+    "attention-rank": lambda: ContextModulatedAttention(D, K, 4, rank=4),
     "lora": lambda: DynamicLoraLinear(D, 32),
     "bilinear": lambda: Bilinear(D, K, 32),
     "block": lambda: TransformerBlock(D, K, 4),
@@ -91,6 +95,22 @@ def test_the_modulated_part_compared_with_an_ordinary_weight():
     assert part["randn"] > 50
     assert torch.linalg.matrix_rank(made["low_rank"].flatten(1)) == 4
     assert all(t.abs().max() > 0 for t in made.values())
+
+
+def test_factors_start_as_far_from_the_weight_as_the_tensor():
+    torch.manual_seed(0)
+    ordinary = nn.Linear(64, 64).weight.std().item()
+    for rank in (1, 4, 64):
+        for mode, share in (("normal", 0.1), ("hyperfan", 1), ("low_rank", 0.1)):
+            parts = [
+                (BilinearFactors(64, 64, 16, rank, init=mode).tensor() @ torch.randn(16, 64)).std() for _ in range(20)
+            ]
+            assert torch.stack(parts).mean().item() / ordinary == pytest.approx(share, rel=0.25), (rank, mode)
+    factors = torch.empty(64, 4), torch.empty(16, 4), torch.empty(4, 64)
+    with pytest.raises(ValueError, match="init is 'zeros'; it must be one of"):
+        init_factors_(*factors, "zeros")
+    init_factors_(*factors, context_std=10.0)
+    assert factors[1].std().item() == pytest.approx(0.025, rel=0.3)
 
 
 def test_context_std_is_divided_out():

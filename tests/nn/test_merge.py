@@ -23,11 +23,11 @@ B, S, D, K = 3, 5, 8, 4
 class Model(nn.Module):
     """Attention and a modulated head under one context."""
 
-    def __init__(self, attention=ContextModulatedAttention):
+    def __init__(self, attention=ContextModulatedAttention, rank=None):
         super().__init__()
-        self.attention = attention(D, K, 4, n_kv_heads=2, bias=True, init="hyperfan")
+        self.attention = attention(D, K, 4, n_kv_heads=2, bias=True, rank=rank, init="hyperfan")
         self.norm = nn.LayerNorm(D)
-        self.head = ModulatedLinear(D, 6, K, init="hyperfan")
+        self.head = ModulatedLinear(D, 6, K, rank=rank, init="hyperfan")
 
     def forward(self, x, context):
         return self.head(self.norm(self.attention(x, context)), context)
@@ -46,12 +46,13 @@ def model():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("attention", [ContextModulatedAttention, EinsumContextModulatedAttention])
-def test_equals_the_model_under_that_context(attention, dtype):
+@pytest.mark.parametrize("rank", [None, 3])
+def test_equals_the_model_under_that_context(rank, attention, dtype):
     torch.manual_seed(0)
-    model = Model(attention).to(dtype).eval()
+    model = Model(attention, rank).to(dtype).eval()
     x, context = inputs(dtype)
     merged = ctxkern.merge(model, context)
-    einsum = Model(EinsumContextModulatedAttention).to(dtype)
+    einsum = Model(EinsumContextModulatedAttention, rank).to(dtype)
     einsum.load_state_dict(model.state_dict())
     einsum.head.backend = "reference"
     plain = einsum(x, context.expand(B, K))

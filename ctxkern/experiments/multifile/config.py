@@ -29,7 +29,8 @@ class TrainConfig(ModelSettings, RunSettings):
     """Settings of `ctxkern train`; `TrainConfig(**debug_config)` is the smallest run.
 
     The bilinear tensors have a learning rate of their own because a file's weight is a sum over `context_dim` entries,
-    which Adam moves by equal amounts: at scale 1 the modulated weights would outrun the base weights.
+    which Adam moves by equal amounts: at scale 1 the modulated weights would outrun the base weights. Factors of a
+    rank move them as one more matrix does.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"debug": debug_config}
@@ -52,7 +53,7 @@ class TrainConfig(ModelSettings, RunSettings):
         None,
         "learning rate of the bilinear tensors, divided by --lr",
         at_least=0,
-        default_text="1 / context-dim",
+        default_text="1 / context-dim, or 1 with --rank",
         group="optimizer",
     )
     weight_decay: float = setting(0.01, "of weight matrices", at_least=0, group="optimizer")

@@ -31,6 +31,13 @@ class ModelSettings(Settings):
     n_heads: int = setting(4, "attention heads, a divisor of the width", at_least=1, group="model")
     n_layers: int = setting(2, "transformer blocks", at_least=1, group="model")
     context_dim: int = setting(16, "length of a file's context vector", at_least=1, group="model")
+    rank: int | None = setting(
+        None,
+        "keep bilinear tensors by CP factors of this rank",
+        at_least=1,
+        default_text="the whole tensors",
+        group="model",
+    )
     seq_len: int = setting(128, "tokens per sequence, at most", at_least=1, group="model")
     dropout: float = setting(0.0, "share dropped in training", at_least=0, below=1, group="model")
     init: str = setting("normal", "how the bilinear tensors start", choices=INITS, group="model")
@@ -88,6 +95,7 @@ class MultiFileTransformer(nn.Module):
                 c.dropout,
                 attention=ATTENTION[c.attention],
                 is_causal=True,
+                rank=c.rank,
                 init=c.init,
             )
             for _ in range(c.n_layers)
@@ -202,5 +210,5 @@ class MultiFileTransformer(nn.Module):
 
 
 def is_bilinear(name: str) -> bool:
-    """Whether a parameter of this name is one of the bilinear tensors."""
-    return name.rpartition(".")[2].startswith("bilinear_")
+    """Whether a parameter of this name is one of the bilinear tensors, or a factor of one."""
+    return any(part.startswith("bilinear_") for part in name.split("."))

@@ -49,6 +49,8 @@ def _notes(job: Job) -> list[str]:
 def _plan(job: Job) -> str:
     if job.config.attention == "einsum":
         return "einsum: the whole weight of every sequence is made, the form to compare with"
+    if job.config.rank is not None:
+        return f"bilinear tensors by factors of rank {job.config.rank}: two thin products beside the shared one"
     batch = job.batch_at(0)
     layer: Any = job.model.blocks[0].attention
     weight = layer.W_q_base.weight

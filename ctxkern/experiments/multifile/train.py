@@ -67,7 +67,7 @@ def parameter_groups(
     Args:
         model: its parameters.
         lr: learning rate.
-        bilinear_lr_scale: that of the bilinear tensors over `lr`; None is 1 / context_dim.
+        bilinear_lr_scale: that of the bilinear tensors over `lr`; None is 1 / context_dim, or 1 for factors of them.
         weight_decay: of matrices.
         bilinear_weight_decay: of bilinear tensors; None is `weight_decay`.
     """
@@ -79,7 +79,8 @@ def parameter_groups(
             kinds["matrix"].append(parameter)
         else:
             kinds["plain"].append(parameter)
-    scale = 1 / model.config.context_dim if bilinear_lr_scale is None else bilinear_lr_scale
+    usual = 1 / model.config.context_dim if model.config.rank is None else 1.0
+    scale = usual if bilinear_lr_scale is None else bilinear_lr_scale
     decay = weight_decay if bilinear_weight_decay is None else bilinear_weight_decay
     settings = {
         "matrix": {"lr": lr, "weight_decay": weight_decay},
