@@ -13,12 +13,11 @@ from ctxkern.modulated.operands import (
     fill_with_biases,
     new_gradients,
     new_outputs,
-    rounds_to_tf32,
 )
 from ctxkern.modulated.plan import describe, gpu_terms, outer_above
-from ctxkern.plan import forced
+from ctxkern.plan import forced, rounds_to_tf32
 from ctxkern.runtime.triton import tiles
-from ctxkern.runtime.triton.launches import Layout, operands_of
+from ctxkern.runtime.triton.launches import Layout, kept, layout_of, operands_of
 
 from . import outer, outer_backward, panel, panel_backward
 from .call import Call
@@ -80,8 +79,8 @@ def _dense(operands):
     )
 
 
-# launches by all that they depend on; at this many calls of different sizes all of them are laid out again
-_KEPT, _MOST_KEPT = {}, 1024
+# launches by all that they depend on
+_KEPT = {}
 tiles.AFTER.append(_KEPT.clear)
 
 
@@ -93,22 +92,14 @@ def _run(lay_out, operands, rows, grads, workspace_bytes):
     x = operands.x
     tensors = [*operands.flat(), *rows, *grads]
     switches = forced.strategy, forced.library, tuple(forced.tiles.items()), rounds_to_tf32(x.dtype)
-    key = (lay_out, len(rows), workspace_bytes, x.device, switches, *map(_layout, tensors))
-    launches = _KEPT.get(key)
-    if launches is None:
-        if len(_KEPT) >= _MOST_KEPT:
-            _KEPT.clear()
-        layout, stand_ins = Layout(len(tensors)), [*operands_of(tensors)]
-        given, at = len(operands.flat()), len(operands.flat()) + len(rows)
+    key = (lay_out, len(rows), workspace_bytes, x.device, switches, *map(layout_of, tensors))
+    given, at = len(operands.flat()), len(operands.flat()) + len(rows)
+
+    def laid_out(layout, stand_ins):
         of = Operands.of(stand_ins[:given])
         lay_out(Call(of, workspace_bytes, x.device, layout), of, stand_ins[given:at], stand_ins[at:])
-        launches = _KEPT[key] = layout.done()
-    launches.run(tensors, x.device)
 
-
-def _layout(t):
-    """What of a tensor a launch depends on."""
-    return t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+    kept(_KEPT, key, tensors, laid_out).run(tensors, x.device)
 
 
 def plan(operands, workspace_bytes, backward):

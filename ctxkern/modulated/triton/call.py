@@ -2,16 +2,10 @@
 
 from functools import cached_property
 
-import torch
-import triton.language as tl
-
-from ctxkern.dtypes import KERNEL_FLOATS, name_of
-from ctxkern.modulated.operands import rounds_to_tf32
 from ctxkern.modulated.plan import Problem
 from ctxkern.runtime.triton import tiles
 from ctxkern.runtime.triton.grouping import group_rows, slot_of_rows
-
-TL_DTYPES = {dtype: getattr(tl, name_of(dtype)) for dtype in KERNEL_FLOATS}
+from ctxkern.runtime.triton.products import TL_DTYPES, products
 
 
 class Call:
@@ -40,11 +34,7 @@ class Call:
         aligned = all(size % unit == 0 for size in sizes)
         self.unit = unit if aligned and any(size % 16 for size in sizes) else 1
         self.target = kind, tiles.architecture(device), aligned
-        # a float16 would lose small float32 parameters: their products are float32 (ctxkern.runtime.triton.device)
-        self.compute = torch.float32 if kind == tiles.WIDE else x.dtype
-        # of products in float32 next to halves: TF32's three, where the matrix unit has that
-        split = kind in (tiles.MIXED, tiles.WIDE) and self.target[1].startswith("sm_")
-        self.precision = "tf32x3" if split else "tf32" if rounds_to_tf32(x.dtype) else "ieee"
+        self.compute, self.precision = products(x.dtype, *self.target[:2])
 
     @property
     def most_contexts(self):

@@ -10,22 +10,21 @@ import functools
 import triton
 import triton.language as tl
 
-# a kernel; counts that no address depends on are not compiled for again where they are 1 or a multiple of 16
-kernel = functools.partial(
-    triton.jit,
-    do_not_specialize=(
-        "limit",
-        "tiles",
-        "length",
-        "u_begin",
-        "u_size",
-        "first_strip",
-        "programs",
-        "splits",
-        "spans",
-        "first_part",
-    ),
+# no address depends on them: kernels are not compiled again where they are 1 or a multiple of 16
+_COUNTS = (
+    "limit",
+    "tiles",
+    "length",
+    "u_begin",
+    "u_size",
+    "first_strip",
+    "programs",
+    "splits",
+    "spans",
+    "first_part",
+    "kept_from",
 )
+kernel = functools.partial(triton.jit, do_not_specialize=_COUNTS)
 
 
 @triton.jit

@@ -165,6 +165,27 @@ class Layout:
         return Launches(self._buffers, members, constants[::-1], steps)
 
 
+# calls of different sizes at which all launches of a family are laid out again
+_MOST_KEPT = 1024
+
+
+def kept(store, key, tensors, lay_out):
+    """The `Launches` of a key in a store, laid out by lay_out(layout, operands) where it has none."""
+    found = store.get(key)
+    if found is None:
+        if len(store) >= _MOST_KEPT:
+            store.clear()
+        layout = Layout(len(tensors))
+        lay_out(layout, [*operands_of(tensors)])
+        found = store[key] = layout.done()
+    return found
+
+
+def layout_of(t):
+    """What of a tensor a launch depends on."""
+    return t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
+
+
 class Launches:
     """Run any number of times, each with tensors alike; holds none."""
 

@@ -48,6 +48,10 @@ def read_table(path=TABLE):
       outer_dx            rows × K, columns of E at a time
       outer_dbilinear     columns of E × K, rows at a time
       matmul              rows × columns, its sum at a time
+      lora_y              rows × columns of E, D at a time
+      lora_dx             rows × columns of D, D or E at a time
+      lora_dab            columns of D or E × all ranks, rows at a time
+      lora_*_high         the same for more than 64 ranks
     """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
