@@ -4,6 +4,7 @@
     python bench/audit.py --arch sm_90            one or more of them, printed only
     python bench/audit.py --arch sm_90 --write    their rows in the table replaced
     python bench/audit.py --dtypes bf16           of some dtypes, printed only
+    python bench/audit.py --family lora --write   of the kernels of one family
 
 Exit status 1 where a kernel spills, asks for more shared memory than there is, or misses the matrix unit.
 """
@@ -22,24 +23,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import triton
 
 from ctxkern.testing.cases import DTYPES
-from ctxkern.testing.kernels import PROBLEMS, TARGETS, audit, faults, launches_of
+from ctxkern.testing.kernels import LORA_PROBLEMS, PROBLEMS, TARGETS, audit, faults, launches_of
 
 COLUMNS = ("arch", "kernel", "projections", "dtypes", "tile", "registers", "spills", "shared", "instructions")
+FAMILIES = ("modulated", "lora")
+
+
+def of_family(kernel, family):
+    """Whether an audit of a family, or of all for None, has a kernel."""
+    return family is None or kernel.startswith("lora_") == (family == "lora")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="*", choices=TARGETS, help="targets (default: all, written to the table)")
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES), help="(default: all)")
-    parser.add_argument("--quick", action="store_true", help="bfloat16 alone, of the first and the last problems")
+    parser.add_argument("--family", choices=FAMILIES, help="(default: both)")
+    parser.add_argument(
+        "--quick", action="store_true", help="bfloat16 alone, of three problems of modulated_linear and one of lora"
+    )
     parser.add_argument("--write", action="store_true", help="replace the rows of these targets in the table")
     args = parser.parse_args(argv)
     rows, wrong = [], []
-    problems = PROBLEMS[:1] + PROBLEMS[-2:-1] if args.quick else PROBLEMS
+    # many rows per context, K in several blocks, few rows
+    problems = [PROBLEMS[at] for at in (0, 3, -2)] if args.quick else PROBLEMS
+    lora = LORA_PROBLEMS[:1] if args.quick else LORA_PROBLEMS
+    if args.family is not None:
+        problems, lora = (problems, ()) if args.family == "modulated" else ((), lora)
     dtypes = [DTYPES[name] for name in (["bf16"] if args.quick else args.dtypes)]
     whole = not args.quick and set(args.dtypes) == set(DTYPES)
     for arch in args.arch or TARGETS:
-        for launch in launches_of(arch, problems, dtypes):
+        for launch in launches_of(arch, problems, dtypes, lora):
+            if not of_family(launch.name, args.family):
+                continue
             found = audit(launch, arch)
             counted = " ".join(f"{name}={count}" for name, count in found.instructions.items())
             what = (arch, launch.name, launch.projections, launch.dtypes, launch.tile)
@@ -48,12 +64,14 @@ def main(argv=None):
             for fault in faults(launch, arch, found):
                 wrong.append(" ".join((*map(str, what), "|", fault)))
             print(*row, flush=True)
-    if whole and (args.write or not args.arch):
+    if whole and (args.write or not (args.arch or args.family)):
         path = Path(__file__).parent / "results" / "triton-audit.csv"
         made = {(*map(str, row), triton.__version__) for row in rows}
-        if args.arch and path.exists():
+        if path.exists():
+            audited = args.arch or TARGETS
             with path.open(newline="") as file:
-                made |= {tuple(row) for row in csv.reader(file) if row[0] in set(TARGETS) - set(args.arch)}
+                known = [tuple(row) for row in csv.reader(file)][1:]
+            made |= {row for row in known if row[0] not in audited or not of_family(row[1], args.family)}
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([(*COLUMNS, "triton"), *sorted(made)])
     print(*wrong, sep="\n", file=sys.stderr)

@@ -34,6 +34,8 @@ from ctxkern.testing.measure import captured, interleaved, provenance
 # rows of the table, in its order; a row's tile is that of the kernels of its name or of these
 KERNELS = ("panel_y", "panel_weights", "panel_weights_long", "panel_g", "panel_dx", "panel_dbilinear")
 KERNELS += ("outer_y", "outer_dx", "outer_dbilinear", "matmul")
+# rows that are kept as they are
+KEPT = ("lora_y", "lora_y_high", "lora_dx", "lora_dx_high", "lora_dab", "lora_dab_high")
 LAUNCHED = {"panel_weights_long": ("panel_weights", "panel_dcontext")}
 # as the table calls them
 DTYPES = {
@@ -110,7 +112,7 @@ def write(key, t, source):
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
     rows = [row for row in rows if row[:4] != key] + [(*key, *map(str, t), source)]
     last = tiles.ANY
-    rows.sort(key=lambda row: (KERNELS.index(row[0]), row[1], row[2] != last, row[2], row[3] != last, row[3]))
+    rows.sort(key=lambda row: ((*KERNELS, *KEPT).index(row[0]), row[1], row[2] != last, row[2], row[3] != last, row[3]))
     columns = ("kernel", "dtypes", "architecture", "layout", *t._fields, "source")
     with tiles.TABLE.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])

@@ -3,19 +3,9 @@
 run(problem, backward, operands) calls the kernels of a backend.
 """
 
-from ctxkern.lora.operands import Gradients, base_gradients, base_product
+from ctxkern.lora.operands import Gradients, new_gradients, new_output, without_gaps
 from ctxkern.runtime.fill import fill, fill_batch, fill_cube
 from ctxkern.runtime.problem import LoraProblem
-
-
-def _contiguous(t):
-    return t if t is None or t.is_contiguous() else t.contiguous()
-
-
-def _without_gaps(operands):
-    """The same with what kernels read row by row made contiguous; weight, A and B stay as they lie."""
-    x, weight, A, B, bias, *constants = operands
-    return type(operands)(_contiguous(x), weight, A, B, bias, *map(_contiguous, constants))
 
 
 def _problem(operands, options, rows, adds, gates):
@@ -42,32 +32,17 @@ def _problem(operands, options, rows, adds, gates):
 
 def forward(operands, options, gates, run):
     """y in the dtype of x and the leading shape of x."""
-    operands = _without_gaps(operands)
-    x, weight, bias = operands[0], operands[1], operands[4]
-    flat = x.flatten(0, -2)
-    adds = True
-    if weight is not None:
-        y = base_product(flat, weight, bias, options.workspace_bytes)
-    elif bias is not None:
-        y = bias.to(x.dtype).expand(len(flat), -1).contiguous()
-    elif operands.adapter_index is not None:
-        y = x.new_zeros(len(flat), operands.B.shape[1])
-    else:
-        y, adds = x.new_empty(len(flat), operands.B.shape[1]), False
+    operands = without_gaps(operands)
+    y, adds = new_output(operands, options.workspace_bytes)
     run(_problem(operands, options, y, adds, gates), False, operands)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return y.view(*operands.x.shape[:-1], y.shape[1])
 
 
 def backward(dout, operands, options, needs, gates, run):
     """The `Gradients` that `needs` asks for."""
-    operands, dout = _without_gaps(operands), dout.contiguous()
-    x, weight, A, B, bias = operands[:5]
-    flat, dy = x.flatten(0, -2), dout.flatten(0, -2)
-    dx, dweight, dbias = base_gradients(flat, dy, weight, bias, needs, options.workspace_bytes)
-    adds = dx is not None
-    if needs.x and not adds:
-        adds = operands.adapter_index is not None
-        dx = flat.new_zeros(flat.shape) if adds else flat.new_empty(flat.shape)
+    operands, dout = without_gaps(operands), dout.contiguous()
+    x, _, A, B, _ = operands[:5]
+    dx, adds, dweight, dbias = new_gradients(dout.flatten(0, -2), operands, needs, options.workspace_bytes)
     dA, dB = (t.new_empty(t.shape) if need else None for t, need in ((A, needs.A), (B, needs.B)))
     if needs.x or needs.A or needs.B or (gates is not None and gates.products is not None):
         q = _problem(operands, options, dout, adds, gates)

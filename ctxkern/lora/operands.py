@@ -79,15 +79,50 @@ class Gradients(NamedTuple):
         return tuple(self)
 
 
+def _contiguous(t):
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def without_gaps(operands):
+    """The same with what kernels read row by row made contiguous; weight, A and B stay as they lie."""
+    x, weight, A, B, bias, *constants = operands
+    return Operands(_contiguous(x), weight, A, B, bias, *map(_contiguous, constants))
+
+
 def check_values(operands):
     """Of integer tensors on the CPU; on a GPU the kernels check them."""
-    x, A, index, bounds, ranks = operands.x, operands.A, operands.adapter_index, operands.cu_seqlens, operands.ranks
+    x, A, ranks, index, bounds = operands.x, operands.A, operands.ranks, operands.adapter_index, operands.cu_seqlens
     if index is not None and is_readable(index):
         check_index(index, len(A), "adapter_index", -1)
     if bounds is not None and is_readable(bounds):
         check_bounds(bounds, len(x))
     if ranks is not None and is_readable(ranks):
         check_ranks(ranks, A.shape[1])
+
+
+def new_output(operands, workspace_bytes):
+    """(y [N, E], whether the update is added to it or written over it) of operands without gaps."""
+    x, weight, _, B, bias = operands[:5]
+    flat = x.flatten(0, -2)
+    if weight is not None:
+        return base_product(flat, weight, bias, workspace_bytes), True
+    if bias is not None:
+        return bias.to(x.dtype).expand(len(flat), -1).contiguous(), True
+    if operands.adapter_index is not None:
+        return x.new_zeros(len(flat), B.shape[1]), True
+    return x.new_empty(len(flat), B.shape[1]), False
+
+
+def new_gradients(dy, operands, needs, workspace_bytes):
+    """(dx [N, D], whether the update is added to it, dweight, dbias) likewise, for dy [N, E]; None: not asked for."""
+    x, weight, _, _, bias = operands[:5]
+    flat = x.flatten(0, -2)
+    dx, dweight, dbias = base_gradients(flat, dy, weight, bias, needs, workspace_bytes)
+    adds = dx is not None
+    if needs.x and not adds:
+        adds = operands.adapter_index is not None
+        dx = flat.new_zeros(flat.shape) if adds else flat.new_empty(flat.shape)
+    return dx, adds, dweight, dbias
 
 
 def strips_of_weight(weight, dim, compute, workspace_bytes):

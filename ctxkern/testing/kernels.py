@@ -20,12 +20,26 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ctxkern.lora import triton as lora
+from ctxkern.lora.operands import Gradients as LoraGradients
+from ctxkern.lora.operands import Operands as LoraOperands
+from ctxkern.lora.operands import Options as LoraOptions
+from ctxkern.lora.triton import adapters, gradients, update
 from ctxkern.modulated import triton as backend
 from ctxkern.modulated.operands import Gradients, Operands
-from ctxkern.modulated.triton import outer, outer_backward, panel, panel_backward, panel_parameters
+from ctxkern.modulated.triton import (
+    outer,
+    outer_backward,
+    outer_parameters,
+    panel,
+    panel_backward,
+    panel_parameters,
+)
+from ctxkern.plan import GPU_WORKSPACE
 from ctxkern.runtime.triton import grouping, tiles
 
 from .cases import Case, make_inputs
+from .force import force
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -108,6 +122,8 @@ class _Recorder:
             if constexpr or value is None or (special and isinstance(value, int) and value == 1):
                 constants[path] = value
                 return "constexpr"
+            if isinstance(value, float):
+                return "fp32"
             if isinstance(value, torch.Tensor) or special and value % 16 == 0:
                 aligned.append(path)
             if isinstance(value, torch.Tensor):
@@ -129,9 +145,10 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recorded(arch):
-    """The `Launches` of the modulated operators, recorded instead of run, with the tiles of a target."""
+    """The `Launches` of all operators, recorded instead of run, with the tiles of a target."""
     launches, kept = Launches(), [(tiles, "architecture", tiles.architecture)]
-    for module in (grouping, panel, panel_backward, panel_parameters, outer, outer_backward):
+    modulated = panel, panel_backward, panel_parameters, outer, outer_backward, outer_parameters
+    for module in (grouping, *modulated, update, gradients, adapters):
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))
@@ -213,6 +230,9 @@ _ROWS = {
     "panel_dx": "BLOCK_M",
     "panel_dbilinear": "BLOCK_E",
     "outer_y": "BLOCK_M",
+    "lora_y": "BLOCK_M",
+    "lora_dx": "BLOCK_M",
+    "lora_dab": "BLOCK_C",
     "matmul": "BLOCK_M",
 }
 
@@ -235,28 +255,59 @@ def faults(launch, arch, found):
 # (case, workspace, projections): many rows per context; K in several blocks; equal contexts; strips and groups; sizes
 # that 8 divides and not 16, odd ones; few rows per context; a context per token
 PROBLEMS = [
-    (Case("panel", 32, 512, 1024, 1024, 64), 32 << 20, 3),
-    (Case("panel-one", 32, 512, 1024, 1024, 64), 32 << 20, 1),
-    (Case("panel-wide-k", 64, 256, 1024, 1024, 128), 32 << 20, 3),
-    (Case("panel-wider-k", 16, 512, 512, 512, 300), 32 << 20, 1),
-    (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), 32 << 20, 3),
-    (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), 32 << 20, 1),
+    (Case("panel", 32, 512, 1024, 1024, 64), GPU_WORKSPACE, 3),
+    (Case("panel-one", 32, 512, 1024, 1024, 64), GPU_WORKSPACE, 1),
+    (Case("panel-wide-k", 64, 256, 1024, 1024, 128), GPU_WORKSPACE, 3),
+    (Case("panel-wider-k", 16, 512, 512, 512, 300), GPU_WORKSPACE, 1),
+    (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), GPU_WORKSPACE, 3),
+    (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), GPU_WORKSPACE, 1),
     (Case("panel-groups", 64, 128, 1024, 1024, 32), 1 << 20, 1),
-    (Case("panel-eights", 16, 256, 1000, 1000, 32), 32 << 20, 1),
-    (Case("panel-odd", 13, 97, 385, 391, 47), 32 << 20, 3),
-    (Case("outer-decode", 64, 1, 2048, 2048, 32), 32 << 20, 3),
-    (Case("outer-one", 64, 1, 2048, 2048, 32), 32 << 20, 1),
-    (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), 32 << 20, 1),
+    (Case("panel-eights", 16, 256, 1000, 1000, 32), GPU_WORKSPACE, 1),
+    (Case("panel-odd", 13, 97, 385, 391, 47), GPU_WORKSPACE, 3),
+    (Case("outer-decode", 64, 1, 2048, 2048, 32), GPU_WORKSPACE, 3),
+    (Case("outer-one", 64, 1, 2048, 2048, 32), GPU_WORKSPACE, 1),
+    (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), GPU_WORKSPACE, 1),
 ]
 
 
-def launches_of(arch, problems, dtypes):
-    """Each different launch of the forward and backward of problems, on tensors without memory."""
-    with recorded(arch) as launches:
+# (case, rank, dropout) of low-rank updates: a matrix unit's rank, more, the most; odd sizes; mixtures of adapters
+LORA_PROBLEMS = [
+    (Case("lora", 8, 512, 2048, 2048, 1), 16, 0.0),
+    (Case("lora-64", 8, 512, 2048, 2048, 1), 64, 0.0),
+    (Case("lora-256", 8, 512, 2048, 2048, 1), 256, 0.0),
+    (Case("lora-odd", 5, 97, 385, 391, 1), 8, 0.0),
+    (Case("lora-odd-high", 5, 97, 385, 391, 1), 100, 0.0),
+    (Case("lora-mixed", 16, 0, 2048, 2048, 1, rows=4, index=(0,) * 16, lengths=(256,) * 16), 16, 0.0),
+    (Case("lora-dropout", 8, 512, 2048, 2048, 1), 16, 0.1),
+    (Case("lora-dropout-256", 8, 512, 2048, 2048, 1), 256, 0.1),
+]
+
+
+def launches_of(arch, problems, dtypes, lora_problems=()):
+    """Each different launch of the forward and backward of problems, on tensors without memory; the library's none."""
+    with recorded(arch) as launches, force(library=False):
         for case, workspace, count in problems:
             for dtype, param_dtype in dtypes:
                 _launch(make_inputs(case, dtype, param_dtype, "meta"), workspace, count)
+        for case, rank, dropout in lora_problems:
+            for dtype, param_dtype in dtypes:
+                _launch_lora(make_inputs(case, dtype, param_dtype, "meta"), rank, dropout)
     return list(launches.values())
+
+
+def _launch_lora(made, rank, dropout):
+    def like(*shape):
+        return made.weight.new_empty(shape)
+
+    adapters, (d_in, d_out) = len(made.context), made.weight.shape
+    A, B = like(adapters, rank, d_in), like(adapters, d_out, rank)
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    operands = LoraOperands(
+        made.x, None, A, B, None, seed=seed, adapter_index=made.context_index, cu_seqlens=made.cu_seqlens
+    )
+    options = LoraOptions(32 << 20, None, 0.5, dropout)
+    lora.forward(operands, options)
+    lora.backward(made.dy, operands, options, LoraGradients(True, False, True, True, False))
 
 
 def _launch(made, workspace, count):

@@ -10,17 +10,38 @@ import functools
 import triton
 import triton.language as tl
 
-# a kernel; counts that no address depends on are not compiled for again where they are 1 or a multiple of 16
-kernel = functools.partial(
-    triton.jit,
-    do_not_specialize=("limit", "tiles", "length", "u_begin", "u_size", "first_strip", "programs", "splits", "spans"),
+# no address depends on them: kernels are not compiled again where they are 1 or a multiple of 16
+_COUNTS = (
+    "limit",
+    "tiles",
+    "length",
+    "u_begin",
+    "u_size",
+    "first_strip",
+    "programs",
+    "splits",
+    "spans",
+    "first_part",
+    "kept_from",
 )
+kernel = functools.partial(triton.jit, do_not_specialize=_COUNTS)
 
 
 @triton.jit
 def wide(i):
     """An integer, of a loop or an argument, that products with strides do not overflow."""
     return tl.zeros([], tl.int64) + i
+
+
+@triton.jit
+def whole(size, UNIT: tl.constexpr):
+    """A size that UNIT divides, told to Triton, which by itself knows whether 16 does.
+
+    It copies 16 bytes at a time where it knows their address to be a multiple of 16, as in rows of 1000 halves.
+    """
+    if UNIT > 1:
+        size = size // UNIT * UNIT
+    return size
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Which rows of x belong to which context, found on the device: equal indices become one context, without waiting.
 
 Contexts in use are numbered 0 to U - 1 by their first sequence, and their rows are brought together: the grouped rows.
-A tile is up to `block` grouped rows of one context. U is known on the device alone, so that buffers have room for
-`limit` contexts and `tiles` tiles, the most there can be. Without an index and without bounds every sequence is a
-context of `length` rows, no buffer is needed and UNIFORM is true.
+A tile is up to `block` grouped rows of one context. Rows of a sequence whose index is −1, where a family takes that,
+belong to none. U is known on the device alone, so that buffers have room for `limit` contexts and `tiles` tiles, the
+most there can be. Without an index and without bounds every sequence is a context of `length` rows, no buffer is needed
+and UNIFORM is true.
 
 The buffer, int32, one part after another:
   contexts, tiles          how many there are
@@ -13,8 +14,8 @@ The buffer, int32, one part after another:
   tile_context [tiles]     context of a tile
   order [N]                row of x of a grouped row; only with an index
 
-Scratch, int32: for each sequence the first grouped row of its context, if it is the first of it; with an index also the
-first sequence of the same index, the rows of it before, and in all.
+Scratch, int32: for each sequence the first grouped row of its context, if it is the first of it, −1 without context;
+with an index also the first sequence of the same index, the rows of it before, and in all.
 
   seen:   the last three of the scratch                                                  O(B²) comparisons
   number: running sums over those firsts: contexts, rows, tiles                          one program
@@ -142,12 +143,13 @@ def _seen_kernel(
     length,
     table,
     PACKED: tl.constexpr,
+    LOWEST: tl.constexpr,  # of an index
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = b < sequences
     mine = tl.load(index_ptr + b, mask=mask, other=-1)
-    tl.device_assert((mine >= 0) & (mine < table), "context_index lies outside the table", mask=mask)
+    tl.device_assert((mine >= LOWEST) & (mine < table), "an index lies outside the table", mask=mask)
     first = b
     before = tl.zeros([BLOCK], tl.int32)
     total = tl.zeros([BLOCK], tl.int32)
@@ -199,7 +201,8 @@ def _number_kernel(
             total = tl.load(scratch_ptr + 3 * sequences + b, mask=mask, other=0)
             used = mask & (first == b) & (total > 0)
             slot = tl.load(index_ptr + b, mask=mask, other=0).to(tl.int32)
-            slot = tl.minimum(tl.maximum(slot, 0), table - 1)
+            slot = tl.minimum(slot, table - 1)
+            used = used & (slot >= 0)
         else:
             _, total = _sequence(cu_seqlens_ptr, b, mask, rows, length, PACKED)
             used = mask & (total > 0)
@@ -212,7 +215,7 @@ def _number_kernel(
         tl.store(groups_ptr + 2 + u, slot, mask=used)
         tl.store(groups_ptr + 2 + limit + u, row, mask=used)
         tl.store(groups_ptr + 3 + 2 * limit + u, tile, mask=used)
-        tl.store(scratch_ptr + b, row, mask=mask)
+        tl.store(scratch_ptr + b, tl.where(slot < 0, -1, row), mask=mask)
         contexts += tl.sum(one, 0)
         at += tl.sum(size, 0)
         tiles += tl.sum(count, 0)
@@ -246,7 +249,9 @@ def _order_kernel(
     if INDEXED:
         begin, size = _sequence(cu_seqlens_ptr, b, True, rows, length, PACKED)
         first = tl.load(scratch_ptr + sequences + b)
-        at = tl.load(scratch_ptr + first) + tl.load(scratch_ptr + 2 * sequences + b)
+        at = tl.load(scratch_ptr + first)
+        size = tl.where(at < 0, 0, size)
+        at += tl.load(scratch_ptr + 2 * sequences + b)
         for start in range(0, size, BLOCK):
             i = start + tl.arange(0, BLOCK)
             tl.store(groups_ptr + 4 + 3 * limit + tiles + at + i, begin + i, mask=i < size)
@@ -305,8 +310,8 @@ def slot_of_rows(layout, sizes, context_index, cu_seqlens):
     return slot
 
 
-def group_rows(layout, sizes, context_index, cu_seqlens, block):
-    """The `Groups` of a call; sizes as in `slot_of_rows`."""
+def group_rows(layout, sizes, context_index, cu_seqlens, block, lowest=0):
+    """The `Groups` of a call; sizes as in `slot_of_rows`. lowest: −1 where that is an index too, of no context."""
     rows, sequences, length, table = sizes
     indexed, packed = context_index is not None, cu_seqlens is not None
     if not indexed and not packed:
@@ -327,7 +332,8 @@ def group_rows(layout, sizes, context_index, cu_seqlens, block):
     indices = {"index_ptr": context_index, "table": table, **ASSERTING}
     numbers = {"groups_ptr": groups, "limit": limit, "INDEXED": indexed}
     if indexed:
-        layout.launch(_seen_kernel, (cdiv(sequences, _SEEN_BLOCK),), arguments | indices | {"BLOCK": _SEEN_BLOCK})
+        seen = {"LOWEST": lowest, "BLOCK": _SEEN_BLOCK}
+        layout.launch(_seen_kernel, (cdiv(sequences, _SEEN_BLOCK),), arguments | indices | seen)
     blocks = {"BLOCK_M": block, "BLOCK": _NUMBER_BLOCK}
     layout.launch(_number_kernel, (1,), arguments | indices | numbers | blocks)
     layout.launch(_order_kernel, (sequences,), arguments | numbers | {"tiles": tiles, "BLOCK": _ORDER_BLOCK, **OPTIONS})
