@@ -89,7 +89,7 @@ void print_half() {
 // Of the most ranks that a kernel holds.
 template <class C, class P, class S, class T>
 void print_ranks(int64_t ranks) {
-  print<&lora_update_kernel<C, P, S, T>>(kUpdateStaged<C, P, S, T> + held_bytes<S>(ranks), T::kThreads);
+  print<&lora_y_kernel<C, P, S, T>>(kUpdateStaged<C, P, S, T> + held_bytes<S>(ranks), T::kThreads);
   print<&lora_dx_kernel<C, P, S, T>>(kDxStaged<C, P, S, T> + held_bytes<S>(ranks), T::kThreads);
 }
 
@@ -102,11 +102,11 @@ void print_lora() {
 
 template <class C, class S, class T>
 void print_gradients() {
-  print_of<&lora_gradients_kernel<C, S, T>, T, GradientsProduct<S, C, T>>();
+  print_of<&lora_dab_kernel<C, S, T>, T, GradientsProduct<S, C, T>>();
 }
 
 template <class C, class S>
-void print_lora_gradients() {
+void print_lora_dab() {
   print_gradients<C, S, GradientTile>();
   print_gradients<C, S, FewRanksGradientTile>();
 }
@@ -116,9 +116,9 @@ int main() {
   print_lora<Bfloat, Bfloat, Bfloat>();
   print_lora<Half, Half, float>();
   print_lora<Half, float, float>();
-  print_lora_gradients<float, float>();
-  print_lora_gradients<Bfloat, Bfloat>();
-  print_lora_gradients<Half, float>();
+  print_lora_dab<float, float>();
+  print_lora_dab<Bfloat, Bfloat>();
+  print_lora_dab<Half, float>();
   print_dtype<float>();
   print_half<Bfloat, Bfloat, 3>();
   print_half<Half, float, 2>();

@@ -1,11 +1,11 @@
 // Low-rank updates of rows that are grouped by adapter, with h = x Aᵀ and g = dy B for each tile of rows of one adapter:
 //
-//   lora_update     y[n, e] += s Σ_r h[n, r] B_u[e, r]
-//   lora_dx         dx[n, d] += s Σ_r g[n, r] A_u[r, d], where dropout kept x; writes h and g for
-//   lora_gradients  dA_u[r, d] = s Σ_{n of u} g[n, r] x[n, d]    dB_u[e, r] = s Σ_{n of u} dy[n, e] h[n, r]
+//   lora_y    y[n, e] += s Σ_r h[n, r] B_u[e, r]
+//   lora_dx   dx[n, d] += s Σ_r g[n, r] A_u[r, d], where dropout kept x; writes h and g for
+//   lora_dab  dA_u[r, d] = s Σ_{n of u} g[n, r] x[n, d]    dB_u[e, r] = s Σ_{n of u} dy[n, e] h[n, r]
 //
 // x is what dropout leaves of it, except for the base product, which is none of these kernels'. Where there are few tiles,
-// columns of y and dx are shared by several blocks, each of which makes h or g anew. Where rows have gates, h and g are
+// columns of y and dx are shared by several blocks, each of which makes h or g again. Where rows have gates, h and g are
 // multiplied by them, and lora_dx writes s h g without them, the gradient of the gates.
 //
 // C: the dtype of x. P: that of the products h and g: C, or float where x is float16 and A or B float32, whose range float16
@@ -204,7 +204,7 @@ __device__ __forceinline__ Part part_of(int splits, int columns, int64_t width) 
 
 template <class C, class P, class S, class T>
 __global__ void __launch_bounds__(T::kThreads, sizeof(S) == 2 ? 3 : 2)
-    lora_update_kernel(LoraCall q, int splits, int columns) {
+    lora_y_kernel(LoraCall q, int splits, int columns) {
   const Part part = part_of(splits, columns, q.d_out);
   if (part.tile >= tile_count(q.groups)) return;
   const TileOfRows tile = tile_of(q.batch, q.groups, part.tile);
@@ -280,8 +280,7 @@ using GradientsProduct = Product<S, T, kPlanes<S, C>, SeenRows<S, C, false>, Row
 
 // A strip of columns of dAᵀ, or after strips_a of them of dB, for a block of an adapter's ranks.
 template <class C, class S, class T>
-__global__ void __launch_bounds__(T::kThreads, resident<S, T>())
-    lora_gradients_kernel(LoraCall q, int strips_a, int strips) {
+__global__ void __launch_bounds__(T::kThreads, resident<S, T>()) lora_dab_kernel(LoraCall q, int strips_a, int strips) {
   const int u = blockIdx.x / strips, strip = blockIdx.x % strips, r0 = blockIdx.y * T::kN;
   if (u >= context_count(q.groups)) return;
   const bool of_a = strip < strips_a;

@@ -23,7 +23,7 @@ class Lora {
     by_rank(RankTile{}, FewRanksTile{}, [&](auto tile) {
       using T = decltype(tile);
       const Cut cut = cut_of(q.d_out);
-      launch("lora_update", lora_update_kernel<C, P, S, T>, q.groups.tiles * cut.parts, 1, 1, T::kThreads,
+      launch("lora_y", lora_y_kernel<C, P, S, T>, q.groups.tiles * cut.parts, 1, 1, T::kThreads,
              kUpdateStaged<C, P, S, T> + held_bytes<S>(q.rank), q, cut.parts, cut.columns);
     });
   }
@@ -43,8 +43,8 @@ class Lora {
     by_rank(GradientTile{}, FewRanksGradientTile{}, [&](auto tile) {
       using T = decltype(tile);
       const int64_t of_a = q.dA ? ceil_div(q.d_in, T::kM) : 0, of_b = q.dB ? ceil_div(q.d_out, T::kM) : 0;
-      launch("lora_gradients", lora_gradients_kernel<C, S, T>, q.groups.limit * (of_a + of_b), ceil_div(q.rank, T::kN),
-             1, T::kThreads, GradientsProduct<S, C, T>::kShared, q, of_a, of_a + of_b);
+      launch("lora_dab", lora_dab_kernel<C, S, T>, q.groups.limit * (of_a + of_b), ceil_div(q.rank, T::kN), 1,
+             T::kThreads, GradientsProduct<S, C, T>::kShared, q, of_a, of_a + of_b);
     });
   }
 
