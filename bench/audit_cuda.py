@@ -2,9 +2,10 @@
 warps of 64 a multiprocessor holds of it (cuda_shared.cpp prints threads and shared memory, which launches ask for).
 
     python bench/audit_cuda.py                   sm_80, sm_90 and sm_100, into bench/results/cuda-audit.csv
+    python bench/audit_cuda.py --family lora     the kernels of one family; the file keeps its other rows
     python bench/audit_cuda.py --arch 90         one of them, printed only
 
-Exit status 1 where a kernel spills or has a stack frame.
+Exit status 1 where a kernel spills, has a stack frame or takes more shared memory than there is.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "csrc" / "cuda" / "modulated" / "modulated.cu"
+SOURCES = {name: ROOT / "csrc" / "cuda" / name / f"{name}.cu" for name in ("lora", "modulated")}
+RESULTS = ROOT / "bench" / "results" / "cuda-audit.csv"
 COLUMNS = ("arch", "kernel", "registers", "spill_bytes", "stack_bytes", "threads", "shared", "blocks", "warps", "nvcc")
 # of a multiprocessor: registers, which a block takes in units of 256 a warp, and bytes of shared memory, of which every
 # block takes 1024 more; blocks and warps at most
@@ -29,10 +31,10 @@ BLOCKS, WARPS = 32, 64
 NONE = {"order": 128, "outer_y_sum": 256, "seen": 128, "slots": 128}
 
 
-def compiled(nvcc, arch):
-    """[(kernel, registers, spilled bytes, stack bytes)] of an architecture."""
+def compiled(nvcc, arch, family):
+    """[(kernel, registers, spilled bytes, stack bytes)] of a family for an architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", SOURCE]
+        command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", SOURCES[family]]
         done = subprocess.run([*command, "-o", Path(folder) / "kernels.cubin"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -51,9 +53,8 @@ def compiled(nvcc, arch):
 
 def plain(name):
     """A kernel's demangled name without its arguments."""
-    name = (
-        re.split(r"\(ctxkern::(?:Call|Batch)", name)[0].removeprefix("void ").replace("ctxkern::", "").replace(" ", "")
-    )
+    name = re.split(r"\(ctxkern::(?:Call|LoraCall|Batch)", name)[0].removeprefix("void ")
+    name = name.replace("ctxkern::", "").replace(" ", "")
     for dtype, short in {"__nv_bfloat16": "bf16", "Bfloat": "bf16", "__half": "f16", "Half": "f16"}.items():
         name = name.replace(dtype, short)
     return name
@@ -82,30 +83,45 @@ def occupancy(arch, registers, threads, bytes_):
     return blocks, blocks * warps
 
 
+def write(rows, families):
+    """Rows by architecture and kernel; those of families that were not audited stay."""
+    if len(families) < len(SOURCES):
+        with RESULTS.open(newline="") as file:
+            rows = {tuple(row[:2]): row for row in list(csv.reader(file))[1:]} | rows
+    archs = list(dict.fromkeys(arch for arch, _ in rows))
+    ordered = sorted(rows.values(), key=lambda row: (archs.index(row[0]), row[1]))
+    with RESULTS.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *ordered])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="*", default=None, help="such as 80 90 (default: 80 90 100, written)")
+    parser.add_argument("--family", nargs="*", choices=SOURCES, default=list(SOURCES))
     args = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         sys.exit("nvcc was not found")
     version = re.findall(r"V([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)[0]
-    rows, wrong, memory = [], [], shared()
-    archs = args.arch or (80, 90, 100)
+    rows, wrong, memory = {}, [], shared()
+    each = [(arch, family) for arch in args.arch or (80, 90, 100) for family in args.family]
     with ThreadPoolExecutor() as pool:
-        audited = list(pool.map(lambda arch: compiled(nvcc, arch), archs))
-    for arch, kernels in zip(archs, audited, strict=True):
+        audited = list(pool.map(lambda one: compiled(nvcc, *one), each))
+    for (arch, _), kernels in zip(each, audited, strict=True):
         for name, registers, spilled, stack in kernels:
+            # those that find rows are in each family's code
+            if (f"sm_{arch}", name) in rows:
+                continue
             plainest = name.partition("<")[0].removesuffix("_kernel")
             taken, threads = (0, NONE[plainest]) if plainest in NONE else memory[name]
             held = occupancy(arch, registers, threads, taken)
-            rows.append((f"sm_{arch}", name, registers, spilled, stack, threads, taken, *held, version))
-            print(*rows[-1], flush=True)
-            if spilled or stack:
-                wrong.append(f"sm_{arch} {name}: {spilled} bytes spilled, {stack} bytes of stack")
+            row = f"sm_{arch}", name, registers, spilled, stack, threads, taken, *held, version
+            rows[row[:2]] = row
+            print(*row, flush=True)
+            if spilled or stack or not held[0]:
+                wrong.append(f"sm_{arch} {name}: {spilled} bytes spilled, {stack} of stack, {taken} of shared memory")
     if args.arch is None:
-        with (ROOT / "bench" / "results" / "cuda-audit.csv").open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        write(rows, args.family)
     print(*wrong, sep="\n", file=sys.stderr)
     sys.exit(bool(wrong))
 

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <typeinfo>
 
+#include "../csrc/cuda/lora/kernels.h"
 #include "../csrc/cuda/modulated/outer.h"
 
 using namespace ctxkern;
@@ -85,7 +86,39 @@ void print_half() {
   print_outer_dbilinear<float, C>();
 }
 
+// Of the most ranks that a kernel holds.
+template <class C, class P, class S, class T>
+void print_ranks(int64_t ranks) {
+  print<&lora_update_kernel<C, P, S, T>>(kUpdateStaged<C, P, S, T> + held_bytes<S>(ranks), T::kThreads);
+  print<&lora_dx_kernel<C, P, S, T>>(kDxStaged<C, P, S, T> + held_bytes<S>(ranks), T::kThreads);
+}
+
+// C, P and S as in lora/kernels.h.
+template <class C, class P, class S>
+void print_lora() {
+  print_ranks<C, P, S, RankTile>(kMostHeld);
+  print_ranks<C, P, S, FewRanksTile>(FewRanksTile::kN);
+}
+
+template <class C, class S, class T>
+void print_gradients() {
+  print_of<&lora_gradients_kernel<C, S, T>, T, GradientsProduct<S, C, T>>();
+}
+
+template <class C, class S>
+void print_lora_gradients() {
+  print_gradients<C, S, GradientTile>();
+  print_gradients<C, S, FewRanksGradientTile>();
+}
+
 int main() {
+  print_lora<float, float, float>();
+  print_lora<Bfloat, Bfloat, Bfloat>();
+  print_lora<Half, Half, float>();
+  print_lora<Half, float, float>();
+  print_lora_gradients<float, float>();
+  print_lora_gradients<Bfloat, Bfloat>();
+  print_lora_gradients<Half, float>();
   print_dtype<float>();
   print_half<Bfloat, Bfloat, 3>();
   print_half<Half, float, 2>();

@@ -87,24 +87,63 @@ def markdown(path):
     return "\n".join(lines) + "\n"
 
 
+FACTORED_HEAD = (
+    "| contexts × rows, width, K, rank | dtype | ms, fwd+bwd | × plain | × best form | price over linear "
+    "| × whole tensor | temporary MiB: ctxkern \\| plain |\n|---|---|---|---|---|---|---|---|"
+)
 LORA_HEAD = (
     "| adapters × rows, width, rank | dtype | ms, fwd+bwd | best PyTorch form | × | × one by one | price over linear "
     "| temporary MiB: ctxkern \\| best |\n|---|---|---|---|---|---|---|---|"
 )
 
 
-def lora_markdown(path):
-    """The table of a file of bench_lora.py, and the geometric mean by dtype."""
-    runs, lines, speeds = {}, [LORA_HEAD], {}
+def _last_runs(path, *names):
+    """{values of the named columns: {peer: row}} of the last run of each case."""
+    runs = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            peers = runs.setdefault(tuple(row[name] for name in ("adapters", "rows", "d", "rank", "dtype")), {})
+            peers = runs.setdefault(tuple(row[name] for name in names), {})
             if row["peer"] == "ctxkern":
                 peers.clear()
             peers[row["peer"]] = row
-    for (adapters, rows, d, rank, dtype), peers in runs.items():
+    return runs
+
+
+def factored_markdown(path):
+    """The table of a file of bench_factored.py, and the geometric means by dtype."""
+    lines, speeds = [FACTORED_HEAD], {}
+    for (contexts, rows, d, k, rank, dtype), peers in _last_runs(
+        path, "contexts", "rows", "d", "context_dim", "rank", "dtype"
+    ).items():
         ms = {peer: float(row["p50_ms"]) for peer, row in peers.items()}
-        best = min((peer for peer in ms if peer not in ("ctxkern", "linear", "one by one")), key=ms.get)
+        best = min((peer for peer in ms if peer not in ("ctxkern", "linear", "bilinear")), key=ms.get)
+        speeds.setdefault(SHORT[dtype], []).append((ms["plain"] / ms["ctxkern"], ms[best] / ms["ctxkern"]))
+        cells = (
+            f"{contexts} × {rows}, {d}, K={k}, {rank}",
+            SHORT[dtype],
+            f"{ms['ctxkern']:.3g}",
+            f"{ms['plain'] / ms['ctxkern']:.2f}",
+            f"{best} {ms[best] / ms['ctxkern']:.2f}",
+            f"{ms['ctxkern'] / ms['linear']:.2f}",
+            f"{ms['bilinear'] / ms['ctxkern']:.1f}",
+            _pair([float(peers[peer]["peak_mib"]) for peer in ("ctxkern", "plain")], lambda mib: f"{mib:.1f}"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    for kind, each in speeds.items():
+        plain, best = (geometric_mean(column) for column in zip(*each, strict=True))
+        lines.append(
+            f"- {kind}: {plain:.2f} times as fast as plain PyTorch, {best:.2f} as the best form written by hand"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def lora_markdown(path):
+    """The table of a file of bench_lora.py, and the geometric mean by dtype."""
+    lines, speeds = [LORA_HEAD], {}
+    for (adapters, rows, d, rank, dtype), peers in _last_runs(path, "adapters", "rows", "d", "rank", "dtype").items():
+        ms = {peer: float(row["p50_ms"]) for peer, row in peers.items()}
+        best = min((peer for peer in ms if peer not in ("ctxkern", "linear", "one by one", "PEFT")), key=ms.get)
         speeds.setdefault(SHORT[dtype], []).append(ms[best] / ms["ctxkern"])
         cells = (
             f"{adapters} × {rows}, {d}, {rank}",
@@ -125,11 +164,14 @@ def lora_markdown(path):
     return "\n".join(lines) + "\n"
 
 
+TABLES = {"lora": lora_markdown, "factored": factored_markdown}
+
+
 def filled(text):
     """The page with its tables made from the rows."""
 
     def made(match):
-        table = lora_markdown if Path(match[2]).name.startswith("lora-") else markdown
+        table = TABLES.get(Path(match[2]).name.partition("-")[0], markdown)
         return match[1] + table(PAGE.parent / match[2]) + match[4]
 
     return TABLE.sub(made, text)

@@ -68,12 +68,15 @@ struct LoraProblem {
   char* dB;              // like B; likewise
   int64_t d_in, d_out, rank;
   int64_t threads;
+  int64_t tf32;  // CUDA: whether products of float32 may be rounded to TF32
   int64_t adds;  // whether y, or dx, holds what the update is added to; else it is written, and is zero where none is
   double scale;
-  int64_t kept_from, seed;  // dropout of what A reads: draws of 32 bits from kept_from on are kept; 0: no dropout
-  const float* gates;       // [any, R] a factor for each entry of x A^T; null: 1
-  const int64_t* gate_of;   // [N] row of `gates` of each row of x; null: as many, in order
-  float* products;          // [N, R] (x A^T) (dy B) scale, the gradient of each row's gates; null where not asked for
+  int64_t kept_from;    // dropout of what A reads: draws of 32 bits from kept_from on are kept; 0: no dropout
+  const int64_t* seed;  // of dropout
+  const float* gates;   // [gate_rows, R] a factor for each entry of x A^T; null: 1
+  int64_t gate_rows;
+  const int64_t* gate_of;  // [N] row of `gates` of each row of x; null: as many, in order
+  float* products;         // [N, R] (x A^T) (dy B) scale, the gradient of each row's gates; null where not asked for
 };
 
 }  // namespace ctxkern

@@ -33,9 +33,9 @@ inline std::string problem_layout() {
   FIELD(LoraProblem, batch), FIELD(LoraProblem, x), FIELD(LoraProblem, A), FIELD(LoraProblem, B);
   FIELD(LoraProblem, ranks), FIELD(LoraProblem, scales), FIELD(LoraProblem, rows), FIELD(LoraProblem, dx);
   FIELD(LoraProblem, dA), FIELD(LoraProblem, dB), FIELD(LoraProblem, d_in), FIELD(LoraProblem, d_out);
-  FIELD(LoraProblem, rank), FIELD(LoraProblem, threads), FIELD(LoraProblem, adds), FIELD(LoraProblem, scale);
-  FIELD(LoraProblem, kept_from), FIELD(LoraProblem, seed), FIELD(LoraProblem, gates), FIELD(LoraProblem, gate_of);
-  FIELD(LoraProblem, products);
+  FIELD(LoraProblem, rank), FIELD(LoraProblem, threads), FIELD(LoraProblem, tf32), FIELD(LoraProblem, adds);
+  FIELD(LoraProblem, scale), FIELD(LoraProblem, kept_from), FIELD(LoraProblem, seed), FIELD(LoraProblem, gates);
+  FIELD(LoraProblem, gate_rows), FIELD(LoraProblem, gate_of), FIELD(LoraProblem, products);
 #undef FIELD
 #undef SIZE
   return text;
@@ -90,7 +90,7 @@ inline void check_problem(const Problem& q, bool backward) {
   }
 }
 
-// Likewise.
+// Likewise, of what is no index: ranks may lie on a device.
 inline void check_problem(const LoraProblem& q, bool backward) {
   using namespace checks;
   check_batch(q.batch);
@@ -102,8 +102,12 @@ inline void check_problem(const LoraProblem& q, bool backward) {
   present(q.rows, N * q.d_out, backward ? "a gradient of y has no memory" : "y has no memory");
   known(q.x.dtype);
   for (const Operand* each : {&q.A, &q.B}) mixes(*each, q.x.dtype);
-  for (int64_t u = 0; q.ranks && u < table; ++u)
-    require(q.ranks[u] >= 0 && q.ranks[u] <= q.rank, "a rank lies outside 0 to R");
+  require(q.kept_from == 0 || q.seed != nullptr, "dropout has no seed");
+}
+
+inline void check_ranks(const LoraProblem& q) {
+  for (int64_t u = 0; q.ranks && u < q.batch.table; ++u)
+    checks::require(q.ranks[u] >= 0 && q.ranks[u] <= q.rank, "a rank lies outside 0 to R");
 }
 
 }  // namespace ctxkern

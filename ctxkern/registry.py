@@ -22,7 +22,7 @@ NAMES = ("reference", "portable", "cpu", "triton", "cuda")
 # backends for a kind of device, the best first, and which families they have kernels for; portable takes the rest
 _BEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _EVERY = ("modulated", "lora", "factored")
-_FAMILIES = {"cpu": _EVERY, "triton": _EVERY, "cuda": ("modulated",)}
+_FAMILIES = {"cpu": _EVERY, "triton": _EVERY, "cuda": _EVERY}
 # the oldest compute capability that the GPU kernels are built for
 _CAPABILITY = (8, 0)
 

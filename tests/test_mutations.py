@@ -39,6 +39,8 @@ def last_element(t, change):
     return changed
 
 
+# what a problem points to
+OTHER_SEED = torch.tensor(8)
 # of one tensor, whatever it is
 DAMAGE = {
     "zeroed": torch.zeros_like,
@@ -276,7 +278,7 @@ def test_catches_lora_pieces_under_the_wrong_adapter(monkeypatch):
         ("y", {"scale": 1.5}),
         ("y", {"ranks": 0}),
         ("y", {"scales": 0}),
-        ("y", {"seed": 8}),
+        ("y", {"seed": OTHER_SEED.data_ptr()}),
         ("y", {"kept_from": 1 << 30}),
         ("y", {"adds": 0}),
         ("y", {"d_out": 6}),
@@ -296,14 +298,21 @@ def test_catches_a_low_rank_problem_filled_wrongly(monkeypatch, what, change):
 
     monkeypatch.setattr(lora_cpu, "_run", changed)
     arguments, dout = lora_arguments(Case("planted", 5, 4, 6, 8, 3, rows=4, index=(3, 0, 3, 1, 0)), 3)
-    fixed = {
-        "ranks": torch.tensor([2, 3, 1, 1]),
-        "dropout": 0.4,
-        "seed": 7,
-        "scale": torch.tensor([0.5, 2.0, 1.0, 3.0]),
-    }
+    arguments |= {"ranks": torch.tensor([2, 3, 1, 1]), "dropout": 0.4, "seed": 7}
+    del arguments["scale"]
+    scale = torch.tensor([0.5, 2.0, 1.0, 3.0])
+
+    def reference(**tensors):
+        return lora_linear_ref(**tensors, scale=scale.to(tensors["x"].dtype))
+
+    def check_it():
+        check_family(partial(ctxkern.lora_linear, backend="cpu", scale=scale), reference, arguments, dout)
+
+    with monkeypatch.context() as whole:
+        whole.setattr(lora_cpu, "_run", filled)
+        check_it()
     with pytest.raises(AssertionError, match=f"{what}: rms"):
-        check_family(partial(ctxkern.lora_linear, backend="cpu"), lora_linear_ref, arguments | fixed, dout)
+        check_it()
 
 
 @pytest.mark.parametrize(("what", "change"), [("y", "gates"), ("y", "gate_of"), ("dcontext", "products")])

@@ -90,7 +90,7 @@ def without_gaps(operands):
 
 
 def check_values(operands):
-    """Of integer tensors on the CPU."""
+    """Of integer tensors on the CPU; on a GPU the kernels check them."""
     x, A, ranks, index, bounds = operands.x, operands.A, operands.ranks, operands.adapter_index, operands.cu_seqlens
     if index is not None and is_readable(index):
         check_index(index, len(A), "adapter_index", -1)

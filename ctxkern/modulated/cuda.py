@@ -4,9 +4,6 @@ Memory and stream are torch's. The first of two passes counts the workspace, the
 """
 
 import ctypes
-from contextlib import nullcontext
-
-import torch
 
 from ctxkern.modulated.native import problem_of, without_gaps
 from ctxkern.modulated.operands import (
@@ -20,9 +17,6 @@ from ctxkern.modulated.operands import (
 from ctxkern.modulated.plan import Problem, describe, gpu_terms, outer_above
 from ctxkern.plan import rounds_to_tf32
 from ctxkern.runtime import cuda as cuda_runtime
-
-# a workspace begins at a multiple of it
-_ALIGNED = 256
 
 
 def _problem(operands, rows, workspace_bytes, grads=None):
@@ -38,35 +32,9 @@ def _problem(operands, rows, workspace_bytes, grads=None):
 
 
 def _run(problem, backward, operands):
-    """Launches on the stream in use, in a workspace of torch's.
-
-    Raises RuntimeError with the operator, its shapes and the cause; torch.OutOfMemoryError.
-    """
-    device, size = operands.x.device, ctypes.c_int64(0)
-    run = cuda_runtime.load().ctxkern_cuda_modulated
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
-        address = workspace = None
-        for launches in (False, True):
-            if launches:
-                workspace = _workspace(size.value, backward, operands)
-                address = -(-workspace.data_ptr() // _ALIGNED) * _ALIGNED
-            error = run(problem, backward, device.index or 0, address, size, stream)
-            if error:
-                raise RuntimeError(f"{_described(backward, operands)} failed: {error.decode()}")
-
-
-def _workspace(size, backward, operands):
-    try:
-        return torch.empty(size + _ALIGNED, dtype=torch.uint8, device=operands.x.device)
-    except torch.OutOfMemoryError as error:
-        what = f"{_described(backward, operands)} has no memory for its workspace of {size} bytes"
-        raise torch.OutOfMemoryError(f"{what}: {error}") from error
-
-
-def _described(backward, operands):
     name, x = "modulated_backward" if backward else "modulated_forward", operands.x
-    return f"{name} on backend 'cuda' (x {list(x.shape)} {x.dtype}, context {list(operands.context.shape)})"
+    what = f"{name} on backend 'cuda' (x {list(x.shape)} {x.dtype}, context {list(operands.context.shape)})"
+    cuda_runtime.run(cuda_runtime.load().ctxkern_cuda_modulated, problem, backward, x.device, what)
 
 
 def forward(operands, workspace_bytes):

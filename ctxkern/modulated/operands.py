@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ctxkern.checks import check_bounds, check_index, is_readable
+from ctxkern.plan import rounds_to_tf32 as rounds_to_tf32
 
 
 class Operands(NamedTuple):

@@ -3,13 +3,18 @@
 import ctypes
 import functools
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from .cpu import build_info
-from .problem import Problem, difference
+from .problem import LoraProblem, Problem, difference
 
 # csrc/cuda/runtime/library.cu
-_ABI = 4
+_ABI = 5
+# a workspace begins at a multiple of it
+_ALIGNED = 256
 
 
 def _path():
@@ -40,18 +45,14 @@ def _attempt():
     wrong = difference(library.ctxkern_cuda_problem_layout().decode())
     if wrong:
         return None, f"{path.name} does not fit this package: {wrong}: run pip install . again"
-    library.ctxkern_cuda_modulated.restype = library.ctxkern_cuda_unusable.restype = ctypes.c_char_p
-    problem, size = ctypes.POINTER(Problem), ctypes.POINTER(ctypes.c_int64)
-    # problem, backward, device, workspace, bytes that it must hold, stream
-    library.ctxkern_cuda_modulated.argtypes = (
-        problem,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_void_p,
-        size,
-        ctypes.c_void_p,
-    )
-    library.ctxkern_cuda_modulated_tiles.argtypes = problem, ctypes.c_int, ctypes.c_int64 * 5
+    library.ctxkern_cuda_unusable.restype = ctypes.c_char_p
+    size = ctypes.POINTER(ctypes.c_int64)
+    for family, problem in (("modulated", Problem), ("lora", LoraProblem)):
+        entry = getattr(library, f"ctxkern_cuda_{family}")
+        entry.restype = ctypes.c_char_p
+        # problem, backward, device, workspace, bytes that it must hold, stream
+        entry.argtypes = ctypes.POINTER(problem), ctypes.c_int, ctypes.c_int, ctypes.c_void_p, size, ctypes.c_void_p
+    library.ctxkern_cuda_modulated_tiles.argtypes = ctypes.POINTER(Problem), ctypes.c_int, ctypes.c_int64 * 5
     library.ctxkern_cuda_modulated_tiles.restype = None
     return library, ""
 
@@ -62,6 +63,31 @@ def load():
     if library is None:
         raise RuntimeError(f"the CUDA kernels are not available: {reason}")
     return library
+
+
+def run(entry, problem, backward, device, what):
+    """Launches the kernels of an entry point on the stream in use, in a workspace of torch's.
+
+    Raises RuntimeError or torch.OutOfMemoryError with `what`, which names the call, and the cause.
+    """
+    size = ctypes.c_int64(0)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+        address = workspace = None
+        for launches in (False, True):
+            if launches:
+                workspace = _workspace(size.value, device, what)
+                address = -(-workspace.data_ptr() // _ALIGNED) * _ALIGNED
+            error = entry(problem, backward, device.index or 0, address, size, stream)
+            if error:
+                raise RuntimeError(f"{what} failed: {error.decode()}")
+
+
+def _workspace(size, device, what):
+    try:
+        return torch.empty(size + _ALIGNED, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{what} has no memory for its workspace of {size} bytes: {error}") from error
 
 
 def emulated():

@@ -33,16 +33,16 @@ class Projection(ctypes.Structure):
 
 
 class LoraProblem(ctypes.Structure):
-    """A low-rank call. rows: address of y in a forward, of dy in a backward; dx, dA, dB, ranks, scales, gates, gate_of
-    and products: addresses."""
+    """A low-rank call. rows: address of y in a forward, of dy in a backward; dx, dA, dB, ranks, scales, seed, gates,
+    gate_of and products: addresses."""
 
     _fields_ = [
         ("batch", Batch),
         *((name, Operand) for name in ("x", "A", "B")),
         *((name, _int) for name in ("ranks", "scales", "rows", "dx", "dA", "dB")),
-        *((name, _int) for name in ("d_in", "d_out", "rank", "threads", "adds")),
+        *((name, _int) for name in ("d_in", "d_out", "rank", "threads", "tf32", "adds")),
         ("scale", ctypes.c_double),
-        *((name, _int) for name in ("kept_from", "seed", "gates", "gate_of", "products")),
+        *((name, _int) for name in ("kept_from", "seed", "gates", "gate_rows", "gate_of", "products")),
     ]
 
 

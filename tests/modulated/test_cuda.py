@@ -3,18 +3,16 @@
 import functools
 import importlib
 import os
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.emulated import compiled, emulated, forget, planted
 from helpers.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 
 import ctxkern
-from ctxkern import registry
 from ctxkern.reference import modulated_qkv_ref
 from ctxkern.runtime import cuda as cuda_runtime
 from ctxkern.testing.cases import CASES, DTYPES, Case, make_inputs
@@ -23,7 +21,6 @@ from ctxkern.testing.force import STRATEGIES, force
 from ctxkern.testing.measure import peak_extra_bytes
 from ctxkern.testing.oracle import check, check_family, oracle, run
 
-SOURCES = Path(__file__).parents[2] / "csrc"
 FORMS = STRATEGIES
 # the emulation needs seconds for each of these, and longer in many strips
 LARGE = ("deep", "non-power-of-two", "debug", "prime", "narrow-k")
@@ -31,35 +28,10 @@ LARGE = ("deep", "non-power-of-two", "debug", "prime", "narrow-k")
 cuda_linear = functools.partial(ctxkern.modulated_linear, backend="cuda")
 
 
-def compiled(folder, *flags, sources=SOURCES):
-    """The kernels as a library for the CPU."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None or not sources.exists():
-        pytest.skip("no C++ compiler or no sources here")
-    library, given = Path(folder) / "emulated.so", shlex.split(os.environ.get("CXXFLAGS", ""))
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *given, *flags]
-    kernels = sorted(map(str, sources.glob("cuda/*/*.cu")))
-    command += ["-DCTXKERN_EMULATE", "-x", "c++", *kernels, "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
-
-
-def forget():
-    cuda_runtime._attempt.cache_clear()
-    registry.forget()
-
-
 @pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
-    kept = os.environ.get("CTXKERN_CUDA_LIBRARY")
-    os.environ["CTXKERN_CUDA_LIBRARY"] = str(compiled(tmp_path_factory.mktemp("cuda")))
-    forget()
-    yield os.environ["CTXKERN_CUDA_LIBRARY"]
-    del os.environ["CTXKERN_CUDA_LIBRARY"]
-    if kept is not None:
-        os.environ["CTXKERN_CUDA_LIBRARY"] = kept
-    forget()
+def library():
+    with emulated() as path:
+        yield path
 
 
 @pytest.fixture
@@ -185,7 +157,7 @@ def test_long_sums_of_d_and_k(case):
         check(cuda_linear, make_inputs(case))
 
 
-def test_a_gradient_reads_nothing_that_it_does_not_need(emulated):
+def test_a_gradient_reads_nothing_that_it_does_not_need():
     """Of one operand alone, in a process that dies where it reads others."""
     environment = {**os.environ, "PYTHONPATH": str(Path(ctxkern.__file__).parents[1])}
     code = UNREAD_CODE.format(backend="cuda", unread=UNREAD)
@@ -194,12 +166,7 @@ def test_a_gradient_reads_nothing_that_it_does_not_need(emulated):
 
 
 def test_a_library_of_another_layout_is_refused(tmp_path, monkeypatch):
-    sources = tmp_path / "csrc"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / "problem.h").read_text()
-    fields = "  int64_t d_in, context_dim;\n"
-    assert fields in text
-    (sources / "problem.h").write_text(text.replace(fields, "  int64_t context_dim, d_in;\n"))
+    sources = planted(tmp_path, "problem.h", "int64_t d_in, context_dim;", "int64_t context_dim, d_in;")
     monkeypatch.setenv("CTXKERN_CUDA_LIBRARY", str(compiled(tmp_path, "-O0", sources=sources)))
     forget()
     reason = cuda_runtime.reason()
@@ -344,12 +311,7 @@ QUICK = ("nothing", "no barrier before a stage is read", "a column too many is w
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANTED])
 def test_planted_faults_are_caught(name, tmp_path):
-    file, old, new = PLANTED[name]
-    sources = tmp_path / "csrc"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / file).read_text()
-    assert old in text
-    (sources / file).write_text(text.replace(old, new))
+    sources = planted(tmp_path, *PLANTED[name])
     # with the sanitizer's own red zones around what torch and the emulation allocate
     library = compiled(tmp_path, "-g", "-fsanitize=address", "-Wno-clobbered", sources=sources)
     preload = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

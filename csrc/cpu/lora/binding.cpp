@@ -57,6 +57,7 @@ struct Made {
 void lora(uintptr_t address, bool backward, const py::object& allocate) {
   const LoraProblem& problem = *reinterpret_cast<const LoraProblem*>(address);
   check_problem(problem, backward);
+  check_ranks(problem);
   const Made made(problem);
   const LoraKernels& run = lora_kernels_for(chosen_isa(), problem.x.dtype);
   const Workspace workspace(run.bytes(made.call, backward), allocate);

@@ -3,8 +3,9 @@
 //   g_u = s dy_u B_u    dx_u += g_u A_u    dA_u = g_u^T x_u    dB_u = dy_u^T h_u
 //
 // Where rows have gates, entries of h and g are multiplied by those of their row, and the products of both without them
-// are the gates' gradient. The first two, and h, block by block; then dA and dB, strip of columns by strip, over the blocks of an adapter in their
-// order. Where adapters are many and even, a thread takes each whole, so that its rows stay in cache between the two.
+// are the gates' gradient. The first two, and h, block by block; then dA and dB, strip of columns by strip, over the blocks
+// of an adapter in their order. Where adapters are many and even, a thread takes each whole, so that its rows stay in cache
+// between the two.
 // Cuts depend on the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
 #pragma once
 
@@ -179,7 +180,7 @@ class Lora {
       constexpr Dtype D = decltype(type)::value;
       for (int64_t i = 0; i < b.count; ++i) {
         const int64_t row = row_of(b, i);
-        const RowDraws draws(q.seed, row);
+        const RowDraws draws(*q.seed, row);
         const char* const from = q.x.data + row * q.d_in * size;
         char* const to = dropped_ + (b.first + i) * q.d_in * size;
         for (int64_t c = 0; c < q.d_in; c += VL) {
@@ -293,7 +294,7 @@ class Lora {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
           const int64_t row = row_of(b, i);
-          const RowDraws draws(q.seed, row);
+          const RowDraws draws(*q.seed, row);
           char* const to = q.dx + (row * q.d_in + d) * size;
           for (int64_t c = 0; c < columns; c += VL) {
             V v = kept(load<V>(at.sums + i * kStrip + c), draws.at(d + c), static_cast<uint32_t>(q.kept_from));

@@ -34,12 +34,6 @@ void check_sizes(const Problem& q) {
 }  // namespace
 }  // namespace ctxkern
 
-// Where the fields of a problem lie; runtime/problem.py must agree.
-CTXKERN_EXPORT const char* ctxkern_cuda_problem_layout() {
-  static const std::string layout = ctxkern::problem_layout();
-  return layout.c_str();
-}
-
 // {whether outer runs, most contexts, rows of D, columns of E, contexts of a block} of the first projection.
 CTXKERN_EXPORT void ctxkern_cuda_modulated_tiles(const ctxkern::Problem* problem, int backward, int64_t* tiles) {
   using namespace ctxkern;

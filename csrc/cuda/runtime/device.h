@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_vector(T* to, const T* from) {
   *reinterpret_cast<uint4*>(to) = words;
 }
 
-// Two neighbours, at a multiple of their size.
+// Two neighbours, to or from a multiple of their size.
 __device__ __forceinline__ void store_two(float* to, float a, float b) {
   *reinterpret_cast<float2*>(to) = make_float2(a, b);
 }
@@ -65,6 +65,19 @@ __device__ __forceinline__ void store_two(Half* to, float a, float b) {
 }
 __device__ __forceinline__ void store_two(Bfloat* to, float a, float b) {
   *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
+}
+
+__device__ __forceinline__ void load_two(float (&to)[2], const float* from) {
+  const float2 two = *reinterpret_cast<const float2*>(from);
+  to[0] = two.x, to[1] = two.y;
+}
+__device__ __forceinline__ void load_two(float (&to)[2], const Half* from) {
+  const float2 two = __half22float2(*reinterpret_cast<const __half2*>(from));
+  to[0] = two.x, to[1] = two.y;
+}
+__device__ __forceinline__ void load_two(float (&to)[2], const Bfloat* from) {
+  const float2 two = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+  to[0] = two.x, to[1] = two.y;
 }
 
 __device__ __forceinline__ char* shared_memory() {

@@ -217,6 +217,13 @@ void store_two(T* to, float a, float b) {
   to[1] = from_float<T>(b);
 }
 
+template <class T>
+void load_two(float (&to)[2], const T* from) {
+  emulated::aligned(from, 2 * sizeof(T));
+  to[0] = to_float(from[0]);
+  to[1] = to_float(from[1]);
+}
+
 inline void copy_async(void* to, const void* from) {
   emulated::aligned(to, 16);
   emulated::aligned(from, 16);

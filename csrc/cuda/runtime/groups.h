@@ -12,6 +12,8 @@
 //   tile_context [tiles]     context of a tile
 //   order [N]                row of x of a grouped row; only with an index
 //   seen [4, B]              scratch: first of the same index, rows of it before, rows of it in all; first grouped row
+//
+// Where an index may be −1, `optional`, sequences of that one belong to none: no tile has their rows.
 #pragma once
 
 #include <algorithm>
@@ -78,7 +80,7 @@ __device__ __forceinline__ Range sequence_of(const Batch& batch, int b) {
 // What torch's own indexing does where an index lies outside: the device stops.
 __device__ __forceinline__ void require(bool holds) {
 #ifdef CTXKERN_EMULATE
-  if (!holds) throw std::runtime_error("context_index or cu_seqlens lies outside");
+  if (!holds) throw std::runtime_error("an index or cu_seqlens lies outside");
 #else
   if (!holds) __trap();
 #endif
@@ -86,11 +88,16 @@ __device__ __forceinline__ void require(bool holds) {
 
 constexpr int kGroupThreads = 128;
 
-static __global__ void seen_kernel(Batch batch, int* seen) {
+static __global__ void seen_kernel(Batch batch, int* seen, bool optional) {
   const int b = blockIdx.x * blockDim.x + threadIdx.x, sequences = static_cast<int>(batch.sequences);
   if (b >= sequences) return;
   const int64_t mine = batch.index[b];
-  require(mine >= 0 && mine < batch.table);
+  require(mine >= (optional ? -1 : 0) && mine < batch.table);
+  if (mine < 0) {
+    seen[b] = -1;
+    seen[2 * sequences + b] = 0;
+    return;
+  }
   int first = b, before = 0, total = 0;
   for (int j = 0; j < sequences; ++j) {
     if (batch.index[j] != mine) continue;
@@ -160,7 +167,7 @@ static __global__ void order_kernel(Batch batch, Groups g, const int* seen) {
       g.buffer[4 + 3 * g.limit + t] = b;
   if (!batch.index) return;
   const Range range = sequence_of(batch, b);
-  if (range.begin == range.end) return;
+  if (range.begin == range.end || seen[b] < 0) return;
   const int at = seen[3 * sequences + seen[b]] + seen[sequences + b];
   for (int i = threadIdx.x; i < range.end - range.begin; i += blockDim.x)
     g.buffer[4 + 3 * g.limit + g.tiles + at + i] = range.begin + i;
@@ -177,7 +184,7 @@ static __global__ void slots_kernel(Batch batch, int* slots) {
 }
 
 // Finds them in a buffer of the workspace; block: rows of a tile.
-inline Groups group_rows(Launcher& launch, const Batch& batch, int block) {
+inline Groups group_rows(Launcher& launch, const Batch& batch, int block, bool optional = false) {
   const bool indexed = batch.index != nullptr;
   Groups g{nullptr, 0, 0, block, !indexed && !batch.bounds, indexed};
   if (g.uniform) {
@@ -190,7 +197,7 @@ inline Groups group_rows(Launcher& launch, const Batch& batch, int block) {
   g.buffer = launch.take<int>(4 + 3 * g.limit + g.tiles + (indexed ? batch.tokens : 0));
   int* seen = launch.take<int>(4 * batch.sequences);
   if (indexed)
-    launch("seen", seen_kernel, ceil_div(batch.sequences, kGroupThreads), 1, 1, kGroupThreads, 0, batch, seen);
+    launch("seen", seen_kernel, ceil_div(batch.sequences, kGroupThreads), 1, 1, kGroupThreads, 0, batch, seen, optional);
   launch("number", number_kernel, 1, 1, 1, kGroupThreads, kNumberShared, batch, g, seen);
   launch("order", order_kernel, batch.sequences, 1, 1, kGroupThreads, 0, batch, g, seen);
   return g;

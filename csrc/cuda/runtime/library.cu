@@ -2,6 +2,8 @@
 
 #include "library.h"
 
+#include "../../problem_checks.h"
+
 namespace ctxkern {
 namespace {
 
@@ -13,7 +15,13 @@ __global__ void probe_kernel() {}
 }  // namespace ctxkern
 
 // What changes what is exported changes this.
-CTXKERN_EXPORT int ctxkern_cuda_abi() { return 4; }
+CTXKERN_EXPORT int ctxkern_cuda_abi() { return 5; }
+
+// Where the fields of problems lie; runtime/problem.py must agree.
+CTXKERN_EXPORT const char* ctxkern_cuda_problem_layout() {
+  static const std::string layout = ctxkern::problem_layout();
+  return layout.c_str();
+}
 
 CTXKERN_EXPORT int ctxkern_cuda_emulated() {
 #ifdef CTXKERN_EMULATE

@@ -1,0 +1,77 @@
+"""The CUDA C++ kernels as a library for the CPU, by the emulation header (csrc/cuda/runtime/emulate.h)."""
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ctxkern import registry
+from ctxkern.runtime import cuda as cuda_runtime
+
+SOURCES = Path(__file__).parents[2] / "csrc"
+
+
+def compiled(folder, *flags, sources=SOURCES):
+    """The library, of every family."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or not sources.exists():
+        pytest.skip("no C++ compiler or no sources here")
+    given = shlex.split(os.environ.get("CXXFLAGS", ""))
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", *given, *flags]
+    running = []
+    for source in sorted(sources.glob("cuda/*/*.cu")):
+        made = Path(folder) / f"{source.stem}.o"
+        one = [*command, "-DCTXKERN_EMULATE", "-x", "c++", "-c", str(source), "-o", str(made)]
+        running.append((made, subprocess.Popen(one, stderr=subprocess.PIPE, text=True)))
+    for _, process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    library = Path(folder) / "emulated.so"
+    link = [*command, "-shared", *(str(made) for made, _ in running), "-o", str(library)]
+    done = subprocess.run(link, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def planted(folder, file, old, new):
+    """A copy of the sources with a fault in it."""
+    sources = Path(folder) / "csrc"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert old in text
+    (sources / file).write_text(text.replace(old, new))
+    return sources
+
+
+def forget():
+    cuda_runtime._attempt.cache_clear()
+    registry.forget()
+
+
+@functools.cache
+def _folder():
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def _library():
+    return compiled(_folder().name)
+
+
+@contextmanager
+def emulated():
+    """Backend "cuda" on the CPU; gives the library's path, which is built once a process."""
+    kept = os.environ.get("CTXKERN_CUDA_LIBRARY")
+    os.environ["CTXKERN_CUDA_LIBRARY"] = str(_library())
+    forget()
+    yield os.environ["CTXKERN_CUDA_LIBRARY"]
+    del os.environ["CTXKERN_CUDA_LIBRARY"]
+    if kept is not None:
+        os.environ["CTXKERN_CUDA_LIBRARY"] = kept
+    forget()
