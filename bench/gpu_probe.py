@@ -36,7 +36,7 @@ def _graph_ms(args, fn):
     return _seconds(args, fn if args.rehearse else captured(fn)[0]) * 1e3
 
 
-def _calls(args, case, n, workspace=32 << 20):
+def _calls(args, case, n, workspace=128 << 20):
     """{direction: callable} of the backend itself."""
     from ctxkern.modulated import triton as backend
 
@@ -136,9 +136,7 @@ def stage_kernels(args):
 
             def take(step, values, total=total, device=device):
                 took = _seconds(args, lambda: step.launch(values, stream_of(device), False))
-                entry = total.setdefault(
-                    step.kernel.fn.__name__.strip("_").removesuffix("_kernel"), [0, 0.0, step.grid]
-                )
+                entry = total.setdefault(step.name, [0, 0.0, step.grid])
                 entry[0] += 1
                 entry[1] += took
 

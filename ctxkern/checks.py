@@ -6,7 +6,7 @@ import operator
 import torch
 
 from .dtypes import FLOATS, HALVES, mixes, name_of
-from .plan import DEFAULT_WORKSPACE
+from .plan import default_workspace
 
 
 def _names(dtypes):
@@ -96,10 +96,10 @@ def _integers(op, name, t, dtype, x):
         raise ValueError(f"{op}: {name} is on {t.device}; it must be on the device of x, {x.device}")
 
 
-def workspace(op, value):
-    """The number of bytes that a call may use, the default for None."""
+def workspace(op, value, x):
+    """The number of bytes that a call may use, the default of the device of x for None."""
     if value is None:
-        return DEFAULT_WORKSPACE
+        return default_workspace(x.device.type)
     takes = "it must be None or a positive number of bytes"
     try:
         if isinstance(value, bool):

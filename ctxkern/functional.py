@@ -15,7 +15,7 @@ from .lora.operands import Options as LoraOptions
 from .lora.ops import lora
 from .modulated.operands import Operands
 from .modulated.ops import modulated, with_memory
-from .plan import DEFAULT_WORKSPACE, Plan
+from .plan import DEFAULT_WORKSPACE, Plan, default_workspace
 from .registry import implementation, resolve
 
 
@@ -45,8 +45,8 @@ def modulated_linear(
             place: they are read as they are.
         context_index: [B] int64, the row of `context` of each sequence; None: F == B, in order.
         cu_seqlens: [B + 1] int32, the bounds of the packed sequences, from 0 to N; empty sequences are allowed.
-        workspace_bytes: temporary memory beyond O(N·(D + E)); 32 MiB by default, at least one row or
-            column of one weight.
+        workspace_bytes: temporary memory beyond O(N·(D + E)), at least one row or column of one weight; by default
+            32 MiB, on a GPU 128 MiB.
         backend: None for the best one there, or a name of `ctxkern.backends()`, which then runs or raises.
 
     Returns:
@@ -73,7 +73,7 @@ def modulated_linear(
     x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
     _contexts(op, x, context, context_index, cu_seqlens)
     _projection(op, x, context, weight, bilinear, bias)
-    workspace_bytes = checks.workspace(op, workspace_bytes)
+    workspace_bytes = checks.workspace(op, workspace_bytes, x)
     backend = _backend(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return modulated(operands, workspace_bytes, backend)[0]
@@ -120,7 +120,7 @@ def modulated_qkv(
     for i in range(3):
         names = f"weights[{i}]", f"bilinears[{i}]", f"biases[{i}]"
         _projection(op, x, context, weights[i], bilinears[i], biases[i], names)
-    workspace_bytes = checks.workspace(op, workspace_bytes)
+    workspace_bytes = checks.workspace(op, workspace_bytes, x)
     backend = _backend(backend, x)
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
     q, k, v = modulated(operands, workspace_bytes, backend)
@@ -171,7 +171,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     x, context = input1.reshape(1, tokens, d_in), input2.reshape(1, tokens, context_dim)
     backend = _backend(None, x)
     operands = Operands(x, context, (None,), (weight.permute(1, 0, 2),), (bias,))
-    (y,) = modulated(operands, DEFAULT_WORKSPACE, backend)
+    (y,) = modulated(operands, default_workspace(x.device.type), backend)
     return y.view(*input1.shape[:-1], weight.shape[0])
 
 
@@ -347,7 +347,7 @@ def explain(
     x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
     _contexts(op, x, context, context_index, cu_seqlens)
     _projection(op, x, context, weight, bilinear, bias)
-    workspace_bytes = checks.workspace(op, workspace_bytes)
+    workspace_bytes = checks.workspace(op, workspace_bytes, x)
     backend = _backend(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return implementation("modulated", backend, x).plan(with_memory(operands), workspace_bytes, backward)

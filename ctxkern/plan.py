@@ -9,6 +9,8 @@ from functools import cache
 import torch
 
 DEFAULT_WORKSPACE = 32 << 20
+# on a GPU more pays: wider blocks, fewer launches (bench/LOG.md)
+GPU_WORKSPACE = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ def compute_dtype(device_type, dtype):
     return dtype
 
 
+def default_workspace(device_type):
+    """Bytes that a call may use where it names none."""
+    return GPU_WORKSPACE if device_type == "cuda" else DEFAULT_WORKSPACE
+
+
 def floor(device_type, dtype, flops, moved):
     """(seconds, source of the rates) that products in `dtype` and `moved` bytes take at least; (None, "") where the
     device's rates are not known."""
@@ -81,6 +88,7 @@ class Forced:
     backend: str | None = None
     strategy: str | None = None
     tiles: dict = field(default_factory=dict)
+    library: bool | None = None
 
 
 forced = Forced()
@@ -96,6 +104,7 @@ class Plan:
     tokens (outer) at a time. workspace_bytes: temporary memory beyond O(N·D). linear_flops: those of one plain shared
     linear layer on the same x. floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates
     are not known. predicted_seconds: of the GPU kernels on an H100, by a model of their launches; None elsewhere.
+    library: whether products with x and dy are those of torch's library, not kernels of ours (Triton).
     """
 
     strategy: str
@@ -116,6 +125,7 @@ class Plan:
     strip_of: str = "E"
     weights_made: int = 0
     predicted_seconds: float | None = None
+    library: bool = False
 
     def __str__(self):
         floor = "unknown here" if self.floor_seconds is None else f"{self.floor_seconds * 1e3:.3g} ms ({self.rates})"
@@ -127,7 +137,7 @@ class Plan:
         made = f", {self.weights_made} weights made" if self.weights_made > self.contexts else ""
         return "\n".join(
             (
-                f"{self.strategy} on {self.backend}: {tiles}",
+                f"{self.strategy} on {self.backend}: {tiles}{', products by the library' if self.library else ''}",
                 f"  N={self.tokens} tokens, U={self.contexts} contexts ({rows:.4g} tokens each){made}, "
                 f"D={self.d_in}, E={self.d_out}, K={self.context_dim}",
                 f"  flops      {self.flops:.4g} ({ratio:.3g}× a shared linear layer)",

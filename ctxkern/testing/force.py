@@ -9,13 +9,14 @@ STRATEGIES = ("panel", "outer")
 
 
 @contextlib.contextmanager
-def force(*, strategy=None, tiles=None, backend=None, isa=None):
+def force(*, strategy=None, tiles=None, backend=None, isa=None, library=None):
     """Within it, calls take what is named here; None: as planned. Not for several threads at a time.
 
     Args:
         strategy: "panel" or "outer"; a context per token takes outer all the same.
         tiles: {kernel: `Tile`} in place of rows of the Triton tile table.
         backend: a name of `ctxkern.backends()`, for calls that name none.
+        library: whether Triton's panel form takes the library's products where every context has as many rows.
         isa: a name of `ctxkern.runtime.cpu.cpu_isas()`, for the C++ kernels.
 
     Raises:
@@ -24,7 +25,7 @@ def force(*, strategy=None, tiles=None, backend=None, isa=None):
     if strategy not in (None, *STRATEGIES):
         raise ValueError(f"strategy is {strategy!r}; it must be None or one of {', '.join(map(repr, STRATEGIES))}")
     kept = plan.Forced(**vars(plan.forced))
-    wanted = {"strategy": strategy, "tiles": tiles, "backend": backend}
+    wanted = {"strategy": strategy, "tiles": tiles, "backend": backend, "library": library}
     isa_before = cpu.load().force_cpu_isa(isa) if isa is not None else None
     vars(plan.forced).update({name: value for name, value in wanted.items() if value is not None})
     try:
