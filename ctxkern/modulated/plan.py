@@ -79,6 +79,17 @@ def gpu_terms():
     return _GPU_TERMS
 
 
+def by_library(uniform, pays):
+    """Whether the panel form leaves the products with rows of x and dy to torch's library.
+
+    uniform: every context has as many rows, in the order of the table, as shapes tell. pays: () → whether it costs
+    less.
+    """
+    if not uniform or forced.library is False:
+        return False
+    return forced.library or pays()
+
+
 def portable_terms(problem):
     """Terms of the PyTorch form, from the operations and the traffic of both."""
     p = problem
@@ -109,6 +120,7 @@ def describe(
     strip_of="E",
     weights_made=None,
     predicted_seconds=None,
+    library=False,
 ):
     """The `Plan` of a problem whose strategy and tiles a backend has chosen."""
     p = problem
@@ -133,4 +145,5 @@ def describe(
         strip_of=strip_of if strategy == "panel" else "E",
         weights_made=(0 if strategy == "outer" else p.contexts) if weights_made is None else weights_made,
         predicted_seconds=predicted_seconds,
+        library=library,
     )

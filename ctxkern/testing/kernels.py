@@ -22,10 +22,19 @@ from triton.compiler import ASTSource
 
 from ctxkern.modulated import triton as backend
 from ctxkern.modulated.operands import Gradients, Operands
-from ctxkern.modulated.triton import outer, outer_backward, panel, panel_backward, panel_parameters
+from ctxkern.modulated.triton import (
+    outer,
+    outer_backward,
+    outer_parameters,
+    panel,
+    panel_backward,
+    panel_parameters,
+)
+from ctxkern.plan import GPU_WORKSPACE
 from ctxkern.runtime.triton import grouping, tiles
 
 from .cases import Case, make_inputs
+from .force import force
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -131,7 +140,8 @@ class _Recorder:
 def recorded(arch):
     """The `Launches` of the modulated operators, recorded instead of run, with the tiles of a target."""
     launches, kept = Launches(), [(tiles, "architecture", tiles.architecture)]
-    for module in (grouping, panel, panel_backward, panel_parameters, outer, outer_backward):
+    modules = panel, panel_backward, panel_parameters, outer, outer_backward, outer_parameters
+    for module in (grouping, *modules):
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kept.append((module, name, value))
@@ -235,24 +245,24 @@ def faults(launch, arch, found):
 # (case, workspace, projections): many rows per context; K in several blocks; equal contexts; strips and groups; sizes
 # that 8 divides and not 16, odd ones; few rows per context; a context per token
 PROBLEMS = [
-    (Case("panel", 32, 512, 1024, 1024, 64), 32 << 20, 3),
-    (Case("panel-one", 32, 512, 1024, 1024, 64), 32 << 20, 1),
-    (Case("panel-wide-k", 64, 256, 1024, 1024, 128), 32 << 20, 3),
-    (Case("panel-wider-k", 16, 512, 512, 512, 300), 32 << 20, 1),
-    (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), 32 << 20, 3),
-    (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), 32 << 20, 1),
+    (Case("panel", 32, 512, 1024, 1024, 64), GPU_WORKSPACE, 3),
+    (Case("panel-one", 32, 512, 1024, 1024, 64), GPU_WORKSPACE, 1),
+    (Case("panel-wide-k", 64, 256, 1024, 1024, 128), GPU_WORKSPACE, 3),
+    (Case("panel-wider-k", 16, 512, 512, 512, 300), GPU_WORKSPACE, 1),
+    (Case("panel-shared", 32, 512, 1024, 1024, 64, rows=16, index=(0,) * 32), GPU_WORKSPACE, 3),
+    (Case("panel-ragged", 4, 0, 512, 512, 64, lengths=(100, 200, 300, 400)), GPU_WORKSPACE, 1),
     (Case("panel-groups", 64, 128, 1024, 1024, 32), 1 << 20, 1),
-    (Case("panel-eights", 16, 256, 1000, 1000, 32), 32 << 20, 1),
-    (Case("panel-odd", 13, 97, 385, 391, 47), 32 << 20, 3),
-    (Case("outer-decode", 64, 1, 2048, 2048, 32), 32 << 20, 3),
-    (Case("outer-one", 64, 1, 2048, 2048, 32), 32 << 20, 1),
-    (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), 32 << 20, 1),
+    (Case("panel-eights", 16, 256, 1000, 1000, 32), GPU_WORKSPACE, 1),
+    (Case("panel-odd", 13, 97, 385, 391, 47), GPU_WORKSPACE, 3),
+    (Case("outer-decode", 64, 1, 2048, 2048, 32), GPU_WORKSPACE, 3),
+    (Case("outer-one", 64, 1, 2048, 2048, 32), GPU_WORKSPACE, 1),
+    (Case("outer-token", 4, 128, 512, 512, 64, per_token=True), GPU_WORKSPACE, 1),
 ]
 
 
 def launches_of(arch, problems, dtypes):
-    """Each different launch of the forward and backward of problems, on tensors without memory."""
-    with recorded(arch) as launches:
+    """Each different launch of the forward and backward of problems, on tensors without memory; the library's none."""
+    with recorded(arch) as launches, force(library=False):
         for case, workspace, count in problems:
             for dtype, param_dtype in dtypes:
                 _launch(make_inputs(case, dtype, param_dtype, "meta"), workspace, count)

@@ -1,6 +1,6 @@
 """Triton kernels of the modulated operators: which form a call takes, and the launches that are kept for the next one.
 
-panel.py and panel_backward.py, outer.py and outer_backward.py have the maths, the kernels and their launchers.
+panel*.py and outer*.py have the maths, the kernels and their launchers; library.py the products that are torch's.
 """
 
 import math
@@ -15,11 +15,10 @@ from ctxkern.modulated.operands import (
     new_outputs,
     rounds_to_tf32,
 )
-from ctxkern.modulated.plan import Problem, describe, gpu_terms, outer_above
+from ctxkern.modulated.plan import describe, gpu_terms, outer_above
 from ctxkern.plan import forced
 from ctxkern.runtime.triton import tiles
 from ctxkern.runtime.triton.launches import Layout, operands_of
-from ctxkern.runtime.triton.tiles import backward_blocks, forward_blocks
 
 from . import outer, outer_backward, panel, panel_backward
 from .call import Call
@@ -93,7 +92,7 @@ def _run(lay_out, operands, rows, grads, workspace_bytes):
     """
     x = operands.x
     tensors = [*operands.flat(), *rows, *grads]
-    switches = forced.strategy, tuple(forced.tiles.items()), rounds_to_tf32(x.dtype)
+    switches = forced.strategy, forced.library, tuple(forced.tiles.items()), rounds_to_tf32(x.dtype)
     key = (lay_out, len(rows), workspace_bytes, x.device, switches, *map(_layout, tensors))
     launches = _KEPT.get(key)
     if launches is None:
@@ -114,24 +113,24 @@ def _layout(t):
 
 def plan(operands, workspace_bytes, backward):
     """The plan of one projection; contexts: the most there can be, as how many differ is known on the device alone."""
-    x, bilinear, param_dtype = operands.x, operands.bilinears[0], operands.param_dtype
+    x, bilinear = operands.x, operands.bilinears[0]
     flat = operands.flat()
     call = Call(Operands.of([*operands_of(flat)]), workspace_bytes, x.device, Layout(len(flat)))
-    d_in, d_out, k = bilinear.shape
-    contexts = call.most_contexts
+    d_out = bilinear.shape[1]
     strategy = "outer" if _is_outer(call) else "panel"
-    has_weight = operands.weights[0] is not None
-    problem = Problem(call.tokens, contexts, d_in, d_out, k, x.dtype, param_dtype, "cuda", call.per_token, has_weight)
-    made = None
+    problem = call.problem(d_out, operands.weights[0] is not None)
+    made, library = None, False
     if strategy == "outer":
         strip, group, used = d_out, call.tokens, 0
     elif backward:
-        made = backward_blocks(call.tokens, d_in, (d_out,), k, contexts, x.dtype, param_dtype, workspace_bytes)
-        strip, group, used = made.rows, made.group, 2 * math.prod(made) * x.dtype.itemsize
+        made, share, library = panel_backward.backward_choice(call, (d_out,), True)
+        strip, group, used = made.rows, made.group, math.prod(made) * x.dtype.itemsize + share
     else:
-        made = forward_blocks(d_in, (d_out,), contexts, x.dtype, workspace_bytes)
+        made, library = panel.forward_choice(call, (d_out,), operands.biases[0] is not None)
         strip, group, used = made.width, made.group, math.prod(made) * x.dtype.itemsize
-    predicted = predicted_seconds(problem, strategy, made, backward) if call.tokens and contexts else None
+    predicted = (
+        predicted_seconds(problem, strategy, made, backward, library) if call.tokens and call.most_contexts else None
+    )
     return describe(
         problem,
         strategy=strategy,
@@ -141,4 +140,5 @@ def plan(operands, workspace_bytes, backward):
         workspace_bytes=used,
         strip_of="D" if backward else "E",
         predicted_seconds=predicted,
+        library=library,
     )

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ctxkern.dtypes import KERNEL_FLOATS, name_of
 from ctxkern.modulated.operands import rounds_to_tf32
+from ctxkern.modulated.plan import Problem
 from ctxkern.runtime.triton import tiles
 from ctxkern.runtime.triton.grouping import group_rows, slot_of_rows
 
@@ -31,11 +32,13 @@ class Call:
             self.sequences, self.length = x.shape[:2]
         else:
             self.sequences, self.length = self.bounds.shape[0] - 1, 0
-        self.budget, self.dtype = workspace_bytes, x.dtype
+        self.budget, self.dtype, self.param_dtype = workspace_bytes, x.dtype, operands.param_dtype
         mixed = any(t is not None and t.dtype is not x.dtype for t in (context, *weights, *bilinears))
         kind = tiles.kind_of(x.dtype, mixed)
-        # Triton knows of sizes whether 16 divides them, and copies what may lie anywhere else element by element
-        aligned = all(size % 16 == 0 for size in (self.d_in, *(t.shape[1] for t in bilinears)))
+        # Triton knows of sizes whether 16 divides them, and of others what kernels say: what 16 bytes hold divides them
+        sizes, unit = (self.d_in, *(t.shape[1] for t in bilinears)), 16 // x.dtype.itemsize
+        aligned = all(size % unit == 0 for size in sizes)
+        self.unit = unit if aligned and any(size % 16 for size in sizes) else 1
         self.target = kind, tiles.architecture(device), aligned
         # a float16 would lose small float32 parameters: their products are float32 (ctxkern.runtime.triton.device)
         self.compute = torch.float32 if kind == tiles.WIDE else x.dtype
@@ -68,6 +71,17 @@ class Call:
     @property
     def _sequences(self):
         return self.tokens, self.sequences, self.length, self.table
+
+    @property
+    def uniform(self):
+        """Whether every context has `length` rows, in the order of the table, as shapes tell."""
+        in_order = self.index is None and self.bounds is None and not self.per_token
+        return in_order and self.sequences == self.table and self.tokens > 0
+
+    def problem(self, d_out, has_weight=True):
+        """The `Problem` of a projection."""
+        sizes = self.tokens, self.most_contexts, self.d_in, d_out, self.context_dim
+        return Problem(*sizes, self.dtype, self.param_dtype, "cuda", self.per_token, has_weight)
 
     @property
     def products(self):

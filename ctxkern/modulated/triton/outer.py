@@ -2,7 +2,7 @@
 
   outer_y          y[n, e] = Σ_d Σ_k (x[n, d] c[n, k]) bilinear[d, e, k] + Σ_d x[n, d] weight[d, e] + bias[e]
 
-and backward (outer_backward.py)
+and backward (outer_backward.py, outer_parameters.py)
 
   outer_dx         z[n, k] = Σ_e dy[n, e] bilinear[d, e, k] for one d
                    dx[n, d] = Σ_k z[n, k] c[n, k]    dcontext[n, k] += x[n, d] z[n, k]
@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctxkern.runtime.triton.device import dot_rounded, kernel, scale_to_float16, wide
+from ctxkern.runtime.triton.device import dot_rounded, kernel, scale_to_float16, whole, wide
 from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
 from ctxkern.runtime.triton.tiles import clip, splits, tile
 
@@ -73,11 +73,13 @@ def _outer_y_kernel(
     SLOTS: tl.constexpr,
     SPLIT: tl.constexpr,
     SCALED: tl.constexpr,  # products are float16
+    UNIT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     part = tl.program_id(2)
-    d_out = pick(part, d_outs)
+    d_in = whole(d_in, UNIT=UNIT)
+    d_out = whole(pick(part, d_outs), UNIT=UNIT)
     # neighbours differ in their rows: they read the same of `bilinear`
     e0 = (tl.program_id(0) // row_blocks) * BLOCK_E
     if e0 >= d_out:
@@ -175,9 +177,9 @@ def forward(call, projections):
         _outer_y(call, alike)
 
 
-def steps_of(size, parts):
-    """(rows of D per part, parts): rows begin at multiples of 16, which keeps them aligned."""
-    step = 16 * cdiv(size, 16 * parts)
+def steps_of(size, parts, least=16):
+    """(rows of D per part, parts): rows begin at multiples of `least`; of 16 keeps them aligned."""
+    step = least * cdiv(size, least * parts)
     return step, cdiv(size, step)
 
 
@@ -218,6 +220,7 @@ def _outer_y(call, alike):
         SLOTS=call.slot is not None,
         SPLIT=parts > 1,
         SCALED=call.compute is torch.float16,
+        UNIT=call.unit,
         **call.products,
         **t.launch(),
     )

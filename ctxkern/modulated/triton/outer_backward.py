@@ -1,16 +1,19 @@
-"""Outer backward: dx with dcontext, dbilinear, and the plain products of weight; the maths is in outer.py."""
+"""Outer backward: dx with dcontext, and the order of it all; the maths is in outer.py."""
 
 import torch
 import triton.language as tl
 
-from ctxkern.runtime.triton.device import dot_exact, dot_rounded, kernel, scale_to_float16, wide
+from ctxkern.runtime.triton.device import dot_exact, kernel, whole, wide
 from ctxkern.runtime.triton.grouping import context_count, range_of, rows_at, slots_of
 from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
 from ctxkern.runtime.triton.tiles import clip, splits, tile
 
-from .call import TL_DTYPES
 from .outer import slots_of_rows, steps_of
+from .outer_parameters import matmul, outer_dbilinear
 from .projections import pick, together
+
+# rows of D that a program of outer_dx has at least
+DX_ROWS = 4
 
 
 @kernel
@@ -43,6 +46,7 @@ def _outer_dx_kernel(
     LAST: tl.constexpr,
     ADDED: tl.constexpr,  # partial sums hold those of earlier launches
     SLOTS: tl.constexpr,
+    UNIT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -68,7 +72,7 @@ def _outer_dx_kernel(
         z = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         rest = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for part in range(0, len(d_outs)):
-            d_out = pick(part, d_outs)
+            d_out = whole(pick(part, d_outs), UNIT=UNIT)
             bilinear_at = pick(part, bilinears) + wide(d) * pick(part, strides_t[0])
             for e in range(0, d_out, BLOCK_E):
                 offs_e = e + tl.arange(0, BLOCK_E)
@@ -124,128 +128,18 @@ def _outer_dcontext_sum_kernel(
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < context_dim
     sums = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for start in range(begin, end, BLOCK_M):
-        grouped = start + tl.arange(0, BLOCK_M)
+    # rows of the context, and parts of each
+    for start in range(0, (end - begin) * spans, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
+        grouped = begin + place // spans
         mask_m = grouped < end
         n = rows_at(groups_ptr, limit, tiles, grouped, mask_m, ORDERED).to(tl.int64)
-        for span in range(0, spans):
-            at = (wide(span) * rows + n[:, None]) * context_dim + offs_k[None, :]
-            sums += tl.load(partial_ptr + at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        at = ((place % spans).to(tl.int64) * rows + n)[:, None] * context_dim + offs_k[None, :]
+        sums += tl.load(partial_ptr + at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
     acc = tl.sum(sums, 0)
     slot = slots_of(groups_ptr, u, True, UNIFORM)
     at = dcontext_ptr + slot.to(tl.int64) * context_dim + offs_k
     tl.store(at, acc.to(dcontext_ptr.dtype.element_ty), mask=mask_k)
-
-
-@kernel
-def _outer_dbilinear_kernel(
-    # tensors
-    x_ptr,  # [N, D]
-    dys,  # of each projection [N, E]
-    context_ptr,  # [F, K]
-    slot_ptr,  # [N]
-    dbilinears,  # [D, E, K] each
-    # strides
-    strides_t,
-    # sizes
-    d_outs,
-    rows,
-    d_in,
-    context_dim,
-    e_blocks,  # of the widest projection
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SCALED: tl.constexpr,  # products are float16
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    part = tl.program_id(2)
-    d_out = pick(part, d_outs)
-    e0 = (tl.program_id(0) % e_blocks) * BLOCK_E
-    if e0 >= d_out:
-        return
-    d = (tl.program_id(0) // e_blocks).to(tl.int64)
-    offs_e = e0 + tl.arange(0, BLOCK_E)
-    mask_e = offs_e < d_out
-    dy_ptr = pick(part, dys)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < context_dim
-    # [BLOCK_E, BLOCK_K]
-    acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
-    for start in range(0, rows, BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < rows
-        slot = slots_of_rows(slot_ptr, offs_m, mask_m, SLOTS=SLOTS)
-        n = offs_m.to(tl.int64)
-        x = tl.load(x_ptr + n * d_in + d, mask=mask_m, other=0.0).to(tl.float32)
-        dy_at = dy_ptr + n[:, None] * d_out + offs_e[None, :]
-        dy = tl.load(dy_at, mask=mask_m[:, None] & mask_e[None, :], other=0.0).to(tl.float32)
-        c_at = context_ptr + slot[:, None] * context_dim + offs_k[None, :]
-        c = tl.load(c_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        # [BLOCK_M, BLOCK_E]
-        product = x[:, None] * dy
-        if SCALED:
-            scale, inverse = scale_to_float16(tl.max(tl.abs(product), 0))
-            sums = tl.dot(tl.trans((product * scale[None, :]).to(tl.float16)), c, input_precision=PRECISION)
-            acc += sums * inverse[:, None]
-        elif c.dtype == tl.float32:
-            # rounding the product would be the only rounding
-            acc = tl.dot(tl.trans(product), c, acc, input_precision=PRECISION)
-        else:
-            acc = dot_rounded(tl.trans(product.to(DTYPE)), c, acc, DTYPE=DTYPE, PRECISION=PRECISION)
-    at = pick(part, dbilinears) + d * pick(part, strides_t[0]) + offs_e[:, None].to(tl.int64) * pick(part, strides_t[1])
-    at += offs_k[None, :] * wide(pick(part, strides_t[2]))
-    tl.store(at, acc.to(dbilinears[0].dtype.element_ty), mask=mask_e[:, None] & mask_k[None, :])
-
-
-@kernel
-def _matmul_kernel(
-    # tensors
-    a_ptr,  # [M, K]
-    b_ptr,  # [K, N]
-    out_ptr,  # [M, N]
-    # strides
-    stride_a_m,
-    stride_a_k,
-    stride_b_k,
-    stride_b_n,
-    stride_out_m,
-    stride_out_n,
-    # sizes
-    m,
-    n,
-    k,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ADD: tl.constexpr,  # to what is there
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The part of `weight`: for dx, dy weight^T; for dweight, x^T dy."""
-    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    mask_m = offs_m < m
-    mask_n = offs_n < n
-    # [BLOCK_M, BLOCK_N]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, k, BLOCK_K):
-        offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        mask_k = offs_k < k
-        a_at = a_ptr + offs_m[:, None] * stride_a_m + offs_k[None, :] * stride_a_k
-        b_at = b_ptr + offs_k[:, None] * stride_b_k + offs_n[None, :] * stride_b_n
-        a = tl.load(a_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        b = tl.load(b_at, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = dot_rounded(a, b, acc, DTYPE=DTYPE, PRECISION=PRECISION)
-    at = out_ptr + offs_m[:, None] * stride_out_m + offs_n[None, :] * stride_out_n
-    mask = mask_m[:, None] & mask_n[None, :]
-    if ADD:
-        acc += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def backward(call, projections, dx, dcontext):
@@ -255,67 +149,11 @@ def backward(call, projections, dx, dcontext):
     for alike in batches:
         if alike.dweight is not None:
             for p in alike.members:
-                _matmul(call, call.x.t(), p.rows, p.dweight, False)
+                matmul(call, call.x.t(), p.rows, p.dweight, False)
         if alike.dbilinear is not None and call.context_dim:
-            _outer_dbilinear(call, alike)
+            outer_dbilinear(call, alike)
     if dx is not None or dcontext is not None:
         _outer_dx(call, batches, dx, dcontext)
-
-
-def _matmul(call, a, b, out, add):
-    (m, k), n = a.shape, b.shape[1]
-    t = tile("matmul", *call.target, m, n, k)
-    call.launch(
-        _matmul_kernel,
-        grid=(cdiv(m, t.rows), cdiv(n, t.columns)),
-        a_ptr=a,
-        b_ptr=b,
-        out_ptr=out,
-        stride_a_m=a.strides[0],
-        stride_a_k=a.strides[1],
-        stride_b_k=b.strides[0],
-        stride_b_n=b.strides[1],
-        stride_out_m=out.strides[0],
-        stride_out_n=out.strides[1],
-        m=m,
-        n=n,
-        k=k,
-        BLOCK_M=t.rows,
-        BLOCK_N=t.columns,
-        BLOCK_K=t.depth,
-        ADD=add,
-        DTYPE=TL_DTYPES[call.dtype if a.dtype is b.dtype else call.compute],
-        PRECISION=call.precision,
-        **t.launch(),
-    )
-
-
-def _outer_dbilinear(call, alike):
-    k = call.context_dim
-    t = tile("outer_dbilinear", *call.target, alike.widest, k, call.tokens)
-    e_blocks = cdiv(alike.widest, t.rows)
-    call.launch(
-        _outer_dbilinear_kernel,
-        grid=(call.d_in * e_blocks, cdiv(k, t.columns), len(alike.members)),
-        x_ptr=call.x,
-        dys=alike.rows,
-        context_ptr=call.context,
-        slot_ptr=call.slot,
-        dbilinears=alike.dbilinear,
-        strides_t=alike.strides("dbilinear"),
-        d_outs=alike.d_outs,
-        rows=call.tokens,
-        d_in=call.d_in,
-        context_dim=k,
-        e_blocks=e_blocks,
-        BLOCK_M=t.depth,
-        BLOCK_E=t.rows,
-        BLOCK_K=t.columns,
-        SLOTS=call.slot is not None,
-        SCALED=call.compute is torch.float16,
-        **call.products,
-        **t.launch(),
-    )
 
 
 def _outer_dx(call, batches, dx, dcontext):
@@ -330,8 +168,9 @@ def _outer_dx(call, batches, dx, dcontext):
     if weighted or dx is not None and len(pieces) > 1:
         sums = call.buffer((call.tokens, call.d_in), torch.float32)
     for at, p in enumerate(weighted):
-        _matmul(call, p.rows, p.weight.t(), sums, at > 0)
-    step, parts = steps_of(call.d_in, splits(call.d_in, tiles, 4 * call.tokens * k, call.budget))
+        matmul(call, p.rows, p.weight.t(), sums, at > 0)
+    wanted = splits(call.d_in, tiles, 4 * call.tokens * k, call.budget, DX_ROWS)
+    step, parts = steps_of(call.d_in, wanted, DX_ROWS)
     partial = None if dcontext is None else call.buffer(parts * call.tokens * k, torch.float32)
     for piece, (alike, k_begin) in enumerate(pieces):
         call.launch(
@@ -361,6 +200,7 @@ def _outer_dx(call, batches, dx, dcontext):
             LAST=piece + 1 == len(pieces),
             ADDED=alike is not batches[0],
             SLOTS=call.slot is not None,
+            UNIT=call.unit,
             **call.products,
             **t.launch(),
         )
@@ -375,7 +215,7 @@ def _outer_dx(call, batches, dx, dcontext):
             context_dim=k,
             spans=parts,
             **call.groups.arguments(),
-            BLOCK_M=16,
+            BLOCK_M=32,
             BLOCK_K=block_k,
             **OPTIONS,
         )

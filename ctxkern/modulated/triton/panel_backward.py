@@ -3,13 +3,16 @@
 import torch
 import triton.language as tl
 
-from ctxkern.runtime.triton.device import kernel
+from ctxkern.modulated.plan import by_library
+from ctxkern.runtime.triton.device import kernel, whole
 from ctxkern.runtime.triton.grouping import context_count, range_of, rows_at, tile_count, tile_range
 from ctxkern.runtime.triton.sizes import cdiv
 from ctxkern.runtime.triton.tiles import WEIGHT_ROWS, backward_blocks, tile, weights_tile
 
+from .cost import library_pays
+from .library import library_dx, library_g
 from .panel import Block, cut
-from .panel_parameters import panel_dbilinear, panel_dcontext_sum, weights_and_dcontext
+from .panel_parameters import panel_dbilinear, panel_dcontext_sum, takes_parameters, weights_and_dcontext
 from .projections import pick, strip_at, together
 
 # of the budget: partial sums for dcontext
@@ -41,16 +44,20 @@ def _panel_g_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,  # rows at a time
+    UNIT: tl.constexpr,
     UNIFORM: tl.constexpr,
     ORDERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    d_in = whole(d_in, UNIT=UNIT)
+    d_size = whole(d_size, UNIT=UNIT)
+    width = whole(width, UNIT=UNIT)
     u = tl.program_id(1)
     e_blocks = tl.cdiv(width, BLOCK_E)
     block = tl.program_id(0) // e_blocks
     d_blocks = tl.cdiv(d_size, BLOCK_D)
     slot = block // d_blocks
-    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width)
+    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width, UNIT=UNIT)
     e0 = (tl.program_id(0) % e_blocks) * BLOCK_E
     if (u_begin + u >= context_count(groups_ptr, limit, UNIFORM)) | (e0 >= e_size):
         return
@@ -60,7 +67,7 @@ def _panel_g_kernel(
     mask_d = offs_d < d_size
     mask_e = offs_e < e_size
     dy_ptr = pick(part, dys)
-    d_out = pick(part, d_outs)
+    d_out = whole(pick(part, d_outs), UNIT=UNIT)
     # [BLOCK_D, BLOCK_E]
     acc = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
     for n in range(begin, end, BLOCK_N):
@@ -105,11 +112,15 @@ def _panel_dx_kernel(
     BLOCK_E: tl.constexpr,
     STARTED: tl.constexpr,  # sums hold earlier launches
     LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     UNIFORM: tl.constexpr,
     ORDERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program sums over the columns of all strips of the launch, of all projections."""
+    d_in = whole(d_in, UNIT=UNIT)
+    d_size = whole(d_size, UNIT=UNIT)
+    width = whole(width, UNIT=UNIT)
     blocks = tl.cdiv(d_size, BLOCK_N)
     tile = tl.program_id(0) // blocks
     if tile >= tile_count(groups_ptr, tiles, UNIFORM):
@@ -123,11 +134,15 @@ def _panel_dx_kernel(
     offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < d_size
     offs_e = tl.arange(0, BLOCK_E)
+    mask = mask_m[:, None] & mask_n[None, :]
+    sums = rows[:, None] * d_size + offs_n[None, :]
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if STARTED:
+        acc = tl.load(sums_ptr + sums, mask=mask, other=0.0)
     for slot in range(0, strips):
-        part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width)
-        dy_at = pick(part, dys) + rows[:, None] * pick(part, d_outs) + (e_begin + offs_e)[None, :]
+        part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width, UNIT=UNIT)
+        dy_at = pick(part, dys) + rows[:, None] * whole(pick(part, d_outs), UNIT=UNIT) + (e_begin + offs_e)[None, :]
         # [BLOCK_N, BLOCK_E]
         region = (slot * u_size + u - u_begin) * d_size
         w_at = panel_ptr + (region + offs_n[:, None]).to(tl.int64) * width + offs_e[None, :]
@@ -138,10 +153,6 @@ def _panel_dx_kernel(
             acc = tl.dot(dy, tl.trans(w), acc, input_precision=PRECISION)
             dy_at += BLOCK_E
             w_at += BLOCK_E
-    mask = mask_m[:, None] & mask_n[None, :]
-    sums = rows[:, None] * d_size + offs_n[None, :]
-    if STARTED:
-        acc += tl.load(sums_ptr + sums, mask=mask, other=0.0)
     if LAST:
         dx_at = dx_ptr + rows[:, None] * d_in + (d_begin + offs_n)[None, :]
         tl.store(dx_at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -149,16 +160,26 @@ def _panel_dx_kernel(
         tl.store(sums_ptr + sums, acc, mask=mask)
 
 
+def backward_choice(call, d_outs, dcontext):
+    """(blocks, bytes for parts of dcontext, whether the library makes G and dx)."""
+    limit, k, share = call.most_contexts, call.context_dim, 0
+    if dcontext:
+        columns = cdiv(sum(d_outs), weights_tile(*call.target, max(d_outs), limit, k)[0].rows)
+        share = min(call.budget // _PARTIAL_SHARE, 4 * limit * k * columns * cdiv(call.d_in, WEIGHT_ROWS))
+    sizes = call.tokens, call.d_in, d_outs, k, limit, call.dtype, call.param_dtype, call.budget - share
+    blocks = backward_blocks(*sizes, whole=call.uniform)
+    problem = call.problem(d_outs[0])
+    return blocks, share, by_library(call.uniform, lambda: library_pays(problem, d_outs, blocks, True, False))
+
+
 def backward(call, projections, dx, dcontext):
     """The gradients into tensors of theirs; None: not asked for."""
     limit, k, batches = call.groups.limit, call.context_dim, together(projections)
-    share = call.budget // _PARTIAL_SHARE if dcontext is not None else 0
     d_outs = max((alike.d_outs for alike in batches), key=sum)
-    param_dtype = torch.promote_types(projections[0].bilinear.dtype, call.context.dtype)
-    sizes = call.tokens, call.d_in, d_outs, k, limit
-    blocks = backward_blocks(*sizes, call.dtype, param_dtype, call.budget - share)
+    blocks, share, library = backward_choice(call, d_outs, dcontext is not None)
     area = blocks.rows * blocks.width * blocks.strips
-    panel, grads = call.buffer(area * blocks.group), call.buffer(area * blocks.group)
+    # W overwrites G
+    panel = grads = call.buffer(area * blocks.group)
     sums = call.buffer(area * (k + 1), torch.float32) if blocks.group < limit else None
     rows, partial = WEIGHT_ROWS, None
     if dcontext is not None:
@@ -178,12 +199,16 @@ def backward(call, projections, dx, dcontext):
                 block = Block(d_begin, d_size, blocks.width, u_begin, u_size, first, strips)
                 parameters = alike.dweight is not None or alike.dbilinear is not None
                 if parameters or partial is not None:
-                    _panel_g(call, alike, grads, block)
-                if dx is not None or partial is not None:
-                    weights_and_dcontext(call, alike, panel if dx is not None else None, grads, partial, block, rows)
-                if parameters:
+                    (library_g if library else _panel_g)(call, alike, grads, block)
+                merged = parameters and takes_parameters(call, block, dx is not None or partial is not None)
+                if parameters and not merged:
                     panel_dbilinear(call, alike, grads, sums, block, u_begin > 0, u_begin + u_size >= limit)
-                if dx is not None:
+                if dx is not None or partial is not None:
+                    made = panel if dx is not None else None
+                    weights_and_dcontext(call, alike, made, grads, partial, block, rows, merged)
+                if dx is not None and library and len(pieces) == 1:
+                    library_dx(call, alike, panel, dx, block)
+                elif dx is not None:
                     _panel_dx(call, alike, panel, dx_sums, dx, block, piece > 0, piece + 1 == len(pieces))
     if dcontext is not None and k:
         panel_dcontext_sum(call, partial, programs, dcontext)
@@ -204,6 +229,7 @@ def _panel_g(call, alike, grads, block):
         BLOCK_D=t.rows,
         BLOCK_E=t.columns,
         BLOCK_N=t.depth,
+        UNIT=block.unit(call),
         PRECISION=call.precision,
         **t.launch(),
     )
@@ -228,6 +254,7 @@ def _panel_dx(call, alike, panel, sums, dx, block, started, last):
         BLOCK_E=t.depth,
         STARTED=started,
         LAST=last,
+        UNIT=block.unit(call),
         PRECISION=call.precision,
         **t.launch(),
     )

@@ -2,10 +2,10 @@
 
 import triton.language as tl
 
-from ctxkern.runtime.triton.device import dot_wide, kernel, wide
+from ctxkern.runtime.triton.device import dot_wide, kernel, whole, wide
 from ctxkern.runtime.triton.grouping import context_count, slots_of
 from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
-from ctxkern.runtime.triton.tiles import clip, tile, weights_tile
+from ctxkern.runtime.triton.tiles import FLOAT, HALF, clip, tile, weights_tile
 
 from .panel import panel_weights
 from .projections import pick, strip_at
@@ -39,18 +39,20 @@ def _panel_dcontext_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
     UNIFORM: tl.constexpr,
     ORDERED: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The part of `_panel_weights_kernel` that sums dcontext, for more of K than a program holds: a block of K each."""
+    width = whole(width, UNIT=UNIT)
     contexts = tl.cdiv(u_size, BLOCK_U)
     program = tl.program_id(0) // contexts
     e_blocks = tl.cdiv(width, BLOCK_E)
     blocks = e_blocks * tl.cdiv(d_size, ROWS)
     slot = program // blocks
-    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width)
+    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width, UNIT=UNIT)
     u0 = (tl.program_id(0) % contexts) * BLOCK_U
     e0 = (program % e_blocks) * BLOCK_E
     count = tl.minimum(context_count(groups_ptr, limit, UNIFORM) - u_begin, u_size)
@@ -152,16 +154,18 @@ def _panel_dbilinear_kernel(
     DWEIGHT: tl.constexpr,
     STARTED: tl.constexpr,  # sums hold earlier groups
     LAST: tl.constexpr,
+    UNIT: tl.constexpr,
     UNIFORM: tl.constexpr,
     ORDERED: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    width = whole(width, UNIT=UNIT)
     count = tl.minimum(context_count(groups_ptr, limit, UNIFORM) - u_begin, u_size)
     e_blocks = tl.cdiv(width, BLOCK_E)
     slot = tl.program_id(0) // (e_blocks * d_size)
     row = tl.program_id(0) // e_blocks % d_size
-    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width)
+    part, e_begin, e_size = strip_at(first_strip + slot, d_outs, width, UNIT=UNIT)
     e0 = (tl.program_id(0) % e_blocks) * BLOCK_E
     if e0 >= e_size:
         return
@@ -214,12 +218,20 @@ def _panel_dbilinear_kernel(
                 tl.store(sums_ptr + sums + context_dim, dweight, mask=mask_e)
 
 
-def weights_and_dcontext(call, alike, panel, grads, partial, block, rows):
-    """W unless `panel` is None, and dcontext unless `partial` is: in one launch where K fits into a tile."""
-    t, whole = weights_tile(*call.target, block.width, block.u_size, call.context_dim)
-    if panel is not None or whole:
-        panel_weights(call, alike, panel, block, grads, partial, rows)
-    if partial is not None and not whole:
+def takes_parameters(call, block, made):
+    """Whether `weights_and_dcontext` makes dbilinear and dweight too, so that G is read once: a tile has all contexts
+    and all of K, and registers suffice, as with parameters of the dtype of x. made: whether it runs at all."""
+    t, all_of_k = weights_tile(*call.target, block.width, block.u_size, call.context_dim)
+    all_contexts = block.u_size == call.groups.limit and block.u_size <= t.columns
+    alike = call.target[0] in (HALF, FLOAT)
+    return made and alike and all_of_k and all_contexts and call.context_dim > 0
+
+
+def weights_and_dcontext(call, alike, panel, grads, partial, block, rows, parameters=False):
+    """W unless `panel` is None, and dcontext unless `partial` is: in one launch where K fits into a tile. parameters:
+    dbilinear and dweight in that launch too."""
+    t, all_of_k = weights_tile(*call.target, block.width, block.u_size, call.context_dim)
+    if partial is not None and not all_of_k:
         programs = block.strips * cdiv(block.d_size, rows) * cdiv(block.width, t.rows)
         call.launch(
             _panel_dcontext_kernel,
@@ -236,9 +248,12 @@ def weights_and_dcontext(call, alike, panel, grads, partial, block, rows):
             BLOCK_E=t.rows,
             BLOCK_U=t.columns,
             BLOCK_K=t.depth,
+            UNIT=block.unit(call),
             **call.products,
             **t.launch(),
         )
+    if panel is not None or all_of_k:
+        panel_weights(call, alike, panel, block, grads, partial, rows, parameters)
 
 
 def panel_dcontext_sum(call, partial, programs, dcontext):
@@ -282,6 +297,7 @@ def panel_dbilinear(call, alike, grads, sums, block, started, last):
         DWEIGHT=alike.dweight is not None,
         STARTED=started,
         LAST=last,
+        UNIT=block.unit(call),
         **call.products,
         **t.launch(),
     )

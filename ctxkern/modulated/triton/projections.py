@@ -10,6 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ctxkern.runtime.triton.device import whole
 from ctxkern.runtime.triton.launches import Operand, Operands
 
 
@@ -66,8 +67,8 @@ def pick(part, values):
 
 
 @triton.jit
-def strip_at(strip, d_outs, width):
-    """Projection of a strip, its first column there, and how many it has."""
+def strip_at(strip, d_outs, width, UNIT: tl.constexpr):
+    """Projection of a strip, its first column there, and how many it has. UNIT divides `width` and all of `d_outs`."""
     part = 0
     before = 0
     end = 0
@@ -76,7 +77,7 @@ def strip_at(strip, d_outs, width):
         part += tl.where(strip >= end, 1, 0)
         before = tl.where(strip >= end, end, before)
     begin = (strip - before) * width
-    return part, begin, tl.minimum(width, pick(part, d_outs) - begin)
+    return part, begin, tl.minimum(width, whole(pick(part, d_outs), UNIT=UNIT) - begin)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 empty, zeros = torch.empty, torch.zeros
+bmm, baddbmm = torch.bmm, torch.baddbmm
 
 
 class Operand(NamedTuple):
@@ -34,6 +35,24 @@ class Operand(NamedTuple):
 
     def t(self):
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
+
+
+class View(NamedTuple):
+    """Part of a tensor of a call: strides and where it begins in elements, from the tensor's own beginning."""
+
+    at: int
+    begin: int
+    shape: tuple
+    strides: tuple
+
+    def of(self, values):
+        tensor = values[self.at]
+        return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.begin)
+
+    def t(self):
+        """With the last two dimensions exchanged."""
+        (*first, m, n), (*at, stride_m, stride_n) = self.shape, self.strides
+        return self._replace(shape=(*first, n, m), strides=(*at, stride_n, stride_m))
 
 
 class Operands(tuple):
@@ -56,6 +75,10 @@ class Step:
         self.kernel, self.grid, self._take, self._options = kernel, (*grid, 1, 1)[:3], take, options
         self._compiled = None
 
+    @property
+    def name(self):
+        return self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
+
     def launch(self, values, stream, hooked):
         """As Triton launches it; hooked: profilers listen, and get to know which kernel it is."""
         compiled = self._compiled
@@ -68,6 +91,31 @@ class Step:
         else:
             take = self._take(values)
             compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *take)
+
+
+class Product(NamedTuple):
+    """out = a @ b (+ out) (+ bias), [batch, m, k] @ [batch, k, n], by torch's library."""
+
+    a: View
+    b: View
+    out: View
+    bias: View | None = None  # [n]
+    added: bool = False
+
+    name = "bmm"
+
+    @property
+    def grid(self):
+        return self.out.shape
+
+    def launch(self, values, stream, hooked):
+        a, b, out = self.a.of(values), self.b.of(values), self.out.of(values)
+        if self.added:
+            baddbmm(out, a, b, out=out)
+        else:
+            bmm(a, b, out=out)
+        if self.bias is not None:
+            out.add_(self.bias.of(values))
 
 
 class Layout:
@@ -89,12 +137,20 @@ class Layout:
         options = dict(arguments)
         self._launches.append((kernel, grid, [options.pop(name) for name in kernel.arg_names], options))
 
+    def product(self, a, b, out, bias=None, added=False):
+        """Adds a `Product` of `View`s."""
+        self._launches.append(Product(a, b, out, bias, added))
+
     def done(self):
         """The `Launches`, for which all that kernels take is numbered: tensors, buffers, tuples of these in their
         order, constants from the end."""
         tuples, constants, steps = {}, [], []
         first = self._tensors + len(self._buffers)
-        for kernel, grid, args, options in self._launches:
+        for launch in self._launches:
+            if isinstance(launch, Product):
+                steps.append(launch)
+                continue
+            kernel, grid, args, options = launch
             places = []
             for arg in args:
                 if type(arg) is Operand:

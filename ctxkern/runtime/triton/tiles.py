@@ -147,9 +147,12 @@ AFTER.append(found.cache_clear)
 PROGRAMS = 264
 
 
-def splits(size, programs, bytes_each, budget):
-    """Into how many parts a sum over `size` is split so that there are programs enough, their sums within a budget."""
-    wanted = min(-(-PROGRAMS // max(programs, 1)), -(-size // 16))
+def splits(size, programs, bytes_each, budget, least=16):
+    """Into how many parts a sum over `size` is split so that there are programs enough, their sums within a budget.
+
+    least: what a part has.
+    """
+    wanted = min(-(-PROGRAMS // max(programs, 1)), -(-size // least))
     return max(1, min(wanted, budget // max(bytes_each, 1)))
 
 
@@ -189,53 +192,85 @@ def _padded(size, whole):
     return cdiv(size, tile) * tile / size
 
 
-def forward_blocks(d_in, d_outs, limit, dtype, budget):
-    """All of D by as many columns as hold all contexts, or fewer contexts where those would be too few."""
+# what a launch costs, in bytes that memory moves meanwhile: 2 µs of an H100's, not measured
+_LAUNCH_BYTES = 6 << 20
+# operations of a large product while memory moves a byte: an H100's
+_INTENSITY = 240
+# bytes of W or G that are still in cache when they are read; those of larger blocks go to memory and back. Not measured
+CACHED = 32 << 20
+
+
+def _bytes_of_product(tokens, rows, columns, itemsize, more, padded=1.0):
+    """What [tokens, rows] × [rows, columns] costs, in bytes that memory moves meanwhile; more: bytes of W or G."""
+    moved = itemsize * tokens * (rows + columns) + more
+    return max(moved, 2 * tokens * rows * columns * padded / _INTENSITY)
+
+
+def forward_blocks(d_in, d_outs, limit, dtype, budget, tokens=0):
+    """All of D by as many columns as hold all contexts, or fewer contexts where those would be too few.
+
+    Fewer columns, which stay in cache, where reading x once more for each strip costs less than W's way to memory.
+    """
     column, widest = d_in * dtype.itemsize, max(d_outs)
     group = min(max(limit, 1), _GRID)
     while group > 1 and column and budget // (column * group) < min(_NARROW, widest):
         group = -(-group // 2)
-    fit = max(1, budget // max(column * group, 1))
-    width = max(1, _even(widest, min(_down(fit, _WIDE if fit > _WIDE else _NARROW), widest)))
-    strips = sum(-(-d_out // width) for d_out in d_outs)
-    return Blocks(d_in, width, min(strips, max(1, fit // width)), group)
+
+    def blocks_of(size):
+        fit = max(1, size // max(column * group, 1))
+        width = max(1, _even(widest, min(_down(fit, _WIDE if fit > _WIDE else _NARROW), widest)))
+        strips = sum(-(-d_out // width) for d_out in d_outs)
+        return Blocks(d_in, width, min(strips, max(1, fit // width)), group)
+
+    def cost(blocks):
+        width = blocks.width * blocks.strips
+        made = column * group * width
+        made = made if made > CACHED else 0
+        product = _bytes_of_product(tokens, d_in, width, dtype.itemsize, made)
+        return -(-sum(d_outs) // max(width, 1)) * (made + product + 2 * _LAUNCH_BYTES)
+
+    return min((blocks_of(size) for size in sorted({budget, min(budget, CACHED)}, reverse=True)), key=cost)
 
 
-# what a launch costs, in bytes that memory moves meanwhile: 2 µs of an H100's, not measured
-_LAUNCH_BYTES = 6 << 20
-
-
-def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype, budget):
-    """Rows of D by columns of E that hold W and G of all contexts and move fewest bytes; else fewer contexts.
+def backward_blocks(tokens, d_in, d_outs, context_dim, limit, dtype, param_dtype, budget, whole=False):
+    """Rows of D by columns of E that hold G of all contexts, then W in its place, and cost least; else fewer contexts.
 
     A block reads x and dy, and dy again for dx; where it has not all columns, dx goes through memory in float32, [N,
-    rows]: no more bytes than x has.
+    rows]: no more bytes than x has. G and W that do not stay in cache are each written and read once. whole: all
+    columns if enough rows fit with them.
     """
-    element = 2 * dtype.itemsize
+    element = dtype.itemsize
     sums = (context_dim + 1) * torch.float32.itemsize
     group, total = min(max(limit, 1), _GRID), sum(d_outs)
     candidates = [(max(*d_outs, 1), strips) for strips in sorted({len(d_outs), 1}, reverse=True)]
     while candidates[-1][0] > _NARROW:
         candidates.append((max(_down(-(-candidates[-1][0] // 2), 16), _NARROW), 1))
 
-    def fit(width, strips):
-        return budget // max(width * strips * (group * element + (sums if group < limit else 0)), 1)
+    def fit(width, strips, size=budget):
+        return size // max(width * strips * (group * element + (sums if group < limit else 0)), 1)
 
-    def rows_of(width, strips):
-        rows = max(1, fit(width, strips))
+    def rows_of(width, strips, size):
+        rows = max(1, fit(width, strips, size))
         if width * strips < total:
             rows = max(1, min(rows, d_in * dtype.itemsize // torch.float32.itemsize))
         return _even(d_in, min(_down(rows, _WIDE if rows > _WIDE else _NARROW), d_in))
 
-    def cost(width, strips):
-        rows, columns = rows_of(width, strips), min(width * strips, total)
+    def cost(width, strips, rows):
+        columns = min(width * strips, total)
         count = -(-d_in // max(rows, 1)) * -(-total // max(columns, 1))
-        moved = dtype.itemsize * (rows + 2 * columns) + (2 * torch.float32.itemsize * rows if columns < total else 0)
+        made = max(limit, 1) * rows * columns * element
+        made = made if group * rows * columns * element > CACHED else 0
+        summed = 2 * torch.float32.itemsize * tokens * rows if columns < total else 0
         padded = _padded(rows, d_in) * _padded(columns, total)
-        return count * (tokens * moved * padded + _LAUNCH_BYTES)
+        product = _bytes_of_product(tokens, rows, columns, element, made, padded)
+        return count * (2 * (product + made) + summed + 4 * _LAUNCH_BYTES)
 
     while group > 1 and max(fit(*candidate) for candidate in candidates) < min(16, d_in):
         group = -(-group // 2)
     fitting = [candidate for candidate in candidates if fit(*candidate)] or candidates[-1:]
-    width, strips = min(fitting, key=lambda candidate: cost(*candidate))
-    return Blocks(rows_of(width, strips), width, min(strips, sum(-(-d_out // width) for d_out in d_outs)), group)
+    if whole and fit(*candidates[0]) >= min(_NARROW, d_in):
+        fitting = candidates[:1]
+    sizes = sorted({budget, min(budget, CACHED)}, reverse=True)
+    shapes = [(*candidate, rows_of(*candidate, size)) for candidate in fitting for size in sizes]
+    width, strips, rows = min(shapes, key=lambda shape: cost(*shape))
+    return Blocks(rows, width, min(strips, sum(-(-d_out // width) for d_out in d_outs)), group)
