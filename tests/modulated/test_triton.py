@@ -71,6 +71,21 @@ def test_small_workspace(form, case, workspace, dtypes):
     check(fn, make_inputs(case, *DTYPES[dtypes], device=DEVICE), case.id)
 
 
+# 16 bytes hold what divides their sizes, which kernels tell Triton; blocks that these do not divide
+EIGHTS = [
+    (Case("eights", 2, 5, 24, 40, 5, bias=True), None),
+    (Case("eights-ragged", 3, 0, 8, 24, 3, lengths=(4, 0, 3)), None),
+    (Case("eights-in-blocks", 2, 3, 24, 8, 3), 256),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+@pytest.mark.parametrize(("case", "workspace"), EIGHTS, ids=[case.id for case, _ in EIGHTS])
+def test_sizes_that_8_divides_and_not_16(form, case, workspace):
+    fn = functools.partial(triton_linear, workspace_bytes=workspace)
+    check(fn, make_inputs(case, torch.float16, device=DEVICE), case.id)
+
+
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("lengths", [None, (3, 0, 5, 2)], ids=["padded", "packed"])
 def test_three_projections_share_dx_and_dcontext(form, lengths):

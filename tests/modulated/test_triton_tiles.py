@@ -103,7 +103,7 @@ def test_backward_blocks_fit_into_the_workspace(tokens, d_in, d_outs, k, limit, 
     assert 1 <= width <= max(d_outs)
     assert 1 <= group <= limit
     sums = 4 * (k + 1) if group < limit else 0
-    used = rows * width * strips * (2 * 2 * group + sums)
+    used = rows * width * strips * (2 * group + sums)
     assert used <= kib << 10 or (rows, strips, group) == (1, 1, 1)
 
 
