@@ -142,6 +142,6 @@ def _outer(p, backward):
     steps = waves(parts * down) * cdiv(p.d_in, parts) * across * deep
     made.append(Launch(1, flops, rows + bilinear, _SHARE, steps))
     if p.has_weight:
-        made += [Launch(1, product, rows + weight, _SHARE)] * 2
+        made += [Launch(1, product, rows + weight, _SHARE, steps) for steps in (down, across)]
     # not copied ahead
     return [*made, Launch(1, 0, 0, 1.0, 3 * cdiv(parts * p.tokens, 32 * max(p.contexts, 1)))]

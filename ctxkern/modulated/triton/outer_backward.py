@@ -1,7 +1,5 @@
 """Outer backward: dx with dcontext, and the order of it all; the maths is in outer.py."""
 
-import math
-
 import torch
 import triton.language as tl
 
@@ -11,7 +9,7 @@ from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
 from ctxkern.runtime.triton.tiles import clip, splits, tile
 
 from .outer import slots_of_rows, steps_of
-from .outer_parameters import matmul, matmul_tiles, outer_dbilinear
+from .outer_parameters import matmul, outer_dbilinear
 from .projections import pick, together
 
 # rows of D that a program of outer_dx has at least
@@ -26,7 +24,7 @@ def _outer_dx_kernel(
     context_ptr,  # [F, K]
     slot_ptr,  # [N]
     bilinears,  # [D, E, K] each
-    sums_ptr,  # [parts, N, D], float32: dx so far
+    sums_ptr,  # [N, D], float32: dx so far
     dx_ptr,  # [N, D]
     partial_ptr,  # [ranges of D, N, K], float32: dcontext
     # strides
@@ -44,7 +42,7 @@ def _outer_dx_kernel(
     BLOCK_K: tl.constexpr,
     DX: tl.constexpr,
     DCONTEXT: tl.constexpr,
-    STARTED: tl.constexpr,  # how many parts the sums are in
+    STARTED: tl.constexpr,
     LAST: tl.constexpr,
     ADDED: tl.constexpr,  # partial sums hold those of earlier launches
     SLOTS: tl.constexpr,
@@ -89,9 +87,8 @@ def _outer_dx_kernel(
         z += rest
         if DX:
             total = tl.sum(z * c, 1)
-            if STARTED > 0:
-                for s in tl.static_range(0, STARTED):
-                    total += tl.load(sums_ptr + (wide(s) * rows + n) * d_in + d, mask=mask_m, other=0.0)
+            if STARTED:
+                total += tl.load(sums_ptr + n * d_in + d, mask=mask_m, other=0.0)
             if LAST:
                 tl.store(dx_ptr + n * d_in + d, total.to(dx_ptr.dtype.element_ty), mask=mask_m)
             else:
@@ -152,28 +149,11 @@ def backward(call, projections, dx, dcontext):
     for alike in batches:
         if alike.dweight is not None:
             for p in alike.members:
-                matmul(call, call.x.t(), p.rows, p.dweight)
+                matmul(call, call.x.t(), p.rows, p.dweight, False)
         if alike.dbilinear is not None and call.context_dim:
             outer_dbilinear(call, alike)
     if dx is not None or dcontext is not None:
         _outer_dx(call, batches, dx, dcontext)
-
-
-def _weight_sums(call, projections):
-    """(buffer [parts, N, D], parts): dy weight^T, of each projection apart and of E in parts where memory is left."""
-    steps, bytes_each = [], 4 * call.tokens * call.d_in
-    budget = call.budget // (2 * len(projections))
-    for p in projections:
-        programs = math.prod(matmul_tiles(call, p.rows, p.weight.t())[1])
-        steps.append(steps_of(p.rows.shape[1], splits(p.rows.shape[1], programs, bytes_each, budget)))
-    apart = bytes_each <= budget
-    parts = sum(count for _, count in steps) if apart else 1
-    # matrices, of which kernels take the strides
-    sums, first = call.buffer((parts * call.tokens, call.d_in), torch.float32), 0
-    for p, (step, count) in zip(projections, steps, strict=True):
-        matmul(call, p.rows, p.weight.t(), sums, step, first if apart else 0, add=first > 0 and not apart)
-        first += count
-    return sums, parts
 
 
 def _outer_dx(call, batches, dx, dcontext):
@@ -184,10 +164,12 @@ def _outer_dx(call, batches, dx, dcontext):
     # without contexts dx is weight's part alone, which the kernel still writes
     pieces = [(alike, at) for alike in batches for at in range(0, max(k, 1), t.columns)]
     weighted = [] if dx is None else [p for alike in batches for p in alike.members if p.weight is not None]
-    sums, parts_of_sums = _weight_sums(call, weighted) if weighted else (None, 0)
-    if sums is None and dx is not None and len(pieces) > 1:
+    sums = None
+    if weighted or dx is not None and len(pieces) > 1:
         sums = call.buffer((call.tokens, call.d_in), torch.float32)
-    wanted = splits(call.d_in, tiles, 4 * call.tokens * k, call.budget // 2, DX_ROWS)
+    for at, p in enumerate(weighted):
+        matmul(call, p.rows, p.weight.t(), sums, at > 0)
+    wanted = splits(call.d_in, tiles, 4 * call.tokens * k, call.budget, DX_ROWS)
     step, parts = steps_of(call.d_in, wanted, DX_ROWS)
     partial = None if dcontext is None else call.buffer(parts * call.tokens * k, torch.float32)
     for piece, (alike, k_begin) in enumerate(pieces):
@@ -214,7 +196,7 @@ def _outer_dx(call, batches, dx, dcontext):
             BLOCK_K=t.columns,
             DX=dx is not None,
             DCONTEXT=dcontext is not None,
-            STARTED=1 if piece else parts_of_sums,
+            STARTED=bool(weighted) or piece > 0,
             LAST=piece + 1 == len(pieces),
             ADDED=alike is not batches[0],
             SLOTS=call.slot is not None,

@@ -155,7 +155,7 @@ def _matmul_kernel(
     # tensors
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
-    out_ptr,  # [parts of K, M, N]
+    out_ptr,  # [M, N]
     # strides
     stride_a_m,
     stride_a_k,
@@ -167,8 +167,6 @@ def _matmul_kernel(
     m,
     n,
     k,
-    k_step,
-    first_part,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -184,38 +182,28 @@ def _matmul_kernel(
     mask_n = offs_n < n
     # [BLOCK_M, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    part = tl.program_id(2)
-    k_end = tl.minimum((part + 1) * k_step, k)
-    for start in range(part * k_step, k_end, BLOCK_K):
+    for start in range(0, k, BLOCK_K):
         offs_k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        mask_k = offs_k < k_end
+        mask_k = offs_k < k
         a_at = a_ptr + offs_m[:, None] * stride_a_m + offs_k[None, :] * stride_a_k
         b_at = b_ptr + offs_k[:, None] * stride_b_k + offs_n[None, :] * stride_b_n
         a = tl.load(a_at, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_at, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot_rounded(a, b, acc, DTYPE=DTYPE, PRECISION=PRECISION)
-    at = out_ptr + wide(first_part + part) * m * n
-    at += offs_m[:, None] * stride_out_m + offs_n[None, :] * stride_out_n
+    at = out_ptr + offs_m[:, None] * stride_out_m + offs_n[None, :] * stride_out_n
     mask = mask_m[:, None] & mask_n[None, :]
     if ADD:
         acc += tl.load(at, mask=mask, other=0.0)
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def matmul_tiles(call, a, b):
-    """(`Tile`, programs) in the directions of the result."""
-    t = tile("matmul", *call.target, a.shape[0], b.shape[1], a.shape[1])
-    return t, (cdiv(a.shape[0], t.rows), cdiv(b.shape[1], t.columns))
-
-
-def matmul(call, a, b, out, step=None, first=0, add=False):
-    """a @ b into `out`; with `step` into parts of the sum, one after another there from the number `first` on."""
+def matmul(call, a, b, out, add):
+    """a @ b into `out`, or on top of what is there."""
     (m, k), n = a.shape, b.shape[1]
-    t, grid = matmul_tiles(call, a, b)
-    step = step or k
+    t = tile("matmul", *call.target, m, n, k)
     call.launch(
         _matmul_kernel,
-        grid=(*grid, cdiv(k, step)),
+        grid=(cdiv(m, t.rows), cdiv(n, t.columns)),
         a_ptr=a,
         b_ptr=b,
         out_ptr=out,
@@ -228,8 +216,6 @@ def matmul(call, a, b, out, step=None, first=0, add=False):
         m=m,
         n=n,
         k=k,
-        k_step=step,
-        first_part=first,
         BLOCK_M=t.rows,
         BLOCK_N=t.columns,
         BLOCK_K=t.depth,
@@ -245,8 +231,10 @@ def outer_dbilinear(call, alike):
     t = tile("outer_dbilinear", *call.target, alike.widest, k, call.tokens)
     e_blocks = cdiv(alike.widest, t.rows)
     grid = e_blocks, cdiv(k, t.columns), len(alike.members)
-    # several rows of D share what is read of dy and of contexts, where programs enough are left
-    rows = max(1, min(DBILINEAR_ROWS, call.d_in * math.prod(grid) // (8 * PROGRAMS)))
+    # several rows of D share what is read of dy and of contexts, if that is one block and programs enough are left
+    rows, one_block = 1, call.tokens <= t.depth
+    if one_block:
+        rows = max(1, min(DBILINEAR_ROWS, call.d_in * math.prod(grid) // (8 * PROGRAMS)))
     call.launch(
         _outer_dbilinear_kernel,
         grid=(cdiv(call.d_in, rows) * e_blocks, *grid[1:]),
@@ -265,7 +253,7 @@ def outer_dbilinear(call, alike):
         BLOCK_E=t.rows,
         BLOCK_K=t.columns,
         ROWS=rows,
-        WHOLE_N=call.tokens <= t.depth,
+        WHOLE_N=one_block,
         SLOTS=call.slot is not None,
         SCALED=call.compute is torch.float16,
         UNIT=call.unit,

@@ -5,7 +5,7 @@ import triton.language as tl
 from ctxkern.runtime.triton.device import dot_wide, kernel, whole, wide
 from ctxkern.runtime.triton.grouping import context_count, slots_of
 from ctxkern.runtime.triton.sizes import OPTIONS, cdiv
-from ctxkern.runtime.triton.tiles import clip, tile, weights_tile
+from ctxkern.runtime.triton.tiles import FLOAT, HALF, clip, tile, weights_tile
 
 from .panel import panel_weights
 from .projections import pick, strip_at
@@ -220,10 +220,11 @@ def _panel_dbilinear_kernel(
 
 def takes_parameters(call, block, made):
     """Whether `weights_and_dcontext` makes dbilinear and dweight too, so that G is read once: a tile has all contexts
-    and all of K. made: whether it runs at all."""
+    and all of K, and registers suffice, as with parameters of the dtype of x. made: whether it runs at all."""
     t, all_of_k = weights_tile(*call.target, block.width, block.u_size, call.context_dim)
     all_contexts = block.u_size == call.groups.limit and block.u_size <= t.columns
-    return made and all_of_k and all_contexts and call.context_dim > 0
+    alike = call.target[0] in (HALF, FLOAT)
+    return made and alike and all_of_k and all_contexts and call.context_dim > 0
 
 
 def weights_and_dcontext(call, alike, panel, grads, partial, block, rows, parameters=False):

@@ -21,7 +21,6 @@ _COUNTS = (
     "programs",
     "splits",
     "spans",
-    "first_part",
     "kept_from",
 )
 kernel = functools.partial(triton.jit, do_not_specialize=_COUNTS)
