@@ -155,8 +155,9 @@ def _panel_weights_kernel(
             if HAS_WEIGHT:
                 w = tl.load(weight_at + d * pick(part, strides_w[0]), mask=mask_e, other=0.0)
                 acc += w.to(tl.float32)[:, None]
-            if (DCONTEXT or DBILINEAR or DWEIGHT) and DTYPE == tl.float32:  # noqa: SIM300
-                # W takes the place of G; of halves all threads wait for the copies of G before their product
+            # W takes the place of G; a product of halves has all threads wait for G, which it reads in shared memory
+            waited = (DCONTEXT or DBILINEAR) and DTYPE != tl.float32  # noqa: SIM300
+            if (DCONTEXT or DBILINEAR or DWEIGHT) and not waited:
                 tl.debug_barrier()
             tl.store(panel_ptr + cells, tl.trans(acc).to(panel_ptr.dtype.element_ty), mask=mask)
     if DCONTEXT:
