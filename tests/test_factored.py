@@ -4,11 +4,10 @@ import functools
 
 import pytest
 import torch
+from helpers.backends import best, everywhere, on
 
 import ctxkern
 from ctxkern.reference import factored_modulated_linear_ref
-from ctxkern.runtime import cpu as cpu_runtime
-from ctxkern.testing import force
 from ctxkern.testing.cases import CASES, Case
 from ctxkern.testing.families import factored_arguments
 from ctxkern.testing.measure import peak_extra_bytes
@@ -22,22 +21,12 @@ DTYPES = {
     "bf16-f32-params": (torch.bfloat16, torch.float32),
 }
 BY_ID = {case.id: case for case in CASES}
-# each backend, and of the compiled one each instruction set
-HOW = ["portable", *(cpu_runtime.cpu_isas() or [])]
 
 
 @pytest.fixture
 def fn(request):
-    """`factored_modulated_linear` as a backend or an instruction set runs it."""
-    if request.param == "portable":
-        yield functools.partial(ctxkern.factored_modulated_linear, backend="portable")
-        return
-    with force(isa=request.param):
-        yield functools.partial(ctxkern.factored_modulated_linear, backend="cpu")
-
-
-everywhere = pytest.mark.parametrize("fn", HOW, indirect=True)
-best = pytest.mark.parametrize("fn", sorted({HOW[0], HOW[-1]}), indirect=True)
+    with on(request.param, ctxkern.factored_modulated_linear) as fn:
+        yield fn
 
 
 @everywhere

@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.flop_counter
+from helpers.backends import best, everywhere, on
 from torch import nn
 
 import ctxkern
 from ctxkern.nn import DynamicLoraLinear
 from ctxkern.reference import lora_dropout_mask, lora_linear_ref
-from ctxkern.runtime import cpu as cpu_runtime
-from ctxkern.testing import force
 from ctxkern.testing.cases import CASES, Case
 from ctxkern.testing.families import lora_arguments
 from ctxkern.testing.oracle import check_family, differentiate
@@ -31,22 +30,12 @@ DTYPES = {
 }
 TABLE = [case for case in CASES if not case.per_token and case.id not in ("wide-k", "debug", "deep")]
 BY_ID = {case.id: case for case in TABLE}
-# each backend, and of the compiled one each instruction set
-HOW = ["portable", *(cpu_runtime.cpu_isas() or [])]
 
 
 @pytest.fixture
 def fn(request):
-    """`lora_linear` as a backend or an instruction set runs it."""
-    if request.param == "portable":
-        yield functools.partial(ctxkern.lora_linear, backend="portable")
-        return
-    with force(isa=request.param):
-        yield functools.partial(ctxkern.lora_linear, backend="cpu")
-
-
-everywhere = pytest.mark.parametrize("fn", HOW, indirect=True)
-best = pytest.mark.parametrize("fn", sorted({HOW[0], HOW[-1]}), indirect=True)
+    with on(request.param, ctxkern.lora_linear) as fn:
+        yield fn
 
 
 @everywhere
