@@ -187,8 +187,14 @@ def test_what_cannot_run_says_so():
 TF32 = {
     "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
     "fp32_precision of a backend": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
-    "fp32_precision of all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "fp32_precision of all": lambda: _tell_all(),
 }
+
+
+def _tell_all():
+    # a backend that was told something itself does not follow
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
 
 
 @pytest.mark.parametrize("tell", TF32)

@@ -14,8 +14,9 @@ from ctxkern.testing import force
 BACKENDS = [name for name, status in ctxkern.backends().items() if status and name != "reference"]
 # panel, few rows per context, weights beyond what is made whole
 SIZES = {"panel": (4, 8, 32, 24, 6), "few-rows": (6, 1, 16, 16, 5), "many": (20, 4, 64, 64, 16)}
-# the relative error of a sum of rounded products, with room for a second rounding
-UNIT = {dtype: 4 * torch.finfo(dtype).eps for dtype in KERNEL_FLOATS}
+# the relative error of a sum of rounded products, with room for a second rounding; torch's own float32 sums over rows
+# reach 5.4 with AVX2
+UNIT = {dtype: (8 if dtype is torch.float32 else 4) * torch.finfo(dtype).eps for dtype in KERNEL_FLOATS}
 
 
 def gradients(fn, arguments, dout):

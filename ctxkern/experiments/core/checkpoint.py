@@ -158,7 +158,8 @@ def _read_meta(path: Path) -> dict:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     meta = _read_meta(path)
     with _open(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # copies lie as other tensors do: sums of torch depend on that
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if _checksum(tensors) != meta["crc32"]:
         raise CheckpointError(f"{printable(path)} is damaged: the checksum of its tensors differs from the stored one")
     return tensors, meta
