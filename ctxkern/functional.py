@@ -8,19 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import arguments, checks, ops
 from .dtypes import accumulator
 from .factored.operands import Operands as FactoredOperands
 from .factored.ops import factored
-from .lora.operands import Operands as LoraOperands
-from .lora.operands import Options as LoraOptions
 from .lora.ops import lora
 from .lora.plan import LoraPlan
 from .lora.plan import plan as lora_plan
 from .modulated.operands import Operands
 from .modulated.ops import modulated, with_memory
 from .plan import DEFAULT_WORKSPACE, Plan, default_workspace
-from .registry import implementation, resolve
+from .registry import implementation
 
 
 def modulated_linear(
@@ -73,12 +71,12 @@ def modulated_linear(
     Source: Jayakumar et al., Multiplicative Interactions and Where to Find Them (2020).
     """
     op = "modulated_linear"
-    _activations(op, x, context)
+    arguments.activations(op, x, context)
     x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
-    _contexts(op, x, context, context_index, cu_seqlens)
-    _projection(op, x, context, weight, bilinear, bias)
+    arguments.contexts(op, x, context, context_index, cu_seqlens)
+    arguments.projection(op, x, context, weight, bilinear, bias)
     workspace_bytes = checks.workspace(op, workspace_bytes, x)
-    backend = _backend(backend, x)
+    backend = arguments.backend_of(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return modulated(operands, workspace_bytes, backend)[0]
 
@@ -112,7 +110,7 @@ def modulated_qkv(
         >>> q, k, v = ctxkern.modulated_qkv(x, context, None, bilinears)
     """
     op = "modulated_qkv"
-    _activations(op, x, context)
+    arguments.activations(op, x, context)
     weights = checks.projections(op, "weights", weights, 3, optional=True)
     bilinears = checks.projections(op, "bilinears", bilinears, 3, optional=False)
     biases = checks.projections(op, "biases", biases, 3, optional=True)
@@ -120,12 +118,12 @@ def modulated_qkv(
         checks.tensor(op, f"bilinears[{i}]", t, (3,), "[D, E, K]")
     x, (context, *each) = checks.autocast(x, (context, *weights, *bilinears, *biases))
     weights, bilinears, biases = each[:3], each[3:6], each[6:]
-    _contexts(op, x, context, context_index, cu_seqlens)
+    arguments.contexts(op, x, context, context_index, cu_seqlens)
     for i in range(3):
         names = f"weights[{i}]", f"bilinears[{i}]", f"biases[{i}]"
-        _projection(op, x, context, weights[i], bilinears[i], biases[i], names)
+        arguments.projection(op, x, context, weights[i], bilinears[i], biases[i], names)
     workspace_bytes = checks.workspace(op, workspace_bytes, x)
-    backend = _backend(backend, x)
+    backend = arguments.backend_of(backend, x)
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
     q, k, v = modulated(operands, workspace_bytes, backend)
     return q, k, v
@@ -173,7 +171,7 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
         checks.fits(op, "bias", bias, input1, (weight.shape[0],), "[E]")
     tokens = input1.shape[:-1].numel()
     x, context = input1.reshape(1, tokens, d_in), input2.reshape(1, tokens, context_dim)
-    backend = _backend(None, x)
+    backend = arguments.backend_of(None, x)
     operands = Operands(x, context, (None,), (weight.permute(1, 0, 2),), (bias,))
     (y,) = modulated(operands, default_workspace(x.device.type), backend)
     return y.view(*input1.shape[:-1], weight.shape[0])
@@ -222,42 +220,7 @@ def lora_linear(
     Source: Hu et al., LoRA (2021).
     """
     given = (x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, seed)
-    return lora(*_lora("lora_linear", backend, *given))
-
-
-def _lora(op, backend, x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, seed):
-    """The arguments of `lora_linear`, checked, as (operands, options)."""
-    checks.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
-    checks.activation(op, "x", x)
-    for name, t, takes in (("A", A, "[b, r, D]"), ("B", B, "[b, E, r]")):
-        checks.tensor(op, name, t, (3,), takes)
-    if weight is not None:
-        checks.tensor(op, "weight", weight, (2,), "[E, D]")
-    if bias is not None:
-        checks.tensor(op, "bias", bias, (1,), "[E]")
-    x, (weight, A, B, bias) = checks.autocast(x, (weight, A, B, bias))
-    checks.parameter(op, "A", A, x)
-    checks.parameter(op, "B", B, x)
-    d_out = B.shape[1]
-    if weight is not None:
-        checks.parameter(op, "weight", weight, x)
-        checks.shape(op, "weight", weight, (weight.shape[0], x.shape[-1]), "[E, D]")
-        d_out = weight.shape[0]
-    checks.shape(op, "A", A, (*A.shape[:2], x.shape[-1]), "[b, r, D]")
-    checks.shape(op, "B", B, (A.shape[0], d_out, A.shape[1]), "[b, E, r]")
-    if bias is not None:
-        checks.fits(op, "bias", bias, x, (d_out,), "[E]")
-    checks.sequences(op, x, A, "A", adapter_index, "adapter_index", cu_seqlens)
-    scales = None
-    if isinstance(scale, Tensor):
-        checks.constant(op, "scale", scale, torch.float32, x, A.shape[:1], "a number or [b]")
-        scale, scales = 1.0, scale
-    if ranks is not None:
-        checks.constant(op, "ranks", ranks, torch.int64, x, A.shape[:1], "[b]")
-    dropout = checks.share(op, "dropout", dropout)
-    seed = checks.seed(op, seed, x) if dropout else None
-    options = LoraOptions(DEFAULT_WORKSPACE, _backend(backend, x, "lora"), checks.number(op, "scale", scale), dropout)
-    return LoraOperands(x, weight, A, B, bias, scales, ranks, seed, adapter_index, cu_seqlens), options
+    return lora(*arguments.low_rank("lora_linear", backend, *given))
 
 
 def factored_modulated_linear(
@@ -298,13 +261,13 @@ def factored_modulated_linear(
     Source: Kolda and Bader, Tensor Decompositions and Applications (2009), section 3.
     """
     op = "factored_modulated_linear"
-    _activations(op, x, context)
+    arguments.activations(op, x, context)
     factors = (("in_factor", in_factor, "[D, R]"), ("context_factor", context_factor, "[K, R]"))
     for name, t, takes in (*factors, ("out_factor", out_factor, "[R, E]")):
         checks.tensor(op, name, t, (2,), takes)
     parameters = (context, weight, in_factor, context_factor, out_factor, bias)
     x, (context, weight, in_factor, context_factor, out_factor, bias) = checks.autocast(x, parameters)
-    _contexts(op, x, context, context_index, cu_seqlens)
+    arguments.contexts(op, x, context, context_index, cu_seqlens)
     for name, t in (("in_factor", in_factor), ("context_factor", context_factor), ("out_factor", out_factor)):
         checks.parameter(op, name, t, x)
     rank, d_out = out_factor.shape
@@ -317,7 +280,7 @@ def factored_modulated_linear(
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
     operands = FactoredOperands(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)
-    return factored(operands, ops.Options(DEFAULT_WORKSPACE, _backend(backend, x, "factored")))
+    return factored(operands, ops.Options(DEFAULT_WORKSPACE, arguments.backend_of(backend, x, "factored")))
 
 
 def explain(
@@ -344,12 +307,12 @@ def explain(
         >>> print(ctxkern.explain(*(torch.empty(shape) for shape in shapes)))
     """
     op = "explain"
-    _activations(op, x, context)
+    arguments.activations(op, x, context)
     x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
-    _contexts(op, x, context, context_index, cu_seqlens)
-    _projection(op, x, context, weight, bilinear, bias)
+    arguments.contexts(op, x, context, context_index, cu_seqlens)
+    arguments.projection(op, x, context, weight, bilinear, bias)
     workspace_bytes = checks.workspace(op, workspace_bytes, x)
-    backend = _backend(backend, x)
+    backend = arguments.backend_of(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return implementation("modulated", backend, x).plan(with_memory(operands), workspace_bytes, backward)
 
@@ -382,41 +345,5 @@ def explain_lora(
     """
     # any seed: none is drawn
     given = (x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, 0 if seed is None else seed)
-    operands, options = _lora("explain_lora", backend, *given)
+    operands, options = arguments.low_rank("explain_lora", backend, *given)
     return lora_plan(operands, options, options.backend or "portable", backward)
-
-
-def _activations(op, x, context):
-    """x and context are tensors of floats."""
-    checks.tensor(op, "x", x, (2, 3), "[B, S, D] or packed [N, D]")
-    checks.activation(op, "x", x)
-    checks.tensor(op, "context", context, (2, 3), "[F, K] or [B, S, K]")
-
-
-def _contexts(op, x, context, context_index, cu_seqlens):
-    """The contexts of x fit it."""
-    checks.parameter(op, "context", context, x)
-    if context.dim() == 2:
-        checks.sequences(op, x, context, "context", context_index, "context_index", cu_seqlens)
-        return
-    for name, t in (("context_index", context_index), ("cu_seqlens", cu_seqlens)):
-        if t is not None:
-            raise ValueError(f"{op}: {name} must be None when context has one row per token, {list(context.shape)}")
-    if x.dim() == 2:
-        raise ValueError(f"{op}: x has shape {list(x.shape)}; with a context per token it must be [B, S, D]")
-    checks.shape(op, "context", context, (*x.shape[:2], context.shape[2]), "[B, S, K]")
-
-
-def _projection(op, x, context, weight, bilinear, bias, names=("weight", "bilinear", "bias")):
-    checks.tensor(op, names[1], bilinear, (3,), "[D, E, K]")
-    d_in, d_out = x.shape[-1], bilinear.shape[1]
-    checks.fits(op, names[1], bilinear, x, (d_in, d_out, context.shape[-1]), "[D, E, K]")
-    if weight is not None:
-        checks.fits(op, names[0], weight, x, (d_in, d_out), "[D, E]")
-    if bias is not None:
-        checks.fits(op, names[2], bias, x, (d_out,), "[E]")
-
-
-def _backend(name, x, family="modulated"):
-    """The backend that runs; a compiler leaves that to the call."""
-    return name if torch.compiler.is_compiling() else resolve(name, x.device, x.dtype, family)

@@ -1,4 +1,5 @@
-"""Without a GPU Triton's kernels run in its interpreter, which must be asked for before Triton is first imported."""
+"""Without a GPU Triton's kernels run in its interpreter, which must be asked for before Triton is first imported.
+Workers of pytest-xdist share the cores."""
 
 import os
 
@@ -6,3 +7,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))

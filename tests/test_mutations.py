@@ -287,7 +287,7 @@ def test_catches_lora_pieces_under_the_wrong_adapter(monkeypatch):
         ("dA", {"dA": 0}),
         ("dB", {"dB": 0}),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_catches_a_low_rank_problem_filled_wrongly(monkeypatch, what, change):
     filled = lora_cpu._run

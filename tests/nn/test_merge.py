@@ -7,41 +7,18 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers.merged import B, D, K, Model, S, inputs, new_model
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctxkern
 from ctxkern.nn import ContextModulatedAttention, EinsumContextModulatedAttention, KVCache, ModulatedLinear
 from ctxkern.testing.oracle import assert_matches
 
-B, S, D, K = 3, 5, 8, 4
-
-
-class Model(nn.Module):
-    """Attention and a modulated head under one context."""
-
-    def __init__(self, attention=ContextModulatedAttention, rank=None):
-        super().__init__()
-        self.attention = attention(D, K, 4, n_kv_heads=2, bias=True, rank=rank, init="hyperfan")
-        self.norm = nn.LayerNorm(D)
-        self.head = ModulatedLinear(D, 6, K, rank=rank, init="hyperfan")
-
-    def forward(self, x, context):
-        return self.head(self.norm(self.attention(x, context)), context)
-
-
-def inputs(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(B, S, D, generator=generator).to(dtype), torch.randn(K, generator=generator).to(dtype)
-
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Model()
+    return new_model()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -253,145 +230,6 @@ def test_dtypes_are_those_of_the_model(parameters):
     if parameters is torch.float32:
         with pytest.raises(TypeError, match="x is bfloat16; it must be float32 like q.weight, unless autocast is on"):
             merged[1](x.bfloat16())
-
-
-class Doubled(nn.Module):
-    def forward(self, tensor):
-        return 2 * tensor
-
-
-class TestSameFunctionOrRefused:
-    """What could make a layer compute something else than its class does: kept in the copy, or named."""
-
-    @staticmethod
-    def layer(kind):
-        torch.manual_seed(0)
-        return ModulatedLinear(D, D, K) if kind == "linear" else ContextModulatedAttention(D, K, 2, bias=True)
-
-    @staticmethod
-    def check_same(model, call):
-        x, context = inputs()
-        model.eval()
-        torch.testing.assert_close(call(ctxkern.merge(model, context), x), call(model, x))
-
-    @pytest.mark.parametrize("kind", ["linear", "attention"])
-    @pytest.mark.parametrize("with_kwargs", [False, True])
-    @pytest.mark.parametrize(
-        ("register", "words"),
-        [
-            ("register_forward_hook", "a forward hook"),
-            ("register_forward_pre_hook", "a forward pre-hook"),
-            ("register_full_backward_hook", "a backward hook"),
-            ("register_full_backward_pre_hook", "a backward pre-hook"),
-        ],
-    )
-    def test_hooks(self, register, words, with_kwargs, kind):
-        model = nn.Sequential(self.layer(kind))
-        how = {"with_kwargs": True} if with_kwargs and "forward" in register else {}
-        handle = getattr(model[0], register)(lambda *args: None, **how)
-        with pytest.raises(ValueError, match=f"layer '0' has {words}; it must have none"):
-            ctxkern.merge(model, torch.randn(K))
-        handle.remove()
-        ctxkern.merge(model, torch.randn(K))
-
-    def test_hooks_of_other_modules_stay(self, model):
-        x, context = inputs()
-        for module in (model, model.norm, model.attention.W_o):
-            module.register_forward_hook(lambda module, args, y: 3 * y)
-        torch.testing.assert_close(ctxkern.merge(model, context)(x, None), model(x, context.expand(B, K)))
-
-    @pytest.mark.parametrize(
-        ("base", "method"),
-        [
-            (base, method)
-            for base in (ContextModulatedAttention, EinsumContextModulatedAttention, ModulatedLinear)
-            for method in ("forward", "qkv", "__call__", "__getattr__")
-            if hasattr(base, method)
-        ],
-    )
-    def test_a_subclass_with_another_method(self, base, method):
-        def replaced(self, *args, **how):
-            return getattr(base, method)(self, *args, **how)
-
-        layer = type("Mine", (base,), {method: replaced})(D, *((D, K) if base is ModulatedLinear else (K,)))
-        with pytest.raises(ValueError, match=f"layer '0' is a Mine, which overrides {method}"):
-            ctxkern.merge(nn.Sequential(layer), torch.randn(K))
-
-    @pytest.mark.parametrize("base", [ContextModulatedAttention, EinsumContextModulatedAttention, ModulatedLinear])
-    def test_a_subclass_that_computes_the_same(self, base):
-        class Mine(base):
-            def extra_repr(self):
-                return "mine"
-
-        layer = Mine(D, *((D, K) if base is ModulatedLinear else (K,)))
-        self.check_same(layer, lambda m, x: m(x, inputs()[1].expand(B, K)))
-
-    def test_a_subclass_with_other_weights(self):
-        class Mine(ContextModulatedAttention):
-            def projections(self):
-                weights, bilinears, biases = super().projections()
-                return [w / 2 for w in weights], bilinears, biases
-
-        self.check_same(Mine(D, K, 2, bias=True), lambda m, x: m(x, inputs()[1].expand(B, K)))
-
-    @pytest.mark.parametrize("method", ["forward", "qkv"])
-    def test_a_method_patched_on_the_instance(self, method):
-        layer = self.layer("attention")
-        old = getattr(layer, method)
-        setattr(layer, method, lambda *args, **how: old(*args, **how))
-        with pytest.raises(ValueError, match=f"the layer has its own {method}"):
-            ctxkern.merge(layer, torch.randn(K))
-
-    def test_a_class_changed_afterwards(self):
-        class Mine(ModulatedLinear):
-            def forward(self, x, context):
-                return 2 * super().forward(x, context)
-
-        layer = self.layer("linear")
-        layer.__class__ = Mine
-        with pytest.raises(ValueError, match="is a Mine, which overrides forward"):
-            ctxkern.merge(layer, torch.randn(K))
-
-    @pytest.mark.parametrize("path", ["bilinear_q", "W_q_base.weight", "W_k_base.bias", "W_o.weight", "W_o.bias"])
-    def test_a_parametrized_tensor(self, path):
-        layer = self.layer("attention")
-        where, _, name = path.rpartition(".")
-        parametrize.register_parametrization(layer.get_submodule(where), name, Doubled())
-        if not where.startswith("W_o"):
-            with pytest.raises(ValueError, match="the layer is parametrized and in training mode"):
-                ctxkern.merge(layer, torch.randn(K))
-        self.check_same(layer, lambda m, x: m(x, inputs()[1].expand(B, K)))
-
-    @pytest.mark.parametrize("name", ["weight", "bilinear", "bias"])
-    def test_a_parametrized_tensor_of_a_linear_layer(self, name):
-        layer = self.layer("linear")
-        parametrize.register_parametrization(layer, name, Doubled())
-        self.check_same(layer, lambda m, x: m(x, inputs()[1].expand(B, K)))
-        assert ctxkern.merge(layer, torch.randn(K)).weight.requires_grad
-
-    @pytest.mark.parametrize("path", ["W_q_base.weight", "W_k_base.bias", "W_o.weight", "W_o.bias"])
-    def test_a_pruned_tensor(self, path):
-        layer = self.layer("attention")
-        where, _, name = path.rpartition(".")
-        prune.l1_unstructured(layer.get_submodule(where), name, 0.5)
-        model = nn.ModuleDict({"layer": layer, "other": prune.l1_unstructured(nn.Linear(D, D), "weight", 0.5)})
-        self.check_same(model, lambda m, x: m["other"](m["layer"](x, inputs()[1].expand(B, K))))
-
-    @pytest.mark.parametrize("how", [lambda m: prune.l1_unstructured(m, "weight", 0.5), nn.utils.spectral_norm])
-    def test_a_weight_that_a_hook_computes(self, how):
-        layer = how(self.layer("linear"))
-        with pytest.raises(ValueError, match="the layer has a forward pre-hook"):
-            ctxkern.merge(layer, torch.randn(K))
-
-    def test_sharded_parameters(self):
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            model = nn.Sequential(self.layer("attention"))
-            fully_shard(model)
-            with pytest.raises(TypeError, match="bilinear_q of layer '0' is a DTensor; it must be a plain tensor"):
-                ctxkern.merge(model, torch.randn(K))
-        finally:
-            dist.destroy_process_group()
 
 
 def test_merged_layers_train():
