@@ -251,7 +251,14 @@ def test_all_bad_files_are_listed_at_once_or_skipped(corpus, tmp_path, capsys):
     assert main(["train", "--resume", "--run-dir", str(tmp_path / "run"), "--steps", "3", "--no-compare-einsum"]) == 0
 
 
-@pytest.mark.parametrize("backend", ["nonsense", "qtagg", "module://nowhere"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("nonsense", marks=pytest.mark.slow),
+        "qtagg",
+        pytest.param("module://nowhere", marks=pytest.mark.slow),
+    ],
+)
 def test_any_plot_backend_and_any_names(tmp_path, backend):
     """In one run: unusable backend, ASCII terminal, names of any bytes for files and folder, then another locale."""
     folder, run_dir = tmp_path / "data", tmp_path / ODD_NAME

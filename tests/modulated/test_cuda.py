@@ -312,10 +312,8 @@ with force(strategy="panel"):
 """
 
 
-QUICK = ("nothing", "no barrier before a stage is read", "a column too many is written")
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANTED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_caught(name, tmp_path):
     sources = planted(tmp_path, *PLANTED[name])
     # with the sanitizer's own red zones around what torch and the emulation allocate

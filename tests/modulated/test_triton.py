@@ -25,8 +25,8 @@ DEVICE = "cpu" if interpreted() else "cuda"
 FORMS = ("panel", "outer")
 if interpreted():
     DTYPES = {name: pair for name, pair in DTYPES.items() if pair[0] is not torch.bfloat16}
-# the interpreter needs up to 20 seconds for each of these
-SLOW = {"deep", "non-power-of-two", "debug", "prime"} if interpreted() else set()
+# the interpreter needs 20 to 60 seconds for each of these, and 5 to 20 for these in every dtype
+SLOW, LONG = ({"deep", "non-power-of-two"}, {"debug", "prime"}) if interpreted() else (set(), set())
 
 triton_linear = functools.partial(ctxkern.modulated_linear, backend="triton")
 
@@ -43,9 +43,9 @@ def _table():
             for case in CASES:
                 if name == "panel" and case.per_token:
                     continue
-                if case.id in SLOW and dtypes != "f32":
-                    continue
-                yield pytest.param(name, dtypes, case, id=f"{case.id}-{dtypes}-{name}")
+                slow = case.id in SLOW or (case.id in LONG and dtypes != "f32")
+                marks = [pytest.mark.slow] if slow else []
+                yield pytest.param(name, dtypes, case, id=f"{case.id}-{dtypes}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("form", "dtypes", "case"), list(_table()), indirect=["form"])

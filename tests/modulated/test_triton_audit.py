@@ -45,6 +45,7 @@ def test_kernels_reach_the_matrix_unit_without_spills():
     } <= kernels
 
 
+@pytest.mark.slow
 def test_a_tile_that_is_too_large_is_found():
     prelude = (
         "from ctxkern.runtime.triton import tiles\n"
@@ -139,6 +140,7 @@ with recorded("sm_90"):
 """
 
 
+@pytest.mark.slow
 def test_temporaries_stay_within_the_workspace():
     done = fresh(_CALLS + _MEMORY)
     assert done.returncode == 0, done.stdout + done.stderr
