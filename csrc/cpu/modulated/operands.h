@@ -101,15 +101,13 @@ class RowWords {
 
   void place(Arena& arena) { buffer_ = arena.take(first(rows_->contexts) * round_up(columns_, NR)); }
 
+  // Row after row, as memory brings them.
   void pack(int64_t u) const {
     const int64_t begin = rows_->first[u], size = size_of(dtype_), row = columns_ * size;
     const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
     with_source<W>(dtype_, [&](auto type) {
-      for (int64_t c = 0; c < columns_; c += NR) {
-        const char* const from = source_ + (map ? 0 : begin * row) + c * size;
-        const int64_t lanes = columns_ - c < NR ? columns_ - c : NR;
-        pack_rows<W, decltype(type)::value>(panel(u, c), NR, from, row, size, rows_->first[u + 1] - begin, lanes, map);
-      }
+      pack_rows<W, decltype(type)::value>(panel(u, 0), NR, source_ + (map ? 0 : begin * row), row, size,
+                                          rows_->first[u + 1] - begin, columns_, map, steps(u) * NR);
     });
   }
 

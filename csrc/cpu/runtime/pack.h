@@ -112,28 +112,28 @@ constexpr Zip kZip;
 #endif
 
 // to[w, lane] = words along the rows: row w (or rows 2w and 2w + 1) of `columns` elements, `step` bytes apart, as lanes.
-// map: the row to read for each, or null.
+// map: the row to read for each, or null. panel: words from one panel of 2·VL lanes to the next.
 template <class W, Dtype D>
 [[gnu::noinline]] void pack_rows(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
-                      int64_t columns, const int64_t* map = nullptr) {
-  const int64_t size = size_of(D), steps = words<W>(rows);
+                      int64_t columns, const int64_t* map = nullptr, int64_t panel = 2 * VL) {
+  const int64_t size = size_of(D), steps = words<W>(rows), beyond = panel - 2 * VL;
   const auto at = [&](int64_t r) { return r < rows ? from + (map ? map[r] : r) * row : nullptr; };
   for (int64_t s = 0; s < steps; ++s) {
     const char* const first = at(s * W::PER);
     const char* const second = W::PER == 2 ? at(s * W::PER + 1) : nullptr;
-    float* const out = to + s * to_step;
+    float* out = to + s * to_step;
     int64_t c = 0;
 #if defined(__AVX512F__)
     if constexpr (W::PER == 2 && D == Dtype::bf16) {
       const __m512i low = load<__m512i>(kZip.low), high = load<__m512i>(kZip.high);
-      for (; first && second && step == size && c + 2 * VL <= columns; c += 2 * VL) {
+      for (; first && second && step == size && c + 2 * VL <= columns; c += 2 * VL, out += beyond) {
         const __m512i a = load<__m512i>(first + c * 2), b = load<__m512i>(second + c * 2);
         store(out + c, _mm512_permutex2var_epi16(a, low, b));
         store(out + c + VL, _mm512_permutex2var_epi16(a, high, b));
       }
     }
 #endif
-    for (; c < columns; c += VL) {
+    for (; c < columns; c += VL, out += c % (2 * VL) == 0 ? beyond : 0) {
       if (!first) {
         store(out + c, V{});
       } else if (step == size || columns == 1) {
