@@ -2,6 +2,16 @@
 
 __version__ = "0.1.0"
 
+from .attach import (
+    attach_adapters,
+    attach_contexts,
+    detach,
+    export_adapter,
+    import_adapter,
+    load_attached,
+    save_attached,
+    use,
+)
 from .functional import (
     bilinear,
     explain,
@@ -18,14 +28,22 @@ from .registry import backends
 
 __all__ = [
     "Plan",
+    "attach_adapters",
+    "attach_contexts",
     "backends",
     "bilinear",
+    "detach",
     "explain",
     "explain_lora",
+    "export_adapter",
     "factored_modulated_linear",
+    "import_adapter",
+    "load_attached",
     "lora_linear",
     "merge",
     "modulated_linear",
     "modulated_qkv",
+    "save_attached",
     "swap",
+    "use",
 ]

@@ -44,6 +44,19 @@ def models(model: nn.Module, context: Tensor) -> nn.Module:
     return merged
 
 
+def attached(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+    names: list[str] = ctxkern.attach_contexts(model, 16, ["q_proj", "*.mlp.*"], rank=4)
+    names += ctxkern.attach_adapters(model, 8, 4, lambda name, layer: name == "head", alpha=8.0)
+    with ctxkern.use(model, context=context, adapter_index=torch.arange(2)):
+        y: Tensor = model(x)
+    ctxkern.save_attached(model, "folder")
+    names += ctxkern.load_attached(model, "folder")
+    ctxkern.export_adapter(model, 0, "folder")
+    ctxkern.import_adapter(model, 1, "folder")
+    print(names, ctxkern.detach(model, context=context[0], adapter=0))
+    return y
+
+
 def layers(x: Tensor, context: Tensor) -> Tensor:
     attention = ContextModulatedAttention(64, 16, 4, is_causal=True)
     cache = KVCache()

@@ -1,13 +1,15 @@
-"""Public names of ctxkern.nn, `swap` and `merge`: typed, with a docstring whose example runs."""
+"""Public names of ctxkern.nn and ctxkern.attach, `swap` and `merge`: typed, with a docstring whose example runs."""
 
 import doctest
 import inspect
+import tempfile
 
 import pytest
 import torch
 from torch import nn
 
 import ctxkern
+import ctxkern.attach
 import ctxkern.nn
 from ctxkern.nn.block import TransformerBlock
 from ctxkern.nn.merged import MergedAttention, MergedLinear
@@ -19,12 +21,15 @@ PUBLIC = {name: getattr(ctxkern.nn, name) for name in ctxkern.nn.__all__} | {
     "MergedAttention": MergedAttention,
     "MergedLinear": MergedLinear,
 }
+PUBLIC |= {name: getattr(ctxkern.attach, name) for name in ctxkern.attach.__all__}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_example_runs(name):
     torch.manual_seed(0)
-    (found,) = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs=PUBLIC | {"torch": torch, "nn": nn})
+    (found,) = doctest.DocTestFinder(recurse=False).find(
+        PUBLIC[name], name, globs=PUBLIC | {"torch": torch, "nn": nn, "tempfile": tempfile}
+    )
     assert found.examples
     assert doctest.DocTestRunner().run(found).failed == 0
 

@@ -1,0 +1,130 @@
+"""What was attached, in files: safetensors for the tensors, JSON for how they were attached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxkern.nn.factors import BilinearFactors
+
+from .attaching import attach_adapters, attach_contexts
+from .layers import ContextLayer
+from .using import attached_layers, is_attached, model_name
+
+TENSORS, SETTINGS, VERSION = "attached.safetensors", "attached.json", 1
+
+
+def save_attached(model: nn.Module, folder: str | Path) -> None:
+    """Writes what was attached to a model, and nothing of the model itself, into `folder`, which is made.
+
+    attached.safetensors holds the tensors by layer, attached.json how each layer was attached and the shape of its
+    weight, by which `load_attached` knows a model that does not fit.
+
+    Raises:
+        TypeError, ValueError: no module, or no attached layer. ImportError: no safetensors.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> attach_adapters(model, 3, 2, "0")
+        ['0']
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> save_attached(model, folder.name)
+    """
+    from safetensors.torch import save_file
+
+    layers, tensors = attached_layers("save_attached", model), {}
+    for name, layer in layers.items():
+        for added, t in _tensors(layer).items():
+            tensors[f"{name}.{added}"] = t.detach().contiguous()
+    settings = {"version": VERSION, "model": model_name(model), "layers": {n: _settings(m) for n, m in layers.items()}}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(Path(folder) / TENSORS))
+    (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
+    """Attaches to a model what `save_attached` wrote, or fills what is attached already in the same way.
+
+    Args:
+        model: one whose layers have the names and the shapes of the model that was saved.
+        folder: where the files lie.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        FileNotFoundError: no such files. ValueError: files of another version, or layers that are not there, are of
+        another shape, or have something else attached. ImportError: no safetensors. The model is then as it was.
+
+    Example:
+        >>> model, other = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
+        >>> attach_adapters(model, 3, 2, "0")
+        ['0']
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> save_attached(model, folder.name)
+        >>> load_attached(other, folder.name)
+        ['0']
+    """
+    from safetensors.torch import load_file
+
+    op = "load_attached"
+    settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+    tensors = load_file(str(Path(folder) / TENSORS))
+    if settings.get("version") != VERSION:
+        raise ValueError(f"{op}: {SETTINGS} has version {settings.get('version')}; it must be {VERSION}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted: dict[str, dict[str, Any]] = settings["layers"]
+    for name, how in wanted.items():
+        layer = modules.get(name)
+        if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+            raise ValueError(f"{op}: the files have layer {name!r}; the model has no linear layer of this name")
+        if list(layer.weight.shape) != how["weight"]:
+            found_shape = list(layer.weight.shape)
+            raise ValueError(f"{op}: layer {name!r} has a weight of {found_shape}; the files are for {how['weight']}")
+        if is_attached(layer) and _settings(layer) != how:
+            raise ValueError(f"{op}: layer {name!r} has {_settings(layer)} attached; the files have {how}")
+        for added, shape in how["tensors"].items():
+            found = tensors.get(f"{name}.{added}")
+            if found is None or list(found.shape) != shape:
+                raise ValueError(f"{op}: {TENSORS} lacks {name}.{added} of shape {shape}")
+    for name, how in wanted.items():
+        if not is_attached(modules[name]):
+            _attach_alone(model, name, how)
+    with torch.no_grad():
+        for name in wanted:
+            for added, t in _tensors(modules[name]).items():
+                t.copy_(tensors[f"{name}.{added}"])
+    return list(wanted)
+
+
+def _attach_alone(model: nn.Module, name: str, how: dict[str, Any]) -> None:
+    dtype = getattr(torch, how["dtype"])
+    meant = lambda other, _: other == name  # noqa: E731
+    if how["kind"] == "contexts":
+        attach_contexts(model, how["context_dim"], meant, rank=how["rank"], dtype=dtype)
+    else:
+        attach_adapters(model, how["adapters"], how["rank"], meant, alpha=how["alpha"], dtype=dtype)
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    """Of what was added, by name within the layer."""
+    found = layer.state_dict(keep_vars=True)
+    return {name: t for name, t in found.items() if name.split(".")[0] in layer.attached.added}
+
+
+def _settings(layer: Any) -> dict[str, Any]:
+    tensors = _tensors(layer)
+    known = {"weight": list(layer.weight.shape), "tensors": {name: list(t.shape) for name, t in tensors.items()}}
+    if isinstance(layer, ContextLayer):
+        factors = layer.bilinear if isinstance(layer.bilinear, BilinearFactors) else None
+        first = layer.bilinear if factors is None else factors.in_factor
+        size = layer.bilinear.shape[2] if factors is None else factors.context_factor.shape[0]
+        how = {"kind": "contexts", "context_dim": size, "rank": factors and factors.rank}
+    else:
+        first = layer.lora_A
+        how = {"kind": "adapters", "adapters": len(first), "rank": first.shape[1], "alpha": layer.attached.alpha}
+    return how | {"dtype": str(first.dtype).removeprefix("torch.")} | known

@@ -1,0 +1,132 @@
+"""Linear layers with what was attached to them; each stays the object that it was, with its weight, hooks and names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxkern.functional import factored_modulated_linear, lora_linear, modulated_linear
+from ctxkern.nn.factors import BilinearFactors
+
+from .using import Attached, Used
+
+
+class AttachedLayer(nn.Module):
+    """What both kinds share; the class after it in the order of resolution is that of the layer before."""
+
+    attached: Attached
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def out_in(self) -> Tensor:
+        """The weight as [E, D], a view."""
+        return self.weight
+
+    def used(self) -> Used:
+        """What `use` set.
+
+        Raises:
+            RuntimeError: outside of `use`.
+        """
+        used = self.attached.slot.used
+        if used is None:
+            raise RuntimeError(
+                f"layer {self.attached.name!r} is attached and nothing is in use; the model must be called within "
+                "`with ctxkern.use(model, ...)`, with nothing more than the model to compute what it did before"
+            )
+        return used
+
+
+class ContextLayer(AttachedLayer):
+    """y_b = x_b (W + Σ_k bilinear[:, :, k] context[b, k]) + bias."""
+
+    bilinear: Any  # nn.Parameter [D, E, K] or BilinearFactors
+
+    def forward(self, x: Tensor) -> Tensor:
+        used = self.used()
+        if used.context is None:
+            return super().forward(x)
+        context, index = used.context, used.context_index
+        if context.dim() == 3:
+            context, index = _expanded(context, x), None
+        elif used.cu_seqlens is None:
+            index = _expanded_index(index, len(context), x)
+        rows = _sequences(x, used.cu_seqlens)
+        spans = {"context_index": index, "cu_seqlens": used.cu_seqlens}
+        weight = self.out_in.mT
+        if isinstance(self.bilinear, BilinearFactors):
+            y = factored_modulated_linear(rows, context, weight, *self.bilinear.factors(), self.bias, **spans)
+        else:
+            y = modulated_linear(rows, context, weight, self.bilinear, self.bias, **spans)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class AdapterLayer(AttachedLayer):
+    """y_b = x_b Wᵀ + scale_b (x_b A_bᵀ) B_bᵀ + bias."""
+
+    lora_A: nn.Parameter  # [n, r, D]  # noqa: N815
+    lora_B: nn.Parameter  # [n, E, r]  # noqa: N815
+    lora_scale: Tensor  # [n] float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        used = self.used()
+        if used.lora is not None:
+            if self.attached.name not in used.lora:
+                return super().forward(x)
+            A, B = used.lora[self.attached.name]
+            scale: Any = 1.0 if self.attached.alpha is None else self.attached.alpha / max(A.shape[1], 1)
+        elif used.adapter_index is None:
+            return super().forward(x)
+        else:
+            A, B, scale = self.lora_A, self.lora_B, self.lora_scale
+        index = used.adapter_index
+        if used.cu_seqlens is None:
+            index = _expanded_index(index, len(A), x)
+        rows = _sequences(x, used.cu_seqlens)
+        spans = {"adapter_index": index, "cu_seqlens": used.cu_seqlens}
+        y = lora_linear(rows, self.out_in, A, B, scale, self.bias, **spans)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class ContextLinear(ContextLayer, nn.Linear):
+    """An nn.Linear with a weight for each context."""
+
+
+class AdapterLinear(AdapterLayer, nn.Linear):
+    """An nn.Linear with a bank of adapters."""
+
+
+def class_for(plain: type[nn.Module], kind: type[AttachedLayer]) -> type[nn.Module]:
+    """The class of a layer of the kind that was of the class `plain`, an nn.Linear or transformers' Conv1D."""
+    if plain is nn.Linear:
+        return ContextLinear if kind is ContextLayer else AdapterLinear
+    from . import conv1d
+
+    return conv1d.ContextConv1D if kind is ContextLayer else conv1d.AdapterConv1D
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x in the shapes of the functions: [B, D] as [B, 1, D], [B, ..., D] as [B, S, D], packed ones as [N, D]."""
+    if cu_seqlens is not None:
+        return x.reshape(-1, x.shape[-1])
+    return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _expanded_index(index: Tensor | None, rows: int, x: Tensor) -> Tensor | None:
+    """The index of a batch that may have been expanded: one row of it for as many of x, next to each other."""
+    given = rows if index is None else len(index)
+    if given in (0, x.shape[0]) or x.shape[0] % given:
+        return index
+    index = torch.arange(rows, device=x.device) if index is None else index
+    return index.repeat_interleave(x.shape[0] // given)
+
+
+def _expanded(context: Tensor, x: Tensor) -> Tensor:
+    """Contexts per token, likewise."""
+    given = context.shape[0]
+    if given in (0, x.shape[0]) or x.shape[0] % given:
+        return context
+    return context.repeat_interleave(x.shape[0] // given, 0)

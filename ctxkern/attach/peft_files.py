@@ -1,0 +1,165 @@
+"""An adapter of a bank in PEFT's files and back: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import AdapterLayer
+from .targets import is_linear
+from .using import attached_layers, model_name
+
+CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+_NAME = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.lora_(?P<which>[AB])(?:\.default)?\.weight")
+# what a file may ask for and a bank does not compute: the values that ask for nothing
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+}
+
+
+def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
+    """Writes an adapter of a bank as PEFT writes it, so that PEFT and what reads its files, vLLM for one, can load it.
+
+    Args:
+        model: a module with layers of `attach_adapters`.
+        i: the number of the adapter.
+        folder: where the files go; it is made.
+
+    Raises:
+        TypeError, ValueError: a model without such layers, or a number that is not there. ImportError: no safetensors.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> attach_adapters(model, 3, 2, "0")
+        ['0']
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> export_adapter(model, 1, folder.name)
+    """
+    from safetensors.torch import save_file
+
+    layers = _bank("export_adapter", model, i)
+    tensors, alphas = {}, {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[i].detach().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[i].detach().contiguous()
+        alphas[name] = float(layer.lora_scale[i]) * layer.lora_A.shape[1]
+    ranks = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
+    first = next(iter(layers))
+    turned = {layer.weight.shape != layer.out_in.shape or layer.out_in is not layer.weight for layer in layers.values()}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model_name(model),
+        "r": ranks[first],
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
+        "lora_alpha": alphas[first],
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
+        "target_modules": _targets(model, list(layers)),
+        "fan_in_fan_out": turned == {True},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "task_type": None,
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(Path(folder) / TENSORS), metadata={"format": "pt"})
+    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def import_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
+    """Reads an adapter that PEFT wrote, or `export_adapter`, into a bank; what its rank lacks of the bank's are zeros.
+
+    Args:
+        model: a module with layers of `attach_adapters`, the same as in the files.
+        i: the number that the adapter gets in the bank; what was there is lost.
+        folder: where the files lie.
+
+    Raises:
+        TypeError, ValueError: a model without such layers, a number that is not there, files with other layers, shapes
+        or a larger rank, or with what a bank does not compute (DoRA, biases, modules saved whole). FileNotFoundError:
+        no such files. ImportError: no safetensors. The bank is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> attach_adapters(model, 3, 2, "0")
+        ['0']
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> export_adapter(model, 1, folder.name)
+        >>> import_adapter(model, 2, folder.name)
+        >>> bool((model[0].lora_A[1] == model[0].lora_A[2]).all())
+        True
+    """
+    from safetensors.torch import load_file
+
+    op = "import_adapter"
+    layers = _bank(op, model, i)
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    for key, nothing in _NOTHING.items():
+        if key in config and config[key] not in nothing:
+            raise ValueError(f"{op}: {CONFIG} has {key} {config[key]!r}; it must be {nothing[0]!r}")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, t in load_file(str(Path(folder) / TENSORS)).items():
+        match = _NAME.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{op}: {TENSORS} has {key!r}; it must hold lora_A and lora_B of linear layers alone")
+        found.setdefault(match["layer"], {})[match["which"]] = t
+    for name in [*found, *layers]:
+        if name not in layers or set(found.get(name, {})) != {"A", "B"}:
+            where = "in the files and not in the bank" if name not in layers else "in the bank and not in the files"
+            raise ValueError(f"{op}: layer {name!r} is {where}; both must have the same layers")
+    for name, layer in layers.items():
+        A, B = found[name]["A"], found[name]["B"]
+        (_, rank, d_in), d_out = layer.lora_A.shape, layer.lora_B.shape[1]
+        if A.dim() != 2 or tuple(B.shape) != (d_out, A.shape[0]) or A.shape[1] != d_in:
+            raise ValueError(
+                f"{op}: layer {name!r} has A {list(A.shape)} and B {list(B.shape)} in the files; they must be "
+                f"[r, {d_in}] and [{d_out}, r]"
+            )
+        if A.shape[0] > rank:
+            raise ValueError(f"{op}: layer {name!r} has rank {A.shape[0]} in the files; the bank takes up to {rank}")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            A, B = found[name]["A"], found[name]["B"]
+            rank = A.shape[0]
+            layer.lora_A[i].zero_()[:rank].copy_(A)
+            layer.lora_B[i].zero_()[:, :rank].copy_(B)
+            alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+            layer.lora_scale[i] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _bank(op: str, model: nn.Module, i: int) -> dict[str, AdapterLayer]:
+    found = {name: layer for name, layer in attached_layers(op, model).items() if isinstance(layer, AdapterLayer)}
+    if not found:
+        raise ValueError(f"{op}: model has no layer of attach_adapters; it must have one")
+    if not isinstance(i, int) or isinstance(i, bool):
+        raise TypeError(f"{op}: i is a {type(i).__name__}; it must be an int")
+    for name, layer in found.items():
+        if not 0 <= i < len(layer.lora_A):
+            raise ValueError(f"{op}: i is {i}; layer {name!r} has adapters 0 to {len(layer.lora_A) - 1}")
+    return found
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str]:
+    """As PEFT takes them: the last parts of the names where these mean the same layers, else the whole names."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    meant = [name for name, m in model.named_modules() if is_linear(m) and name.rpartition(".")[2] in ends]
+    return ends if sorted(meant) == sorted(names) else names
+
+
+def _pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
+    """The value of the first pattern that the end of a name fits, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
