@@ -27,6 +27,8 @@ if interpreted():
     DTYPES = {name: pair for name, pair in DTYPES.items() if pair[0] is not torch.bfloat16}
 # the interpreter needs 20 to 60 seconds for each of these, and 5 to 20 for these in every dtype
 SLOW, LONG = ({"deep", "non-power-of-two"}, {"debug", "prime"}) if interpreted() else (set(), set())
+# mixes of dtypes have tests of their own (test_mixes.py, test_triton_numerics.py)
+MIXED = {"f16-f32-params"} if interpreted() else set()
 
 triton_linear = functools.partial(ctxkern.modulated_linear, backend="triton")
 
@@ -43,7 +45,11 @@ def _table():
             for case in CASES:
                 if name == "panel" and case.per_token:
                     continue
-                slow = case.id in SLOW or (case.id in LONG and dtypes != "f32")
+                slow = (
+                    case.id in SLOW
+                    or (case.id in LONG and dtypes != "f32")
+                    or (dtypes in MIXED and case.id != "ragged")
+                )
                 marks = [pytest.mark.slow] if slow else []
                 yield pytest.param(name, dtypes, case, id=f"{case.id}-{dtypes}-{name}", marks=marks)
 
