@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ctxkern
+from ctxkern.attach import using
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref
 from ctxkern.testing.oracle import assert_matches
 
@@ -287,7 +288,8 @@ def test_threads_have_their_own(model):
 @pytest.mark.parametrize("attach", [with_contexts, with_adapters])
 @pytest.mark.parametrize("how", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 def test_checkpoints_use_what_their_forward_used(model, how, attach):
-    """Two forwards under different contexts, then their backward, outside of both blocks and on another thread."""
+    """Two forwards under different contexts, then their backward: outside of both blocks, on another thread, and in a
+    block with yet other contexts."""
     attach(model)
     x = torch.randn(B, S, D, requires_grad=True)
     if attach is with_contexts:
@@ -296,7 +298,9 @@ def test_checkpoints_use_what_their_forward_used(model, how, attach):
     else:
         each, tables = [{"adapter_index": torch.tensor(rows)} for rows in ([0, 1, -1, 2], [2, 2, 0, 1])], []
 
-    def step(threaded):
+    other = {name: t.detach().roll(1, 0) for name, t in each[0].items()}
+
+    def step(where):
         for t in (x, *tables):
             t.grad = None
         model.zero_grad()
@@ -304,22 +308,36 @@ def test_checkpoints_use_what_their_forward_used(model, how, attach):
         for used in each:
             with ctxkern.use(model, **used):
                 losses.append(model(x).square().sum())
-        if threaded:
-            thread = threading.Thread(target=(losses[0] + 2 * losses[1]).backward)
+        loss = losses[0] + 2 * losses[1]
+        if where == "on a thread":
+            thread = threading.Thread(target=loss.backward)
             thread.start()
             thread.join()
+        elif where == "in a block":
+            with ctxkern.use(model, **other):
+                loss.backward()
         else:
-            (losses[0] + 2 * losses[1]).backward()
+            loss.backward()
         return gradients(model) + [t.grad.clone() for t in (x, *tables)]
 
-    want = step(False)
+    want = step("outside")
     model.how = how
-    for threaded in (False, True):
-        got = step(threaded)
-        # a reentrant checkpoint gives no gradient to what its function does not take
+    for where in ("outside", "on a thread", "in a block"):
+        got = step(where)
         assert len(got) == len(want)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_that_remembers_nothing_is_noticed(model, reentrant, monkeypatch):
+    monkeypatch.setattr(using, "_bound", lambda function: function)
+    with_contexts(model)
+    model.how = {"use_reentrant": reentrant}
+    with ctxkern.use(model, context=torch.randn(B, K)):
+        loss = model(torch.randn(B, S, D, requires_grad=True)).sum()
+    with pytest.raises(RuntimeError, match="nothing is in use"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("attach", [with_contexts, with_adapters])
