@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ctxkern.nn.factors import BilinearFactors
 
 from .layers import AdapterLayer, AttachedLayer, ContextLayer, class_for
-from .targets import Targets, matching
+from .targets import Targets, is_conv1d, matching
 from .using import Attached, Slot, attached_layers, remember_in_checkpoints
 
 
@@ -163,8 +163,7 @@ def detach(model: nn.Module, context: Tensor | None = None, adapter: int | None 
         del layer.attached
         layer.__class__ = attached.plain
         if name in merged:
-            weight = merged[name] if layer.weight.shape == merged[name].shape else merged[name].mT
-            layer.weight = nn.Parameter(weight.to(layer.weight.dtype).contiguous(), layer.weight.requires_grad)
+            layer.weight = nn.Parameter(merged[name].to(layer.weight.dtype).contiguous(), layer.weight.requires_grad)
     return list(layers)
 
 
@@ -181,8 +180,7 @@ def _with_context(name: str, layer: ContextLayer, context: Tensor) -> Tensor:
     else:
         wide = layer.bilinear.to(_wide(layer.bilinear.dtype))
         added = wide @ context.to(wide)
-    whole = layer.out_in.to(added) + added.mT
-    return whole if layer.out_in is layer.weight else whole.mT
+    return _merged(layer, added.mT)
 
 
 @torch.no_grad()
@@ -192,8 +190,12 @@ def _with_adapter(name: str, layer: AdapterLayer, adapter: int) -> Tensor:
         raise ValueError(f"detach: adapter is {adapter!r}; layer {name!r} has adapters 0 to {len(layer.lora_A) - 1}")
     A, B = (t[adapter].to(_wide(t.dtype)) for t in (layer.lora_A, layer.lora_B))
     added = B @ A * layer.lora_scale[adapter]
-    whole = layer.out_in.to(added) + added
-    return whole if layer.out_in is layer.weight else whole.mT
+    return _merged(layer, added)
+
+
+def _merged(layer: AttachedLayer, added: Tensor) -> Tensor:
+    """The weight plus `added` [E, D], in the layout of the layer."""
+    return layer.weight.to(added) + (added.mT if is_conv1d(layer) else added)
 
 
 def _attach(
@@ -226,7 +228,7 @@ def _attach(
 def _features(layer: nn.Module) -> tuple[int, int]:
     """(E, D)."""
     rows, columns = layer.weight.shape
-    return (rows, columns) if type(layer) is nn.Linear else (columns, rows)
+    return (columns, rows) if is_conv1d(layer) else (rows, columns)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,8 @@ from ctxkern.nn.factors import BilinearFactors
 
 from .attaching import attach_adapters, attach_contexts
 from .layers import ContextLayer
-from .using import attached_layers, is_attached, model_name
+from .targets import matching
+from .using import attached_layers, is_attached
 
 TENSORS, SETTINGS, VERSION = "attached.safetensors", "attached.json", 1
 
@@ -40,14 +41,18 @@ def save_attached(model: nn.Module, folder: str | Path) -> None:
     for name, layer in layers.items():
         for added, t in _tensors(layer).items():
             tensors[f"{name}.{added}"] = t.detach().contiguous()
-    settings = {"version": VERSION, "model": model_name(model), "layers": {n: _settings(m) for n, m in layers.items()}}
+    settings = {
+        "version": VERSION,
+        "model": model_name(model) or type(model).__name__,
+        "layers": {n: _settings(m) for n, m in layers.items()},
+    }
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(Path(folder) / TENSORS))
     (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
-    """Attaches to a model what `save_attached` wrote, or fills what is attached already in the same way.
+    """Attaches to a model what `save_attached` wrote and freezes the rest, or fills what is attached already.
 
     Args:
         model: one whose layers have the names and the shapes of the model that was saved.
@@ -91,14 +96,22 @@ def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
             found = tensors.get(f"{name}.{added}")
             if found is None or list(found.shape) != shape:
                 raise ValueError(f"{op}: {TENSORS} lacks {name}.{added} of shape {shape}")
-    for name, how in wanted.items():
-        if not is_attached(modules[name]):
-            _attach_alone(model, name, how)
+    plain = [name for name in wanted if not is_attached(modules[name])]
+    if plain:
+        # refused before the first of them is changed
+        matching(op, model, lambda name, _: name in plain)
+    for name in plain:
+        _attach_alone(model, name, wanted[name])
     with torch.no_grad():
         for name in wanted:
             for added, t in _tensors(modules[name]).items():
                 t.copy_(tensors[f"{name}.{added}"])
     return list(wanted)
+
+
+def model_name(model: nn.Module) -> str | None:
+    """That of the hub or folder that the model came from, where it says so."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def _attach_alone(model: nn.Module, name: str, how: dict[str, Any]) -> None:

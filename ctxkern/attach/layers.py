@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ctxkern.functional import factored_modulated_linear, lora_linear, modulated_linear
 from ctxkern.nn.factors import BilinearFactors
+from ctxkern.nn.linear import sequences
 
 from .using import Attached, Used
 
@@ -54,7 +55,7 @@ class ContextLayer(AttachedLayer):
             context, index = _expanded(context, x), None
         elif used.cu_seqlens is None:
             index = _expanded_index(index, len(context), x)
-        rows = _sequences(x, used.cu_seqlens)
+        rows = _rows(x, used.cu_seqlens)
         spans = {"context_index": index, "cu_seqlens": used.cu_seqlens}
         weight = self.out_in.mT
         if isinstance(self.bilinear, BilinearFactors):
@@ -69,7 +70,13 @@ class AdapterLayer(AttachedLayer):
 
     lora_A: nn.Parameter  # [n, r, D]  # noqa: N815
     lora_B: nn.Parameter  # [n, E, r]  # noqa: N815
-    lora_scale: Tensor  # [n] float32
+    lora_scale: Tensor  # [n] float32, whatever the model is cast to
+
+    def _apply(self, fn: Any, *how: Any) -> Any:
+        scale = self.lora_scale
+        super()._apply(fn, *how)
+        self.lora_scale = scale.to(self.lora_scale.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         used = self.used()
@@ -85,7 +92,7 @@ class AdapterLayer(AttachedLayer):
         index = used.adapter_index
         if used.cu_seqlens is None:
             index = _expanded_index(index, len(A), x)
-        rows = _sequences(x, used.cu_seqlens)
+        rows = _rows(x, used.cu_seqlens)
         spans = {"adapter_index": index, "cu_seqlens": used.cu_seqlens}
         y = lora_linear(rows, self.out_in, A, B, scale, self.bias, **spans)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -108,11 +115,9 @@ def class_for(plain: type[nn.Module], kind: type[AttachedLayer]) -> type[nn.Modu
     return conv1d.ContextConv1D if kind is ContextLayer else conv1d.AdapterConv1D
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """x in the shapes of the functions: [B, D] as [B, 1, D], [B, ..., D] as [B, S, D], packed ones as [N, D]."""
-    if cu_seqlens is not None:
-        return x.reshape(-1, x.shape[-1])
-    return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+def _rows(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x as the functions take it; packed sequences that a model has as one row of a batch as [N, D]."""
+    return sequences(x, None) if cu_seqlens is None else x.flatten(0, -2)
 
 
 def _expanded_index(index: Tensor | None, rows: int, x: Tensor) -> Tensor | None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import model_name
 from .layers import AdapterLayer
-from .targets import is_linear
-from .using import attached_layers, model_name
+from .targets import is_conv1d, is_linear
+from .using import attached_layers
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 _NAME = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.lora_(?P<which>[AB])(?:\.default)?\.weight")
@@ -57,7 +58,6 @@ def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
         alphas[name] = float(layer.lora_scale[i]) * layer.lora_A.shape[1]
     ranks = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
     first = next(iter(layers))
-    turned = {layer.weight.shape != layer.out_in.shape or layer.out_in is not layer.weight for layer in layers.values()}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": model_name(model),
@@ -66,7 +66,7 @@ def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
         "lora_alpha": alphas[first],
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         "target_modules": _targets(model, list(layers)),
-        "fan_in_fan_out": turned == {True},
+        "fan_in_fan_out": all(map(is_conv1d, layers.values())),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

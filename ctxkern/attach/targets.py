@@ -30,6 +30,8 @@ def matching(op: str, model: nn.Module, targets: Targets) -> dict[str, nn.Module
         raise TypeError(f"{op}: model is a {type(model).__name__}; it must be a torch.nn.Module")
     single = isinstance(targets, (str, re.Pattern)) or callable(targets)
     given = [targets] if single else list(targets)
+    if not given:
+        raise ValueError(f"{op}: targets is empty; it must mean a layer")
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [name for name, module in modules.items() if is_linear(module)]
     found: set[str] = set()
@@ -86,7 +88,9 @@ def _nothing(means: Callable[[str, nn.Module], bool], modules: dict[str, nn.Modu
 def _refusal(name: str, layer: nn.Module, modules: dict[str, nn.Module]) -> str | None:
     if is_attached(layer):
         return f"is attached already, as a {type(layer).__name__}; it must be plain: detach it first"
-    if type(layer) is not nn.Linear and type(layer).__name__ != "Conv1D":
+    if type(layer) is not nn.Linear and not (
+        is_conv1d(layer) and type(layer).__module__ == "transformers.pytorch_utils"
+    ):
         found = type(layer).__name__
         return f"is a {found}; it must be exactly an nn.Linear or a Conv1D, neither quantised nor parametrized"
     if "forward" in vars(layer):

@@ -97,7 +97,7 @@ class use:  # noqa: N801
         lora: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
-        layers = attached_layers("use", model)
+        layers = attached_modules("use", model)
         given = {"context": context, "context_index": context_index, "adapter_index": adapter_index}
         for name, t in (*given.items(), ("cu_seqlens", cu_seqlens)):
             if t is not None and not isinstance(t, Tensor):
@@ -105,13 +105,12 @@ class use:  # noqa: N801
         if context is None and context_index is not None:
             raise ValueError("use: context is None; it must be a tensor where context_index is given")
         if lora is not None:
-            unknown = [name for name in lora if name not in layers]
+            names = [layer.attached.name for layer in layers]
+            unknown = [name for name in lora if name not in names]
             if unknown:
-                raise ValueError(
-                    f"use: lora has {unknown[0]!r}; it must name attached layers, as {next(iter(layers))!r}"
-                )
+                raise ValueError(f"use: lora has {unknown[0]!r}; it must name attached layers, as {names[0]!r}")
         self._used = Used(context, context_index, adapter_index, lora, cu_seqlens)
-        self._slots = list({id(layer.attached.slot): layer.attached.slot for layer in layers.values()}.values())
+        self._slots = list(dict.fromkeys(layer.attached.slot for layer in layers))
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> use:
@@ -148,23 +147,33 @@ def is_attached(module: nn.Module) -> bool:
     return isinstance(getattr(module, "attached", None), Attached)
 
 
-def attached_layers(op: str, model: nn.Module) -> dict[str, Any]:
-    """{name at attachment: layer} of a model.
+def attached_modules(op: str, model: nn.Module) -> list[Any]:
+    """The attached layers of a model.
 
     Raises:
         TypeError: model is no module. ValueError: it has no attached layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is a {type(model).__name__}; it must be a torch.nn.Module")
-    found: dict[str, Any] = {m.attached.name: m for m in model.modules() if is_attached(m)}
+    found = [module for module in model.modules() if is_attached(module)]
     if not found:
         raise ValueError(f"{op}: model has no attached layer; attach_contexts or attach_adapters must come first")
     return found
 
 
-def model_name(model: nn.Module) -> str:
-    """That of the hub where it has one, else that of its class."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+def attached_layers(op: str, model: nn.Module) -> dict[str, Any]:
+    """{name at attachment: layer} of them.
+
+    Raises:
+        As `attached_modules`, and ValueError where two have one name, as parts of the model were attached to alone.
+    """
+    found: dict[str, Any] = {}
+    for layer in attached_modules(op, model):
+        name = layer.attached.name
+        if name in found:
+            raise ValueError(f"{op}: two layers were attached as {name!r}, in parts of the model; {op} takes one part")
+        found[name] = layer
+    return found
 
 
 def _bound(function: Callable[..., Any]) -> Callable[..., Any]:

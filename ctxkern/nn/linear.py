@@ -138,7 +138,7 @@ class ModulatedLinear(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as in `ctxkern.modulated_linear`.
         """
-        tokens = _sequences(x, cu_seqlens)
+        tokens = sequences(x, cu_seqlens)
         if isinstance(context, torch.Tensor) and context.dim() > 3:
             context = context.flatten(1, -2)
         spans = {"context_index": context_index, "cu_seqlens": cu_seqlens, "backend": self.backend}
@@ -150,7 +150,7 @@ class ModulatedLinear(nn.Module):
             y = modulated_linear(
                 tokens, context, self.weight, self.bilinear, self.bias, workspace_bytes=memory, **spans
             )
-        return _shaped(y, x)
+        return shaped(y, x)
 
 
 class Bilinear(nn.Bilinear):
@@ -235,7 +235,7 @@ class DynamicLoraLinear(nn.Linear):
             raise ValueError(f"DynamicLoraLinear: {missing} is None; it must be a tensor, as {given} is given")
         scale = 1.0 if self.alpha is None else self.alpha / max(A.shape[1], 1)
         y = lora_linear(
-            _sequences(x, cu_seqlens),
+            sequences(x, cu_seqlens),
             self.weight,
             A,
             B,
@@ -245,10 +245,10 @@ class DynamicLoraLinear(nn.Linear):
             cu_seqlens=cu_seqlens,
             dropout=self.dropout if self.training else 0.0,
         )
-        return _shaped(y, x)
+        return shaped(y, x)
 
 
-def _sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+def sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """x in the shapes of the functions: [B, D] as [B, 1, D], [B, ..., D] as [B, S, D]; packed x as it is."""
     if isinstance(x, torch.Tensor) and cu_seqlens is None:
         if x.dim() == 2:
@@ -258,6 +258,6 @@ def _sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor
     return x
 
 
-def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The result of `_sequences(x)` in the shape of x."""
+def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The result of `sequences(x)` in the shape of x."""
     return y if y.dim() == x.dim() else y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,72 +1,21 @@
-"""Contexts and adapters attached to the layers of a model: which ones, what they compute, what a forward uses."""
+"""Contexts and adapters attached to the layers of a model: which ones, what they compute, the way back."""
 
 import copy
-import pickle
 import re
-import threading
 
 import pytest
 import torch
+from helpers.attached import B, D, K, N, R, S, gradients, new_model, randomise, with_adapters, with_contexts
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import ctxkern
-from ctxkern.attach import using
 from ctxkern.reference import lora_linear_ref, modulated_linear_ref
 from ctxkern.testing.oracle import assert_matches
-
-B, S, D, K, N, R = 4, 5, 8, 6, 3, 2
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.act, self.down = nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D, bias=False)
-
-    def forward(self, x):
-        return x + self.down(self.act(self.up(x)))
-
-
-class Model(nn.Module):
-    """Two blocks and a head, with checkpoints where `how` is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks, self.head, self.how = nn.ModuleList([Block(), Block()]), nn.Linear(D, 3), None
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x) if self.how is None else checkpoint(block, x, **self.how)
-        return self.head(x)
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Model()
-
-
-def with_contexts(model, **how):
-    ctxkern.attach_contexts(model, K, ["up", "down"], **how)
-    randomise(model)
-    return model
-
-
-def with_adapters(model, **how):
-    ctxkern.attach_adapters(model, N, R, ["up", "down"], **how)
-    randomise(model)
-    return model
-
-
-def randomise(model):
-    """What was added, as after training."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-
-
-def gradients(model):
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return new_model()
 
 
 @pytest.mark.parametrize(
@@ -96,6 +45,9 @@ def test_layers_that_cannot_be_attached_to(model):
         with pytest.raises(ValueError, match=re.escape(words)):
             ctxkern.attach_contexts(model, K, targets)
     assert before == {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="targets is empty; it must mean a layer"):
+        ctxkern.attach_contexts(model, K, [])
+    assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(TypeError, match="targets has a int; it must hold names, globs"):
         ctxkern.attach_contexts(model, K, [3])
     with pytest.raises(TypeError, match="model is a function; it must be a torch.nn.Module"):
@@ -225,142 +177,6 @@ def test_weights_of_a_hypernetwork(model):
         ctxkern.use(model, lora={"up": (A, weights)})
 
 
-def test_packed_sequences_are_those_of_a_padded_batch(model):
-    with_contexts(model)
-    x, table = torch.randn(2, 3, D), torch.randn(2, K)
-    with ctxkern.use(model, context=table):
-        want = model(x)
-    with ctxkern.use(model, context=table, cu_seqlens=torch.tensor([0, 3, 6], dtype=torch.int32)):
-        torch.testing.assert_close(model(x.view(1, 6, D)), want.view(1, 6, 3))
-
-
-@pytest.mark.parametrize("attach", [with_contexts, with_adapters])
-def test_rows_follow_a_batch_that_was_expanded(model, attach):
-    attach(model)
-    x, index = torch.randn(B, S, D), torch.tensor([1, 0, 2, 1])
-    how = {"context": torch.randn(N, K), "context_index": index}
-    how = how if attach is with_contexts else {"adapter_index": index}
-    with ctxkern.use(model, **how):
-        torch.testing.assert_close(model(x.repeat_interleave(3, 0)), model(x).repeat_interleave(3, 0))
-
-
-def test_blocks_nest_and_end(model):
-    with_contexts(model)
-    x, first, second = torch.randn(B, S, D), torch.randn(B, K), torch.randn(B, K)
-    with ctxkern.use(model, context=first) as used:
-        one = model(x)
-        with ctxkern.use(model, context=second):
-            two = model(x)
-            with used:
-                assert torch.equal(model(x), one)
-            assert torch.equal(model(x), two)
-        assert torch.equal(model(x), one)
-        with pytest.raises(KeyError), ctxkern.use(model, context=second):
-            raise KeyError
-        assert torch.equal(model(x), one)
-    assert not torch.equal(one, two)
-    with pytest.raises(RuntimeError, match="nothing is in use"):
-        model(x)
-    with pytest.raises(ValueError, match="model has no attached layer"):
-        ctxkern.use(Model(), context=first)
-
-
-def test_threads_have_their_own(model):
-    with_contexts(model)
-    x, tables, barrier = torch.randn(B, S, D), torch.randn(4, B, K), threading.Barrier(4)
-    found = [None] * 4
-
-    def run(i):
-        with ctxkern.use(model, context=tables[i]), torch.no_grad():
-            barrier.wait()
-            found[i] = [model(x) for _ in range(5)]
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(4):
-        with ctxkern.use(model, context=tables[i]), torch.no_grad():
-            assert all(torch.equal(y, model(x)) for y in found[i])
-
-
-@pytest.mark.parametrize("attach", [with_contexts, with_adapters])
-@pytest.mark.parametrize("how", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
-def test_checkpoints_use_what_their_forward_used(model, how, attach):
-    """Two forwards under different contexts, then their backward: outside of both blocks, on another thread, and in a
-    block with yet other contexts."""
-    attach(model)
-    x = torch.randn(B, S, D, requires_grad=True)
-    if attach is with_contexts:
-        each = [{"context": torch.randn(B, K, requires_grad=True)} for _ in range(2)]
-        tables = [used["context"] for used in each]
-    else:
-        each, tables = [{"adapter_index": torch.tensor(rows)} for rows in ([0, 1, -1, 2], [2, 2, 0, 1])], []
-
-    other = {name: t.detach().roll(1, 0) for name, t in each[0].items()}
-
-    def step(where):
-        for t in (x, *tables):
-            t.grad = None
-        model.zero_grad()
-        losses = []
-        for used in each:
-            with ctxkern.use(model, **used):
-                losses.append(model(x).square().sum())
-        loss = losses[0] + 2 * losses[1]
-        if where == "on a thread":
-            thread = threading.Thread(target=loss.backward)
-            thread.start()
-            thread.join()
-        elif where == "in a block":
-            with ctxkern.use(model, **other):
-                loss.backward()
-        else:
-            loss.backward()
-        return gradients(model) + [t.grad.clone() for t in (x, *tables)]
-
-    want = step("outside")
-    model.how = how
-    for where in ("outside", "on a thread", "in a block"):
-        got = step(where)
-        assert len(got) == len(want)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_that_remembers_nothing_is_noticed(model, reentrant, monkeypatch):
-    monkeypatch.setattr(using, "_bound", lambda function: function)
-    with_contexts(model)
-    model.how = {"use_reentrant": reentrant}
-    with ctxkern.use(model, context=torch.randn(B, K)):
-        loss = model(torch.randn(B, S, D, requires_grad=True)).sum()
-    with pytest.raises(RuntimeError, match="nothing is in use"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("attach", [with_contexts, with_adapters])
-def test_compiles_once_for_all_values(model, attach):
-    attach(model)
-    compiled_graphs = []
-
-    def backend(graph, _):
-        compiled_graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    x = torch.randn(B, S, D)
-    for seed in range(4):
-        torch.manual_seed(seed)
-        index = torch.randint(N, (B,))
-        how = {"context": torch.randn(N, K), "context_index": index}
-        how = how if attach is with_contexts else {"adapter_index": index}
-        with ctxkern.use(compiled, **how):
-            torch.testing.assert_close(compiled(x), model(x))
-    assert len(compiled_graphs) == 1
-
-
 @pytest.mark.parametrize("rank", [None, 2])
 def test_detached_with_a_context(model, rank):
     with_contexts(model, rank=rank)
@@ -392,69 +208,6 @@ def test_detached_with_an_adapter(model):
     torch.testing.assert_close(model(x), want)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_copies_use_their_own(model, again):
-    with_contexts(model)
-    other = again(model)
-    x, table = torch.randn(B, S, D), torch.randn(B, K)
-    with ctxkern.use(other, context=table):
-        y = other(x)
-        with pytest.raises(RuntimeError, match="nothing is in use"):
-            model(x)
-    with ctxkern.use(model, context=table):
-        assert torch.equal(model(x), y)
-
-
-@pytest.mark.parametrize("attach", [with_contexts, with_adapters, lambda m: with_contexts(m, rank=2)])
-def test_files(model, attach, tmp_path):
-    pytest.importorskip("safetensors")
-    plain = copy.deepcopy(model)
-    attach(model)
-    ctxkern.save_attached(model, tmp_path / "new" / "folder")
-    names = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
-    assert ctxkern.load_attached(plain, tmp_path / "new" / "folder") == names
-    x = torch.randn(B, S, D)
-    how = (
-        {"context": torch.randn(B, K)}
-        if hasattr(model.blocks[0].up, "bilinear")
-        else {"adapter_index": torch.arange(4) - 1}
-    )
-    with ctxkern.use(model, **how), ctxkern.use(plain, **how):
-        assert torch.equal(plain(x), model(x))
-    # into one that has it attached already
-    randomise(plain)
-    ctxkern.load_attached(plain, tmp_path / "new" / "folder")
-    with ctxkern.use(model, **how), ctxkern.use(plain, **how):
-        assert torch.equal(plain(x), model(x))
-    base_bytes = sum(p.nbytes for p in Model().parameters())
-    added = sum(t.nbytes for n, t in model.state_dict().items() if n not in Model().state_dict())
-    size = (tmp_path / "new" / "folder" / "attached.safetensors").stat().st_size
-    assert added <= size < added + base_bytes + 2000
-
-
-def test_files_that_do_not_fit(model, tmp_path):
-    pytest.importorskip("safetensors")
-    with_contexts(model)
-    ctxkern.save_attached(model, tmp_path)
-    other = nn.Sequential(nn.Linear(D, D))
-    with pytest.raises(ValueError, match="the files have layer 'blocks.0.up'; the model has no linear layer"):
-        ctxkern.load_attached(other, tmp_path)
-    wide = Model()
-    wide.blocks[1].down = nn.Linear(2 * D, D + 1)
-    with pytest.raises(ValueError, match=r"'blocks.1.down' has a weight of \[9, 16\]; the files are for \[8, 16\]"):
-        ctxkern.load_attached(wide, tmp_path)
-    assert type(wide.blocks[0].up) is nn.Linear
-    adapters = with_adapters(Model())
-    with pytest.raises(ValueError, match="'kind': 'adapters'.* attached; the files have .*'kind': 'contexts'"):
-        ctxkern.load_attached(adapters, tmp_path)
-    text = (tmp_path / "attached.json").read_text()
-    (tmp_path / "attached.json").write_text(text.replace('"version": 1', '"version": 7'))
-    with pytest.raises(ValueError, match="attached.json has version 7; it must be 1"):
-        ctxkern.load_attached(Model(), tmp_path)
-    with pytest.raises(FileNotFoundError):
-        ctxkern.load_attached(Model(), tmp_path / "nowhere")
-
-
 def test_a_bank_trains_in_one_step_as_each_adapter_alone(model):
     with_adapters(model)
     x = torch.randn(N, S, D)
@@ -467,3 +220,27 @@ def test_a_bank_trains_in_one_step_as_each_adapter_alone(model):
             model(x[i : i + 1]).square().sum().backward()
     for a, b in zip(mixed, gradients(model), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scales_keep_their_precision_in_a_model_that_is_cast(model, dtype):
+    with_adapters(model, alpha=1.1)
+    scale = model.blocks[0].up.lora_scale.clone()
+    model.to(dtype)
+    assert model.blocks[0].up.lora_A.dtype is dtype
+    assert torch.equal(model.blocks[0].up.lora_scale, scale)
+    with ctxkern.use(model, adapter_index=torch.arange(4) - 1):
+        assert model(torch.randn(B, S, D, dtype=dtype)).dtype is dtype
+
+
+@pytest.mark.parametrize("attach", [with_contexts, with_adapters])
+def test_float32_next_to_a_half_model(attach):
+    model = new_model().bfloat16()
+    attach(model)
+    assert all(p.dtype is torch.float32 for p in model.parameters() if p.requires_grad)
+    how = {"context": torch.randn(B, K)} if attach is with_contexts else {"adapter_index": torch.arange(4) - 1}
+    with ctxkern.use(model, **how):
+        y = model(torch.randn(B, S, D, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert y.dtype is torch.bfloat16
+    assert all(p.grad.dtype is torch.float32 for p in model.parameters() if p.requires_grad and p.grad is not None)
