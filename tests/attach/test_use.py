@@ -153,6 +153,24 @@ def test_compiles_once_for_all_values(model, attach):
     assert len(compiled_graphs) == 1
 
 
+@pytest.mark.parametrize("attach", [with_contexts, with_adapters])
+def test_compiles_with_checkpoints(model, attach):
+    attach(model)
+    x, index = torch.randn(B, S, D), torch.tensor([1, 0, 2, 1])
+    how = {"context": torch.randn(N, K), "context_index": index}
+    how = how if attach is with_contexts else {"adapter_index": index}
+    found = []
+    for checkpoints, fn in ((None, model), ({"use_reentrant": False}, torch.compile(model, backend="aot_eager"))):
+        model.how = checkpoints
+        model.zero_grad()
+        with ctxkern.use(model, **how):
+            loss = fn(x).square().sum()
+        loss.backward()
+        found.append(gradients(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_use_their_own(model, again):
     with_contexts(model)
