@@ -11,6 +11,7 @@ import ctxkern
 from ctxkern.experiments import EXPERIMENTS
 from ctxkern.experiments.core.command import CommandError, add_experiment
 from ctxkern.experiments.core.extras import MissingExtraError
+from ctxkern.experiments.core.processes import is_main
 
 __all__ = ["COMMANDS", "CommandError", "build_parser", "main"]
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (CommandError, MissingExtraError) as error:
-        print(f"ctxkern {args.command}: {error}", file=sys.stderr)
+        if is_main():
+            print(f"ctxkern {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ctxkern {args.command}: interrupted", file=sys.stderr)

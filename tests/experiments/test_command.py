@@ -318,10 +318,3 @@ def test_memory_that_runs_out_in_training_is_one_line(corpus, tmp_path, capsys, 
 def test_a_run_of_another_experiment_is_not_resumed(corpus, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"experiment": "toy", "train": {}, "files": []}')
     assert "holds a run of `ctxkern toy`" in failed(capsys, "train", "--resume", "--run-dir", tmp_path)
-
-
-def test_several_processes_in_one_folder_are_refused(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    err = failed(capsys, "train", corpus, *TINY, "--run-dir", tmp_path / "run")
-    assert "it is started as 2 processes (WORLD_SIZE); it must be started as one" in err
-    assert not (tmp_path / "run").exists()

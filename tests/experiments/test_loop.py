@@ -9,7 +9,8 @@ from helpers.runs import KilledError, stop_at
 from torch.utils.data import DataLoader
 
 from ctxkern.experiments.core import checkpoint as ckpt
-from ctxkern.experiments.core.loop import LoaderBatches, LoopConfig, TrainingError, fit, warmup_cosine
+from ctxkern.experiments.core.batches import LoaderBatches
+from ctxkern.experiments.core.loop import LoopConfig, Next, TrainingError, fit, warmup_cosine
 from ctxkern.experiments.core.runlog import read_metrics
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.testing.oracle import assert_same_bits
@@ -21,13 +22,16 @@ def net_evaluate(model):
     return {"a": net_loss(model, batch_at(1000)).item(), "b": net_loss(model, batch_at(1001)).item(), "c": math.nan}
 
 
-def run_fit(run_dir, steps=20, *, optimizer=torch.optim.AdamW, loss_fn=net_loss, batches=batch_at, seed=0, **changes):
-    model = make_net()
+def run_fit(
+    run_dir, steps=20, *, model=None, optimizer=torch.optim.AdamW, loss_fn=net_loss, batches=batch_at, seed=0,
+    before_step=None, **changes
+):  # fmt: skip
+    model = make_net() if model is None else model
     settings = {"log_every": 3, "eval_every": 5, "checkpoint_every": 4, "progress": False, "config": {"width": 8}}
     config = LoopConfig(steps, run_dir, seed=seed, **settings | changes)
     result = fit(
         model, optimizer(model.parameters(), lr=0.05), batches, config,
-        loss_fn=loss_fn, evaluate=net_evaluate, lr_factor=lambda step: 1 / (1 + step),
+        loss_fn=loss_fn, evaluate=net_evaluate, lr_factor=lambda step: 1 / (1 + step), before_step=before_step,
     )  # fmt: skip
     return model, result
 
@@ -158,6 +162,33 @@ def test_fewer_steps_than_done_and_other_configs_are_refused(tmp_path):
 def test_loader_needs_a_sampler_that_can_start_anywhere():
     with pytest.raises(TypeError, match="it must have a method set_epoch"):
         LoaderBatches(DataLoader(torch.zeros(4), batch_size=2))
+
+
+def test_accumulation_computes_the_whole_batch(tmp_path):
+    (whole, _), (parts, _) = (
+        run_fit(tmp_path / str(accumulate), model=make_net(dropout=0.0), accumulate=accumulate) for accumulate in (1, 3)
+    )
+    torch.testing.assert_close(dict(parts.named_parameters()), dict(whole.named_parameters()))
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in "13"]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    with pytest.raises(ValueError, match="a batch has 4 rows; it must have 5"):
+        run_fit(tmp_path / "many", accumulate=5)
+
+
+def test_before_step_saves_and_ends_a_run(tmp_path):
+    asked = []
+
+    def before_step(step):
+        asked.append(step)
+        return {7: Next.SAVE, 9: Next.STOP}.get(step, Next.STEP)
+
+    _, result = run_fit(tmp_path, before_step=before_step, checkpoint_every=50)
+    assert asked == list(range(10))
+    assert (result.step, result.finished, result.interrupted) == (9, True, None)
+    assert ckpt.read_step(tmp_path / ckpt.LAST) == 9
+    with pytest.raises(KilledError):
+        run_fit(tmp_path / "killed", before_step=before_step, checkpoint_every=50, loss_fn=stop_at(net_loss, 8))
+    assert ckpt.read_step(tmp_path / "killed" / ckpt.LAST) == 7
 
 
 def test_learning_rate_factor():

@@ -61,7 +61,10 @@ class _Packer:
         )
 
     def _pack_tensor(self, value: torch.Tensor, name: str) -> dict[str, str]:
-        value = value.detach().cpu().contiguous()
+        value = value.detach()
+        # a DTensor's parts lie in several processes, all of which pack
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        value = value.cpu().contiguous()
         # tied weights
         if value.numel() and value.untyped_storage().data_ptr() in self._storages:
             value = value.clone()
@@ -105,6 +108,7 @@ def save_checkpoint(
     step: int,
     config: Mapping | None = None,
     extra: Mapping | None = None,
+    write: bool = True,
 ) -> None:
     """Write a checkpoint; a kill at any instant leaves the previous file or the new one.
 
@@ -115,6 +119,7 @@ def save_checkpoint(
         step: training steps completed.
         config: JSON-able; compared by `load_checkpoint`.
         extra: JSON-able; handed back by `load_checkpoint`.
+        write: False in the processes that only bring their parts of sharded tensors.
 
     Raises:
         CheckpointError: an extra state or optimizer state of objects other than tensors, numbers, strings, None and
@@ -127,6 +132,8 @@ def save_checkpoint(
     if optimizer is not None:
         state = packer.pack(optimizer.state_dict()["state"], "optimizer")
         meta["optimizer"] = {"state": state, "sizes": _group_sizes(optimizer)}
+    if not write:
+        return
     meta["crc32"] = _checksum(packer.tensors)
     metadata = {"ctxkern": json.dumps(meta)}
     write_atomic(path, lambda temporary: safetensors.save_file(packer.tensors, temporary, metadata=metadata))
@@ -213,8 +220,15 @@ def load_checkpoint(
             )
     if optimizer is not None:
         _load_optimizer(path, optimizer, tensors, meta)
-    model.load_state_dict(states)
+    model.load_state_dict({name: _shared_out(value, expected[name]) for name, value in states.items()})
     return Checkpoint(meta["step"], meta["config"], meta["extra"])
+
+
+def _shared_out(value: Any, like: Any) -> Any:
+    """A whole tensor as the DTensor that `like` is, where it is one and they have one shape."""
+    if not hasattr(like, "full_tensor") or not isinstance(value, torch.Tensor) or value.shape != like.shape:
+        return value
+    return torch.distributed.tensor.distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def _describe(state: Mapping[str, object], name: str) -> object:
@@ -232,4 +246,9 @@ def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, tensors: Mappi
     if sizes != stored["sizes"]:
         raise CheckpointError(f"{printable(path)}: parameter groups of {stored['sizes']} there and {sizes} here")
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": _unpack(stored["state"], tensors), "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {name: _shared_out(value, parameters[number]) for name, value in values.items()}
+        for number, values in _unpack(stored["state"], tensors).items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

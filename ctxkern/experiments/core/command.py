@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ctxkern.experiments.core import processes
 from ctxkern.experiments.core.checkpoint import LAST, CheckpointError, read_step
 from ctxkern.experiments.core.data.paths import FoundFiles, find_files, fingerprint
 from ctxkern.experiments.core.data.reading import BadFilesError
@@ -36,7 +37,7 @@ from ctxkern.experiments.core.settings import RunSettings
 CONFIG, RESULT, PLOT = "config.json", "result.json", "loss.png"
 # left out for one reason
 _MOST_NAMES = 20
-_EXTRAS = ("numpy", "safetensors.torch", "tqdm", "torch.utils.tensorboard")
+_EXTRAS = ("accelerate", "numpy", "safetensors.torch", "tqdm", "torch.utils.tensorboard")
 
 
 class CommandError(Exception):
@@ -166,38 +167,50 @@ def run(args: argparse.Namespace) -> int:
     for module in _EXTRAS:
         require(module)
     require_matplotlib()
-    # torchrun and its like: each process would train a whole copy into the same folder
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise CommandError(
-            f"it is started as {os.environ['WORLD_SIZE']} processes (WORLD_SIZE); it must be started as one"
-        )
     experiment = args.experiment
     with _as_command_errors():
         config, inputs, run_dir = _resumed(args) if args.resume else _fresh(args)
         job = experiment.prepare(config, inputs)
-        run_dir.mkdir(parents=True, exist_ok=True)
         files = experiment.files(job)
-        experiment.save(job, run_dir)
-        # last: a folder with it can be resumed
-        write_json_atomic(
-            run_dir / CONFIG,
-            {
-                "experiment": args.command,
-                "train": asdict(job.config),
-                "files": [{"path": path_to_json(file.path), "sha256": file.sha256} for file in files],
-            },
-        )
-    print(experiment.describe(job))
+        processes.join(config.torch_device())
+        # no folder is written to before all processes have seen that it is unused
+        run_dir = processes.from_main(run_dir)
+        if processes.is_main():
+            _write_start(args, job, files, run_dir)
+    say = print if processes.is_main() else _silent
+    say(experiment.describe(job))
     for reason, names in group_notes(inputs.found.notes).items():
-        print(f"left out    {join_names(names, _MOST_NAMES)}: {reason}")
-    print(f"run         {printable(run_dir)}\n", flush=True)
+        say(f"left out    {join_names(names, _MOST_NAMES)}: {reason}")
+    say(f"run         {printable(run_dir)}\n", flush=True)
     with _as_command_errors():
         digests = [file.sha256 for file in files]
         result = train(
             job, run_dir, resume=args.resume, progress=not args.quiet, config={"files": digests} if files else None
         )
-        _write_result(run_dir, result)
+        if processes.is_main():
+            _write_result(run_dir, result)
+    if not processes.is_main():
+        return 128 + result.interrupted if result.interrupted else 0
     return _finish(args, job, run_dir, result)
+
+
+def _silent(*_: object, **__: object) -> None:
+    """`print` in the processes that are not the main one."""
+
+
+def _write_start(args: argparse.Namespace, job: Job, files: list[TrainingFile], run_dir: Path) -> None:
+    """What a run folder holds before the training."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    args.experiment.save(job, run_dir)
+    # last: a folder with it can be resumed
+    write_json_atomic(
+        run_dir / CONFIG,
+        {
+            "experiment": args.command,
+            "train": asdict(job.config),
+            "files": [{"path": path_to_json(file.path), "sha256": file.sha256} for file in files],
+        },
+    )
 
 
 def _write_result(run_dir: Path, result: FitResult) -> None:
@@ -242,5 +255,7 @@ def _finish(args: argparse.Namespace, job: Job, run_dir: Path, result: FitResult
     print(f"logs        {printable(run_dir / METRICS)}; tensorboard --logdir {shell_quote(run_dir / LOGS)}", flush=True)
     if _plot(args, job, run_dir):
         print(f"plot        {printable(run_dir / PLOT)}", flush=True)
-    args.experiment.finish(job, args)
+    # what remains may call the model, whose parts other processes may have
+    if processes.count() == 1:
+        args.experiment.finish(job, args)
     return 0

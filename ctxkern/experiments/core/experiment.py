@@ -15,15 +15,19 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from ctxkern.experiments.core.batches import Batch, BatchSource, count_rows
 from ctxkern.experiments.core.data.paths import FoundFiles
-from ctxkern.experiments.core.loop import Batch, BatchSource, FitResult, LoopConfig, fit, warmup_cosine
+from ctxkern.experiments.core.loop import FitResult, LoopConfig, fit, warmup_cosine
 from ctxkern.experiments.core.settings import RunSettings
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 
 
 class Job(Protocol):
-    """What is trained."""
+    """What is trained.
+
+    A job may also have `weigh(batch)` and `before_step(step)`, see `fit`.
+    """
 
     @property
     def config(self) -> RunSettings:
@@ -151,6 +155,7 @@ def train(
         run_dir=run_dir,
         seed=settings.seed,
         grad_clip=settings.grad_clip or None,
+        accumulate=settings.accumulate,
         eval_every=settings.eval_every or tenth,
         checkpoint_every=settings.checkpoint_every or tenth,
         config={**settings.fixed(), **(config or {})},
@@ -171,4 +176,6 @@ def train(
         loss_fn=job.loss,
         evaluate=job.evaluator(),
         lr_factor=lr_factor,
+        weigh=getattr(job, "weigh", count_rows),
+        before_step=getattr(job, "before_step", None),
     )

@@ -1,76 +1,42 @@
 """The training loop: progress, logs, validation, checkpoints, and a resume that ends in the same bits.
 
 All randomness of a step is seeded from `(seed, step)`, batches are a function of the step, and the checkpoint holds
-model, optimizer and step: so a run that was killed and resumed computes what an uninterrupted one computes.
+model, optimizer and step: so a run that was killed and resumed computes what an uninterrupted one computes. Several
+processes, and accumulation, take shares of the rows of each batch, and so compute what one process computes, in other
+sums; accelerate brings devices, DDP and FSDP2.
 """
 
+import contextlib
+import enum
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from ctxkern.experiments.core import checkpoint as ckpt
+from ctxkern.experiments.core import processes
+from ctxkern.experiments.core.batches import Batch, BatchSource, StepBatches, count_rows, count_tokens, deal
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers
 from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.runlog import RunLog
 from ctxkern.experiments.core.seeding import derive_seed
 
-Batch = Mapping[str, torch.Tensor]
-
 
 class TrainingError(RuntimeError):
     """Training cannot continue: the loss or its gradient is not finite."""
 
 
-class BatchSource(Protocol):
-    """Endless batches from any step on."""
+class Next(enum.Enum):
+    """What `before_step` wants: go on, write a checkpoint first, or end the run."""
 
-    def iterate(self, start_step: int) -> Iterator[Batch]:
-        """The batches from `start_step` on."""
-
-
-class StepBatches:
-    """The batches `batch_at(step)` of a function."""
-
-    def __init__(self, batch_at: Callable[[int], Batch]):
-        self.batch_at = batch_at
-
-    def iterate(self, start_step: int) -> Iterator[Batch]:
-        """The batches from `start_step` on."""
-        step = start_step
-        while True:
-            yield self.batch_at(step)
-            step += 1
-
-
-class LoaderBatches:
-    """The batches of a `DataLoader` whose `batch_sampler` has `set_epoch(epoch, start_batch)`, epoch after epoch.
-
-    Raises:
-        TypeError: the batch sampler has no `set_epoch`.
-    """
-
-    def __init__(self, loader: torch.utils.data.DataLoader):
-        self.loader, self.sampler = loader, cast(Any, loader.batch_sampler)
-        if not hasattr(self.sampler, "set_epoch"):
-            kind = type(self.sampler).__name__
-            raise TypeError(f"the batch_sampler of loader is a {kind}; it must have a method set_epoch")
-
-    def iterate(self, start_step: int) -> Iterator[Batch]:
-        """The batches from `start_step` on."""
-        epoch, position = divmod(start_step, len(self.sampler))
-        while True:
-            self.sampler.set_epoch(epoch, position)
-            yield from self.loader
-            epoch, position = epoch + 1, 0
+    STEP, SAVE, STOP = range(3)
 
 
 @dataclass
@@ -82,6 +48,7 @@ class LoopConfig:
         run_dir: folder of logs and checkpoints, made where absent.
         seed: of everything random in a step.
         grad_clip: largest norm of all gradients together; None does not clip.
+        accumulate: into how many parts the rows of a batch are dealt in each process, one backward each.
         log_every, eval_every, checkpoint_every: steps between; None: at the end only.
         config: JSON-able; a checkpoint of another `config` is refused.
         resume: continue from the last checkpoint, or from the start where there is none.
@@ -92,6 +59,7 @@ class LoopConfig:
     run_dir: str | Path
     seed: int = 0
     grad_clip: float | None = 1.0
+    accumulate: int = 1
     log_every: int | None = 10
     eval_every: int | None = None
     checkpoint_every: int | None = None
@@ -100,7 +68,7 @@ class LoopConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "eval_every", "checkpoint_every"):
+        for name in ("steps", "accumulate", "log_every", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -112,14 +80,15 @@ class LoopConfig:
 class FitResult:
     """How a call of `fit` ended.
 
-    `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `first` and `last`
-    are the validation losses by name of the first and the last evaluation (empty without one); `best_loss` is the
-    lowest mean of an evaluation, at `best_step`.
+    `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `finished` says that
+    `before_step` did; `first` and `last` are the validation losses by name of the first and the last evaluation (empty
+    without one); `best_loss` is the lowest mean of an evaluation, at `best_step`.
     """
 
     step: int
     steps: int
     interrupted: signal.Signals | None = None
+    finished: bool = False
     best_step: int | None = None
     best_loss: float | None = None
     first: dict[str, float] = field(default_factory=dict)
@@ -155,11 +124,6 @@ class _Signals:
             signal.signal(*self._before.popitem())
 
 
-def _count_tokens(batch: Batch) -> int:
-    mask = batch.get("padding_mask")
-    return int((~mask).sum()) if mask is not None else next(iter(batch.values())).numel()
-
-
 class _Run:
     """One call of `fit`: its arguments, its logs, and how far it is."""
 
@@ -172,19 +136,29 @@ class _Run:
         loss_fn: Callable[[nn.Module, Batch], torch.Tensor],
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
         lr_factor: Callable[[int], float],
+        weigh: Callable[[Batch], float],
+        before_step: "Callable[[int], Next] | None",
     ):
         self.model, self.optimizer, self.config = model, optimizer, config
+        self.weigh, self.before_step = weigh, before_step
         self.batches = batches if hasattr(batches, "iterate") else StepBatches(batches)
         self.loss_fn, self.evaluate_fn, self.lr_factor = loss_fn, evaluate, lr_factor
         self.run_dir = Path(config.run_dir)
         self.device = next(model.parameters()).device
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.main = processes.is_main()
+        self.accelerator = processes.accelerator(self.device)
+        # as the caller has them, for evaluation and checkpoints; what accelerate makes of them trains
+        self.trained, self.stepper = self.accelerator.prepare(model, optimizer)
         self.result = FitResult(0, config.steps)
         self.pending: list[tuple[int, float, torch.Tensor]] = []
         self.saved_step: int | None = None
+        self.agreed: signal.Signals | None = None
         self.latest_loss = math.nan
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.run_dir)
+        if self.main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.run_dir)
+        processes.wait()
         if config.resume and (self.run_dir / ckpt.LAST).exists():
             self._restore()
 
@@ -204,8 +178,9 @@ class _Run:
         extra = {"best_step": result.best_step, "best_loss": result.best_loss}
         ckpt.save_checkpoint(
             self.run_dir / ckpt.LAST, self.model, self.optimizer,
-            step=result.step, config=self.config.config, extra=extra,
+            step=result.step, config=self.config.config, extra=extra, write=self.main,
         )  # fmt: skip
+        processes.wait()
         self.saved_step = result.step
 
     def _flush(self) -> None:
@@ -213,7 +188,9 @@ class _Run:
         if self.pending:
             steps, lrs, values = zip(*self.pending, strict=True)
             self.pending.clear()
-            for step, lr, (loss, norm) in zip(steps, lrs, torch.stack(values).tolist(), strict=True):
+            losses, norms = torch.stack(values).unbind(1)
+            losses = self.accelerator.reduce(losses.contiguous(), "sum")
+            for step, lr, loss, norm in zip(steps, lrs, losses.tolist(), norms.tolist(), strict=True):
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise TrainingError(
                         f"step {step}: the loss is {loss}, its gradient norm {norm}: lower the learning rate "
@@ -231,7 +208,7 @@ class _Run:
         result, training = self.result, self.model.training
         self.model.eval()
         with torch.no_grad():
-            losses = self.evaluate_fn(self.model)
+            losses = processes.from_main(self.evaluate_fn(self.model))
         self.model.train(training)
         # JSON has no nan
         values = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
@@ -245,37 +222,80 @@ class _Run:
         if mean is not None and (result.best_loss is None or mean < result.best_loss):
             result.best_step, result.best_loss = result.step, mean
             path = self.run_dir / ckpt.BEST
-            ckpt.save_checkpoint(path, self.model, step=result.step, config=self.config.config, extra={"mean": mean})
-        if mean is not None and self.config.progress:
+            ckpt.save_checkpoint(
+                path, self.model, step=result.step, config=self.config.config, extra={"mean": mean}, write=self.main
+            )
+        if mean is not None and self.config.progress and self.main:
             self.bar.write(f"step {result.step}: mean validation loss {mean:.4f}")
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Gradients of the mean loss of a batch; returns what this process adds to the loss."""
+        accumulate, count = self.config.accumulate, processes.count()
+        shares = deal(batch, accumulate * count)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        whole = self.weigh(batch) if len(shares) > 1 else 1.0
+        first = self.accelerator.process_index * accumulate
+        for number in range(first, first + accumulate):
+            # one process without accumulation draws as it did before there were several
+            place = (number,) if number else ()
+            torch.manual_seed(derive_seed(self.config.seed, "step", self.result.step, *place))
+            share = {name: value.to(self.device, non_blocking=True) for name, value in shares[number].items()}
+            last = number == first + accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.trained):
+                loss = self.loss_fn(self.trained, share)
+                if len(shares) > 1:
+                    part = self.weigh(shares[number]) / whole
+                    total += part * loss.detach()
+                    # gradients of processes are averaged, not added
+                    loss = loss * (part * count)
+                else:
+                    total += loss.detach()
+                self.accelerator.backward(loss)
+        return total
 
     def _step(self, batch: Batch) -> None:
         result = self.result
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        torch.manual_seed(derive_seed(self.config.seed, "step", result.step))
         factor = self.lr_factor(result.step)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        loss = self.loss_fn(self.model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.stepper.zero_grad(set_to_none=True)
+        loss = self._backward(batch)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
-        self.optimizer.step()
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.stepper.step()
         result.step += 1
-        self.pending.append((result.step, self.base_lrs[0] * factor, torch.stack([loss.detach(), norm]).double()))
+        self.pending.append((result.step, self.base_lrs[0] * factor, torch.stack([loss, norm.double()])))
 
     def _due(self, every: int | None) -> bool:
         step = self.result.step
         return step == self.config.steps or (every is not None and step % every == 0)
 
+    def _ends(self, signals: _Signals) -> bool:
+        """Whether a signal, or `before_step`, ends the run here."""
+        step = self.result.step
+        if processes.count() > 1:
+            # they agree on a signal where they meet anyway
+            if step % (self.config.log_every or 1) == 0:
+                numbers = torch.tensor([int(signals.received or 0)], device=self.device)
+                found = int(self.accelerator.gather(numbers).max())
+                self.agreed = signal.Signals(found) if found else None
+        else:
+            self.agreed = signals.received
+        if self.agreed is None and self.before_step is not None:
+            decided = self.before_step(step)
+            if decided is Next.SAVE:
+                self._save()
+            self.result.finished = decided is Next.STOP
+        return self.agreed is not None or self.result.finished
+
     def _train(self, signals: _Signals) -> None:
         config, result = self.config, self.result
         tokens, began = 0, time.perf_counter()
-        for batch in self.batches.iterate(result.step):
-            if signals.received:
-                return
-            tokens += _count_tokens(batch)
+        source = self.batches.iterate(result.step)
+        while result.step < config.steps and not self._ends(signals):
+            batch = next(source)
+            tokens += count_tokens(batch)
             self._step(batch)
             self.bar.update()
             if self._due(config.log_every):
@@ -286,26 +306,23 @@ class _Run:
                 self._evaluate()
             if self._due(config.checkpoint_every):
                 self._save()
-            if result.step == config.steps:
-                return
 
     def run(self) -> FitResult:
         """Train to the end, or to a signal."""
         result = self.result
         tqdm = require("tqdm").tqdm
-        self.log = RunLog(self.run_dir, result.step)
+        self.log = RunLog(self.run_dir, result.step, write=self.main)
         self.model.train()
         # None: a bar on terminals only
-        disable = None if self.config.progress else True
+        disable = None if self.config.progress and self.main else True
         self.bar = tqdm(total=result.steps, initial=result.step, unit="step", dynamic_ncols=True, disable=disable)
         try:
             with self.bar, _Signals() as signals:
                 if result.step == 0:
                     self._evaluate()
+                self._train(signals)
                 if result.step < result.steps:
-                    self._train(signals)
-                if result.step < result.steps:
-                    result.interrupted = signals.received
+                    result.interrupted = self.agreed
                 if self.saved_step != result.step:
                     self._save()
         finally:
@@ -327,6 +344,8 @@ def fit(
     loss_fn: Callable[[nn.Module, Batch], torch.Tensor],
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     lr_factor: Callable[[int], float] = lambda step: 1.0,
+    weigh: Callable[[Batch], float] = count_rows,
+    before_step: Callable[[int], Next] | None = None,
 ) -> FitResult:
     """Train `model` to `config.steps` steps and leave logs and checkpoints in `config.run_dir`.
 
@@ -344,9 +363,15 @@ def fit(
         loss_fn: `(model, batch)` to a scalar; torch's random draws in it are seeded from `(seed, step)`.
         evaluate: `(model)`, in eval mode without gradients, to a loss by name (nan: no data); called before the first
             step, every `eval_every` steps and after the last.
+        weigh: a batch to its weight in the mean of the losses of parts of it; a constant adds them up. Of effect with
+            several processes or `accumulate` alone.
+        before_step: called with each step before its batch is taken, in every process; see `Next`.
+
+    Started by torchrun or `accelerate launch`, each process takes a share of the rows of each batch; the main one
+    evaluates, logs and writes. The model is then trained through DDP or FSDP2, as accelerate was configured.
 
     Raises:
         CheckpointError: see `load_checkpoint`; the run is past `steps`.
         TrainingError: the loss or its gradient is not finite; the checkpoint of before stays.
     """
-    return _Run(model, optimizer, batches, config, loss_fn, evaluate, lr_factor).run()
+    return _Run(model, optimizer, batches, config, loss_fn, evaluate, lr_factor, weigh, before_step).run()

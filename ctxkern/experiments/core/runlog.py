@@ -30,10 +30,14 @@ class RunLog:
     Args:
         run_dir: existing folder.
         start_step: steps completed; rows of later steps are dropped, at 0 all rows.
+        write: False where another process writes; `rows` are kept all the same.
     """
 
-    def __init__(self, run_dir: Path, start_step: int):
+    def __init__(self, run_dir: Path, start_step: int, *, write: bool = True):
         self.rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step] if start_step else []
+        self._writes = write
+        if not write:
+            return
         write_text_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = (run_dir / METRICS).open("a", encoding="utf-8", newline="\n")
         writer = require("torch.utils.tensorboard").SummaryWriter
@@ -45,17 +49,21 @@ class RunLog:
     def write(self, row: dict, scalars: Mapping[str, float]) -> None:
         """Append `row` (with its `step`) to the file and `scalars` to TensorBoard."""
         self.rows.append(row)
+        if not self._writes:
+            return
         self._file.write(json.dumps(row) + "\n")
         for name, value in scalars.items():
             self._board.add_scalar(printable(name), value, row["step"])
 
     def flush(self) -> None:
         """Hand both logs' rows to the operating system."""
-        self._file.flush()
-        self._board.flush()
+        if self._writes:
+            self._file.flush()
+            self._board.flush()
 
     def close(self) -> None:
         """Flush and close both logs."""
-        self._file.close()
-        self._board.close()
-        self._alias.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
+            self._alias.close()

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from ctxkern.experiments.core.processes import local_device
+
 AnySettings = TypeVar("AnySettings", bound="Settings")
 _KEY = "setting"
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -220,6 +222,9 @@ class RunSettings(Settings):
         group="optimizer",
     )
     warmup_steps: int = setting(20, "steps of linear warmup", at_least=0, group="optimizer")
+    accumulate: int = setting(
+        1, "parts of a batch, one backward each: less memory", at_least=1, group="optimizer", resumable=True
+    )
     grad_clip: float = setting(1.0, "largest gradient norm; 0 does not clip", at_least=0, group="optimizer")
 
     def torch_device(self) -> torch.device:
@@ -229,6 +234,7 @@ class RunSettings(Settings):
             ValueError: torch does not know it, or cannot compute on it here.
         """
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        name = local_device(name)
         try:
             probe = torch.zeros(1, device=name) + 1
             # the meta device computes nothing

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ctxkern.experiments.core.batches import Batch, BatchSource, LoaderBatches
 from ctxkern.experiments.core.data.dataset import MultiFileDataset
 from ctxkern.experiments.core.data.reading import BadFile
 from ctxkern.experiments.core.data.sampler import MixedFileBatchSampler
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX, Collator, EncodedDataset
 from ctxkern.experiments.core.experiment import train as train
-from ctxkern.experiments.core.loop import Batch, BatchSource, LoaderBatches
 from ctxkern.experiments.core.memory import build_model
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
@@ -182,6 +182,10 @@ class Job:
         """`batch_loss` in the configured dtype."""
         with autocast(self.config, self.device):
             return batch_loss(model, batch)
+
+    def weigh(self, batch: Batch) -> float:
+        """The labels of a batch, over which its loss is a mean."""
+        return float((batch["target"] != IGNORE_INDEX).sum())
 
     def batches(self) -> BatchSource | Callable[[int], Batch]:
         """`batch_at`, or the same batches from worker processes."""

@@ -1,0 +1,94 @@
+"""`ctxkern train` as two processes: what one process trains, in shares, under DDP and FSDP2, and back on one."""
+
+import signal
+
+import pytest
+import torch
+from helpers.runs import SIZES, finish, start, wait_for_step
+from safetensors.torch import load_file
+
+from ctxkern.experiments.core.runlog import read_metrics
+from ctxkern.experiments.multifile.config import TrainConfig
+
+# without dropout, whose draws differ by process
+SETTINGS = SIZES | {"batch_size": 5, "dropout": 0.0, "dtype": "float64", "schedule": "constant", "device": "cpu"}
+FLAGS = [part for name, value in SETTINGS.items() for part in (TrainConfig.flag(name), str(value))]
+FLAGS += ["--no-compare-einsum", "--quiet"]
+# accelerate has FSDP for accelerators alone: its state is told so
+SHARDED = """
+import sys, torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from ctxkern.experiments.core import loop, processes
+from ctxkern.cli import main
+
+plain, sharded = processes.accelerator, []
+
+def accelerator(device):
+    made = plain(device)
+    made.state.distributed_type = DistributedType.FSDP
+    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    return made
+
+def step(run, batch, plain=loop._Run._step):
+    plain(run, batch)
+    sharded.append(all(hasattr(parameter, "full_tensor") for parameter in run.model.parameters()))
+
+processes.accelerator, loop._Run._step = accelerator, step
+status = main(sys.argv[1:])
+sys.exit(status if sharded and all(sharded) else "not sharded")
+"""
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, name in enumerate(("a.txt", "b.txt", "c.txt")):
+        letters = torch.randint(97, 105, (1500,), generator=torch.Generator().manual_seed(number))
+        (folder / name).write_bytes(bytes(letters.tolist()))
+    return folder
+
+
+def launch(*argv, script=None):
+    """Two processes of `ctxkern train`, or of a script that calls it."""
+    what = [script, "train"] if script else ["-m", "ctxkern", "train"]
+    return start(*what, *argv, program=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_does(texts, tmp_path, kind):
+    script = None
+    if kind == "fsdp2":
+        script = tmp_path / "sharded.py"
+        script.write_text(SHARDED)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    one = start(texts, *FLAGS, "--steps", 9, "--run-dir", whole)
+    out = finish(launch(texts, *FLAGS, "--steps", 4, "--run-dir", parts, script=script))
+    assert out.count("validation loss") == 1, out
+    finish(one)
+    if script:
+        finish(launch("--resume", "--run-dir", parts, "--steps", 7, "--quiet", script=script))
+    finish(start("--resume", "--run-dir", parts, "--steps", 9, "--no-compare-einsum", "--quiet"))
+    expected, found = (load_file(folder / "last.safetensors") for folder in (whole, parts))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    rows = [[(row["step"], row["loss"]) for row in read_metrics(folder) if "loss" in row] for folder in (whole, parts)]
+    assert [step for step, _ in rows[1]] == list(range(1, 10))
+    torch.testing.assert_close(*(torch.tensor(pairs, dtype=torch.float64) for pairs in rows), rtol=1e-9, atol=0)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_both_and_saves(texts, tmp_path):
+    process = launch(texts, *FLAGS, "--steps", 10**6, "--run-dir", tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 30)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=120)[0].decode()
+    assert "by SIGTERM; continue with" in out
+    done = read_metrics(tmp_path / "run")[-1]["step"]
+    out = finish(launch("--resume", "--run-dir", tmp_path / "run", "--steps", done + 3, "--quiet"))
+    assert f"at step {done + 3}" in out or f"step {done + 3}:" in out
+
+
+def test_a_batch_with_fewer_rows_than_processes_is_refused(texts, tmp_path):
+    flags = [*FLAGS, "--batch-size", "2", "--accumulate", "3", "--run-dir", tmp_path / "run"]
+    out = finish(start(texts, *flags), status=2)
+    assert "a batch has 2 rows; it must have 3, one for each process and accumulation" in out
