@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from .attach import (
+    AdapterAdamW,
     attach_adapters,
     attach_contexts,
     detach,
@@ -27,6 +28,7 @@ from .plan import Plan
 from .registry import backends
 
 __all__ = [
+    "AdapterAdamW",
     "Plan",
     "attach_adapters",
     "attach_contexts",

@@ -1,0 +1,132 @@
+"""AdamW over banks of adapters, each of which trains as it would alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AdapterAdamW(torch.optim.Optimizer):
+    """AdamW for parameters whose rows are adapters, [n, ...], as `attach_adapters` makes them.
+
+    Each adapter has its own learning rate, count of steps, bias correction and largest gradient norm. One without a
+    gradient in a step, as no sequence of the batch uses it, is left as it is: no decay, no moment, no step. So a mixed
+    step on several adapters moves each as a step on it alone would.
+
+    Args:
+        params: the banks, all with the same number of rows n.
+        lr: learning rate, which schedulers change.
+        lr_scales: [n] of each adapter over `lr`; may be assigned between steps.
+        betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        grad_clip: largest norm of the gradient of each adapter; None does not clip.
+
+    Attributes:
+        averaged: over how many adapters the loss was a mean; gradients are multiplied by it. 1 where it was a sum.
+
+    Raises:
+        TypeError: sharded parameters. ValueError: banks of different sizes, `lr_scales` that is not [n], a setting
+        below 0.
+
+    Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> attach_adapters(model, 3, 2, "0")
+        ['0']
+        >>> banks = [p for p in model.parameters() if p.requires_grad]
+        >>> optimizer = AdapterAdamW(banks, lr=1e-3, lr_scales=[1.0, 0.5, 2.0], grad_clip=1.0)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        *,
+        lr_scales: Sequence[float] | Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip: float | None = None,
+    ) -> None:
+        banks = list(params)
+        sizes = sorted({len(bank) for bank in banks})
+        if len(sizes) != 1:
+            raise ValueError(f"AdapterAdamW: params has banks of {sizes or 'no'} adapters; all must have as many")
+        if any(hasattr(bank, "full_tensor") for bank in banks):
+            raise TypeError("AdapterAdamW: params has a DTensor; banks must be whole in each process, as under DDP")
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_clip", grad_clip or 0.0)):
+            if value < 0:
+                raise ValueError(f"AdapterAdamW: {name} is {value}; it must be at least 0")
+        (self.size,) = sizes
+        self.averaged = 1
+        self.lr_scales = [1.0] * self.size if lr_scales is None else lr_scales
+        super().__init__(
+            banks,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "grad_clip": grad_clip},
+        )
+
+    @property
+    def lr_scales(self) -> Tensor:
+        """[n] float64 on the CPU."""
+        return self._scales
+
+    @lr_scales.setter
+    def lr_scales(self, values: Sequence[float] | Tensor) -> None:
+        scales = torch.as_tensor(values, dtype=torch.float64).cpu()
+        if scales.shape != (self.size,):
+            raise ValueError(f"AdapterAdamW: lr_scales has shape {list(scales.shape)}; it must be [{self.size}]")
+        self._scales = scales
+
+    def reset(self, adapter: int) -> None:
+        """Forgets the steps and moments of an adapter, whose row is about to become another one."""
+        for state in self.state.values():
+            for value in state.values():
+                value[adapter] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of each adapter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,) = self.param_groups
+        # moments of halves are kept in float32
+        found = [(p, p.grad.float() if p.dtype.itemsize < 4 else p.grad) for p in group["params"] if p.grad is not None]
+        if not found:
+            return loss
+        norms = torch.stack([grad.flatten(1).square().sum(1) for _, grad in found]).sum(0).sqrt() * self.averaged
+        factor = torch.full_like(norms, float(self.averaged))
+        if group["grad_clip"] is not None:
+            factor *= (group["grad_clip"] / (norms + 1e-6)).clamp(max=1.0)
+        active = (norms > 0).to(norms)
+        rate = self.lr_scales.to(norms) * group["lr"] * active
+        for bank, grad in found:
+            self._update(group, bank, grad, factor, active, rate)
+        return loss
+
+    def _update(
+        self, group: dict[str, Any], bank: Tensor, grad: Tensor, factor: Tensor, active: Tensor, rate: Tensor
+    ) -> None:
+        state = self.state[bank]
+        if not state:
+            state["steps"] = torch.zeros_like(active)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+        rows = (-1, *[1] * (grad.dim() - 1))
+        first, second = group["betas"]
+        steps = state["steps"].add_(active)
+        grad = grad * factor.view(rows)
+        # a weight of 0 leaves the moments of an adapter without gradient as they are
+        state["exp_avg"].lerp_(grad, (active * (1 - first)).view(rows))
+        state["exp_avg_sq"].lerp_(grad.square(), (active * (1 - second)).view(rows))
+        # of steps that none has taken, 1
+        counted = steps.clamp(min=1)
+        scale = rate / (1 - first**counted)
+        spread = (1 - second**counted).sqrt().view(rows)
+        change = state["exp_avg"] / (state["exp_avg_sq"].sqrt() / spread + group["eps"]) * scale.view(rows)
+        if group["weight_decay"]:
+            change += bank * (rate * group["weight_decay"]).view(rows)
+        bank.sub_(change.to(bank.dtype))
