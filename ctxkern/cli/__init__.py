@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 import ctxkern
-from ctxkern.experiments import EXPERIMENTS
+from ctxkern.experiments import EXPERIMENTS, GROUPS
 from ctxkern.experiments.core.command import CommandError, add_experiment
 from ctxkern.experiments.core.extras import MissingExtraError
 from ctxkern.experiments.core.processes import is_main
@@ -30,9 +30,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ctxkern", description=ctxkern.__doc__)
     parser.add_argument("--version", action="version", version=f"ctxkern {ctxkern.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    groups = {}
+    for name, (text, module) in GROUPS.items():
+        group = subparsers.add_parser(name, help=text, description=text)
+        groups[name] = group.add_subparsers(metavar="COMMAND", required=True)
+        importlib.import_module(module).add_parsers(groups[name])
     for name, place in EXPERIMENTS.items():
         module, _, attribute = place.partition(":")
-        add_experiment(subparsers, name, getattr(importlib.import_module(module), attribute)())
+        group = name.partition(" ")[0]
+        add_experiment(groups.get(group, subparsers), name, getattr(importlib.import_module(module), attribute)())
     for name in COMMANDS:
         importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
     return parser

@@ -1,8 +1,13 @@
 """Training programs built on the layers of `ctxkern`; they need `pip install 'ctxkern[train]'`.
 
-`EXPERIMENTS` lists them: the subcommand of `ctxkern`, and the `Experiment` class behind it.
+`EXPERIMENTS` lists them: the subcommand of `ctxkern`, of two words where it is one of a group, and the `Experiment`
+class behind it. `GROUPS` has each group's help and the module with `add_parsers(subparsers)` of its other commands.
 """
 
 EXPERIMENTS = {
     "train": "ctxkern.experiments.multifile.experiment:MultiFileTraining",
+    "adapters train": "ctxkern.experiments.adapters.experiment:AdapterTraining",
+}
+GROUPS = {
+    "adapters": ("a bank of LoRA adapters on one language model", "ctxkern.experiments.adapters.commands"),
 }

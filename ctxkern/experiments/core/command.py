@@ -48,7 +48,7 @@ def add_experiment(subparsers: Any, name: str, experiment: Experiment) -> None:
     """Add the subcommand `name` of `experiment` to `subparsers`."""
     epilog = "".join(f"\n  ctxkern {name} {example}".rstrip() for example in experiment.examples)
     parser = subparsers.add_parser(
-        name,
+        name.rpartition(" ")[2],
         help=experiment.help,
         description=experiment.description or experiment.help,
         epilog=f"examples:{epilog}" if epilog else None,
@@ -61,12 +61,14 @@ def add_experiment(subparsers: Any, name: str, experiment: Experiment) -> None:
         )
     if experiment.settings.presets:
         parser.add_argument("--preset", help=f"settings under a name: {', '.join(experiment.settings.presets)}")
-    parser.add_argument("--run-dir", type=Path, help=f"folder of the run (default: runs/{name}-DATE-TIME)")
+    parser.add_argument(
+        "--run-dir", type=Path, help=f"folder of the run (default: runs/{name.replace(' ', '-')}-DATE-TIME)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     experiment.add_arguments(parser)
     experiment.settings.add_flags(parser)
-    parser.set_defaults(run=run, experiment=experiment)
+    parser.set_defaults(run=run, experiment=experiment, command=name)
 
 
 def _read_config(name: str, run_dir: Path) -> dict:
@@ -121,7 +123,8 @@ def _resumed(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:
         if config.training_steps < done:
             flag, steps = kind.flag("training_steps"), config.training_steps
             raise CommandError(f"{flag} is {steps}; it must be at least {done}, the step of the run in {where}")
-    return config, Inputs(FoundFiles([file.path for file in stored["files"]])), args.run_dir
+    found = FoundFiles([file.path for file in stored["files"]])
+    return config, Inputs(found, resumed=args.run_dir), args.run_dir
 
 
 def _fresh(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:
@@ -134,7 +137,7 @@ def _fresh(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:
         # not resolved: the suffix of a symbolic link says how to read it
         found.files = [Path(os.path.abspath(path)) for path in found.files]
         inputs = Inputs(found, args.skip_bad)
-    run_dir = args.run_dir or Path("runs", time.strftime(f"{args.command}-%Y%m%d-%H%M%S"))
+    run_dir = args.run_dir or Path("runs", time.strftime(f"{args.command.replace(' ', '-')}-%Y%m%d-%H%M%S"))
     if (run_dir / CONFIG).exists() or (run_dir / LAST).exists():
         raise CommandError(
             f"--run-dir: {printable(run_dir)} already holds a run; add --resume to continue it, or name another folder"
@@ -177,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
         run_dir = processes.from_main(run_dir)
         if processes.is_main():
             _write_start(args, job, files, run_dir)
+        experiment.start(job, run_dir)
     say = print if processes.is_main() else _silent
     say(experiment.describe(job))
     for reason, names in group_notes(inputs.found.notes).items():
@@ -255,7 +259,8 @@ def _finish(args: argparse.Namespace, job: Job, run_dir: Path, result: FitResult
     print(f"logs        {printable(run_dir / METRICS)}; tensorboard --logdir {shell_quote(run_dir / LOGS)}", flush=True)
     if _plot(args, job, run_dir):
         print(f"plot        {printable(run_dir / PLOT)}", flush=True)
-    # what remains may call the model, whose parts other processes may have
-    if processes.count() == 1:
+    if processes.is_sharded(job.model):
+        print("what is done after a run is left out: the model is sharded", flush=True)
+    else:
         args.experiment.finish(job, args)
     return 0

@@ -26,7 +26,8 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 class Job(Protocol):
     """What is trained.
 
-    A job may also have `weigh(batch)` and `before_step(step)`, see `fit`.
+    A job may also have `weigh(batch)` and `before_step(step)`, see `fit`, and `steers`, whether it clips gradients and
+    schedules learning rates itself.
     """
 
     @property
@@ -61,10 +62,11 @@ class TrainingFile:
 
 @dataclass
 class Inputs:
-    """What the command line says beyond the settings: the files, and whether to leave out bad ones."""
+    """What the command line says beyond the settings: files, whether bad ones are left out, the run that goes on."""
 
     found: FoundFiles = field(default_factory=FoundFiles)
     skip_bad: bool = False
+    resumed: Path | None = None
 
 
 class Experiment:
@@ -110,6 +112,9 @@ class Experiment:
     def save(self, job: Any, run_dir: Path) -> None:
         """Write what the run folder holds besides settings, logs and checkpoints, such as a tokenizer."""
 
+    def start(self, job: Any, run_dir: Path) -> None:
+        """Tell the job its run folder, in every process."""
+
     def describe(self, job: Any) -> str:
         """What to print before the training."""
         return f"parameters  {sum(parameter.numel() for parameter in job.model.parameters()):,}"
@@ -147,14 +152,14 @@ def train(
     Raises:
         CheckpointError, TrainingError: as `fit`.
     """
-    settings = job.config
+    settings, steers = job.config, getattr(job, "steers", False)
     steps = settings.training_steps
     tenth = max(1, steps // 10)
     loop = LoopConfig(
         steps=steps,
         run_dir=run_dir,
         seed=settings.seed,
-        grad_clip=settings.grad_clip or None,
+        grad_clip=None if steers else settings.grad_clip or None,
         accumulate=settings.accumulate,
         eval_every=settings.eval_every or tenth,
         checkpoint_every=settings.checkpoint_every or tenth,
@@ -164,6 +169,8 @@ def train(
     )
 
     def lr_factor(step: int) -> float:
+        if steers:
+            return 1.0
         if settings.schedule == "constant":
             return min(1.0, (step + 1) / max(1, settings.warmup_steps))
         return warmup_cosine(step, steps, settings.warmup_steps)

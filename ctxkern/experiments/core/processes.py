@@ -61,6 +61,11 @@ def from_main(value: Value) -> Value:
     return boxed[0]
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether other processes have parts of its parameters, so that all must call it together."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def wait() -> None:
     """Until all processes are here."""
     if count() > 1:
