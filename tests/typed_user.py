@@ -53,6 +53,8 @@ def attached(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
     names += ctxkern.load_attached(model, "folder")
     ctxkern.export_adapter(model, 0, "folder")
     ctxkern.import_adapter(model, 1, "folder")
+    optimizer = ctxkern.AdapterAdamW(model.parameters(), lr=1e-3, lr_scales=[1.0] * 8, grad_clip=1.0)
+    optimizer.step()
     print(names, ctxkern.detach(model, context=context[0], adapter=0))
     return y
 
