@@ -80,7 +80,7 @@ def measure(lm, tokenizer, path):
     total = labels = right = 0
     for start in range(0, len(data), 10):
         items = [data[i] for i in range(start, min(start + 10, len(data)))]
-        batch = collate(Collator(tokenizer, SEQ_LEN), items, [0] * len(items))
+        batch = collate(Collator(tokenizer, SEQ_LEN, longest=True), items, [0] * len(items))
         logits = lm(batch["input"]).logits.float()
         known = batch["target"] != IGNORE_INDEX
         flat = torch.nn.functional.cross_entropy(

@@ -184,11 +184,36 @@ def test_before_step_saves_and_ends_a_run(tmp_path):
 
     _, result = run_fit(tmp_path, before_step=before_step, checkpoint_every=50)
     assert asked == list(range(10))
-    assert (result.step, result.finished, result.interrupted) == (9, True, None)
+    assert (result.step, result.ended, result.interrupted) == (9, "nothing is left to train", None)
     assert ckpt.read_step(tmp_path / ckpt.LAST) == 9
     with pytest.raises(KilledError):
         run_fit(tmp_path / "killed", before_step=before_step, checkpoint_every=50, loss_fn=stop_at(net_loss, 8))
     assert ckpt.read_step(tmp_path / "killed" / ckpt.LAST) == 7
+
+
+def test_patience_ends_a_run(tmp_path):
+    losses = {0: 3.0, 2: 2.0, 4: 2.5, 6: 1.9, 8: 2.1, 10: 2.2}
+
+    def run():
+        model, step = make_net(), iter(sorted(losses))
+        config = LoopConfig(20, tmp_path, eval_every=2, checkpoint_every=2, patience=2, progress=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return fit(
+            model, optimizer, batch_at, config,
+            loss_fn=net_loss, evaluate=lambda model: {"a": losses[next(step)]}, observe=lambda model: {"norm": 1.5},
+        )  # fmt: skip
+
+    result = run()
+    assert (result.step, result.best_step, result.best, result.last) == (10, 6, {"a": 1.9}, {"a": 2.2})
+    assert result.ended == "the mean validation loss was not lower in 2 evaluations"
+    assert [row["observed"] for row in read_metrics(tmp_path) if "mean" in row] == [{"norm": 1.5}] * 6
+
+
+def test_max_minutes_ends_a_run_that_can_go_on(tmp_path):
+    _, result = run_fit(tmp_path, max_minutes=1e-9)
+    assert (result.step, result.ended) == (0, "max_minutes, 1e-09, have passed")
+    _, result = run_fit(tmp_path, resume=True)
+    assert (result.step, result.ended) == (20, None)
 
 
 def test_learning_rate_factor():

@@ -104,14 +104,12 @@ class AdapterData:
 
 
 def collate(collator: Collator, items: Sequence[Mapping], slots: Sequence[int]) -> Batch:
-    """A batch of examples of several adapters, padded to the longest.
+    """A batch of examples of several adapters.
 
     `weight` [B] is such that the sum of the rows' losses by their weights is the mean over adapters of the mean over
     labels.
     """
-    batch = dict(collator(items))
-    longest = max(len(item["input"]) for item in items)
-    batch = {name: t[:, :longest] if t.dim() == 2 else t for name, t in batch.items() if name != "file_id"}
+    batch = {name: t for name, t in collator(items).items() if name != "file_id"}
     adapter = torch.tensor(slots)
     labels = (batch["target"] != IGNORE_INDEX).sum(1)
     of_adapter = torch.zeros(max(slots) + 1, dtype=torch.int64).index_add_(0, adapter, labels)

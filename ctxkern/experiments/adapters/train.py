@@ -54,7 +54,7 @@ class AdapterJob:
         self.optimizer = ctxkern.AdapterAdamW(
             self.model.banks(), lr=1.0, weight_decay=config.weight_decay, grad_clip=config.grad_clip or None
         )
-        self.collator = Collator(self.tokenizer, config.seq_len)  # type: ignore[arg-type]
+        self.collator = Collator(self.tokenizer, config.seq_len, longest=True)  # type: ignore[arg-type]
         self.data: dict[str, AdapterData] = {}
         self.run_dir: Path | None = None
         self.looked = False

@@ -223,8 +223,8 @@ def _write_result(run_dir: Path, result: FitResult) -> None:
     def finite(losses: dict[str, float]) -> dict[str, float | None]:
         return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
-    interrupted = result.interrupted.name if result.interrupted else None
-    values = asdict(result) | {"interrupted": interrupted, "first": finite(result.first), "last": finite(result.last)}
+    values = asdict(result) | {name: finite(getattr(result, name)) for name in ("first", "best", "last")}
+    values["interrupted"] = result.interrupted.name if result.interrupted else None
     write_json_atomic(run_dir / RESULT, values)
 
 
@@ -248,6 +248,8 @@ def _finish(args: argparse.Namespace, job: Job, run_dir: Path, result: FitResult
         )
         _plot(args, job, run_dir)
         return 128 + result.interrupted
+    if result.ended:
+        print(f"\nended at step {result.step} of {result.steps}: {result.ended}")
     report = args.experiment.report(job, result)
     if report:
         print(f"\n{report}")

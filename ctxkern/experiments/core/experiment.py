@@ -26,8 +26,8 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 class Job(Protocol):
     """What is trained.
 
-    A job may also have `weigh(batch)` and `before_step(step)`, see `fit`, and `steers`, whether it clips gradients and
-    schedules learning rates itself.
+    A job may also have `weigh(batch)`, `before_step(step)` and `observe(model)`, see `fit`, and `steers`, whether it
+    clips gradients and schedules learning rates itself.
     """
 
     @property
@@ -163,6 +163,8 @@ def train(
         accumulate=settings.accumulate,
         eval_every=settings.eval_every or tenth,
         checkpoint_every=settings.checkpoint_every or tenth,
+        patience=settings.patience or None,
+        max_minutes=settings.max_minutes,
         config={**settings.fixed(), **(config or {})},
         resume=resume,
         progress=progress,
@@ -185,4 +187,5 @@ def train(
         lr_factor=lr_factor,
         weigh=getattr(job, "weigh", count_rows),
         before_step=getattr(job, "before_step", None),
+        observe=getattr(job, "observe", None),
     )

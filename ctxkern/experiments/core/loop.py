@@ -50,6 +50,8 @@ class LoopConfig:
         grad_clip: largest norm of all gradients together; None does not clip.
         accumulate: into how many parts the rows of a batch are dealt in each process, one backward each.
         log_every, eval_every, checkpoint_every: steps between; None: at the end only.
+        patience: evaluations in a row without a lower mean that end the run; None: none do.
+        max_minutes: ends the run when so many have passed since its start or resume; None: no limit.
         config: JSON-able; a checkpoint of another `config` is refused.
         resume: continue from the last checkpoint, or from the start where there is none.
         progress: a bar on a terminal, a line per evaluation.
@@ -63,12 +65,14 @@ class LoopConfig:
     log_every: int | None = 10
     eval_every: int | None = None
     checkpoint_every: int | None = None
+    patience: int | None = None
+    max_minutes: float | None = None
     config: Mapping = field(default_factory=dict)
     resume: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every", "eval_every", "checkpoint_every"):
+        for name in ("steps", "accumulate", "log_every", "eval_every", "checkpoint_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -80,18 +84,19 @@ class LoopConfig:
 class FitResult:
     """How a call of `fit` ended.
 
-    `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `finished` says that
-    `before_step` did; `first` and `last` are the validation losses by name of the first and the last evaluation (empty
-    without one); `best_loss` is the lowest mean of an evaluation, at `best_step`.
+    `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `ended` says what else
+    did, or is None; `first`, `best` and `last` are the validation losses by name of the first evaluation, of the one
+    with the lowest mean and of the last (empty without one); `best_loss` is that mean, at `best_step`.
     """
 
     step: int
     steps: int
     interrupted: signal.Signals | None = None
-    finished: bool = False
+    ended: str | None = None
     best_step: int | None = None
     best_loss: float | None = None
     first: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
 
@@ -138,9 +143,11 @@ class _Run:
         lr_factor: Callable[[int], float],
         weigh: Callable[[Batch], float],
         before_step: "Callable[[int], Next] | None",
+        observe: Callable[[nn.Module], Mapping[str, float]] | None,
     ):
         self.model, self.optimizer, self.config = model, optimizer, config
-        self.weigh, self.before_step = weigh, before_step
+        self.weigh, self.before_step, self.observe = weigh, before_step, observe
+        self.began = time.monotonic()
         self.batches = batches if hasattr(batches, "iterate") else StepBatches(batches)
         self.loss_fn, self.evaluate_fn, self.lr_factor = loss_fn, evaluate, lr_factor
         self.run_dir = Path(config.run_dir)
@@ -209,6 +216,7 @@ class _Run:
         self.model.eval()
         with torch.no_grad():
             losses = processes.from_main(self.evaluate_fn(self.model))
+            observed = dict(self.observe(self.model)) if self.observe else {}
         self.model.train(training)
         # JSON has no nan
         values = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
@@ -217,7 +225,9 @@ class _Run:
         scalars = {f"validation/{name}": loss for name, loss in values.items() if loss is not None}
         if mean is not None:
             scalars["validation_mean"] = mean
-        self.log.write({"step": result.step, "mean": mean, "validation": values}, scalars)
+        scalars |= {f"observed/{name}": value for name, value in observed.items()}
+        row = {"step": result.step, "mean": mean, "validation": values}
+        self.log.write(row | ({"observed": observed} if observed else {}), scalars)
         self.log.flush()
         if mean is not None and (result.best_loss is None or mean < result.best_loss):
             result.best_step, result.best_loss = result.step, mean
@@ -277,17 +287,33 @@ class _Run:
         if processes.count() > 1:
             # they agree on a signal where they meet anyway
             if step % (self.config.log_every or 1) == 0:
-                numbers = torch.tensor([int(signals.received or 0)], device=self.device)
-                found = int(self.accelerator.gather(numbers).max())
+                numbers = torch.tensor([[int(signals.received or 0), self._is_late()]], device=self.device)
+                found, late = self.accelerator.gather(numbers).amax(0).tolist()
                 self.agreed = signal.Signals(found) if found else None
+            else:
+                late = False
         else:
-            self.agreed = signals.received
-        if self.agreed is None and self.before_step is not None:
+            self.agreed, late = signals.received, self._is_late()
+        if late:
+            self.result.ended = f"max_minutes, {self.config.max_minutes:g}, have passed"
+        if self.agreed is None and self.result.ended is None and self.before_step is not None:
             decided = self.before_step(step)
             if decided is Next.SAVE:
                 self._save()
-            self.result.finished = decided is Next.STOP
-        return self.agreed is not None or self.result.finished
+            elif decided is Next.STOP:
+                self.result.ended = "nothing is left to train"
+        return self.agreed is not None or self.result.ended is not None
+
+    def _is_late(self) -> bool:
+        minutes = self.config.max_minutes
+        return minutes is not None and time.monotonic() - self.began > 60 * minutes
+
+    def _loses_patience(self) -> None:
+        """End the run where the last evaluations brought no lower mean."""
+        patience, best = self.config.patience, self.result.best_step
+        later = sum(best is not None and row["step"] > best for row in self.log.rows if row.get("mean") is not None)
+        if patience is not None and later >= patience:
+            self.result.ended = f"the mean validation loss was not lower in {patience} evaluations"
 
     def _train(self, signals: _Signals) -> None:
         config, result = self.config, self.result
@@ -304,6 +330,7 @@ class _Run:
                 self.bar.set_postfix_str(f"loss {self.latest_loss:.3f}, {rate:,.0f} tokens/s")
             if self._due(config.eval_every):
                 self._evaluate()
+                self._loses_patience()
             if self._due(config.checkpoint_every):
                 self._save()
 
@@ -327,10 +354,12 @@ class _Run:
                     self._save()
         finally:
             self.log.close()
-        rows = [row["validation"] for row in self.log.rows if "validation" in row]
+        rows = [row for row in self.log.rows if "validation" in row]
         if rows:
-            result.first, result.last = (
-                {name: math.nan if loss is None else loss for name, loss in row.items()} for row in (rows[0], rows[-1])
+            best = next((row for row in rows if row["step"] == result.best_step), rows[-1])
+            result.first, result.best, result.last = (
+                {name: math.nan if loss is None else loss for name, loss in row["validation"].items()}
+                for row in (rows[0], best, rows[-1])
             )
         return result
 
@@ -346,6 +375,7 @@ def fit(
     lr_factor: Callable[[int], float] = lambda step: 1.0,
     weigh: Callable[[Batch], float] = count_rows,
     before_step: Callable[[int], Next] | None = None,
+    observe: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> FitResult:
     """Train `model` to `config.steps` steps and leave logs and checkpoints in `config.run_dir`.
 
@@ -366,6 +396,7 @@ def fit(
         weigh: a batch to its weight in the mean of the losses of parts of it; a constant adds them up. Of effect with
             several processes or `accumulate` alone.
         before_step: called with each step before its batch is taken, in every process; see `Next`.
+        observe: `(model)`, as `evaluate`, to numbers that are logged with each evaluation.
 
     Started by torchrun or `accelerate launch`, each process takes a share of the rows of each batch; the main one
     evaluates, logs and writes. The model is then trained through DDP or FSDP2, as accelerate was configured.
@@ -374,4 +405,4 @@ def fit(
         CheckpointError: see `load_checkpoint`; the run is past `steps`.
         TrainingError: the loss or its gradient is not finite; the checkpoint of before stays.
     """
-    return _Run(model, optimizer, batches, config, loss_fn, evaluate, lr_factor, weigh, before_step).run()
+    return _Run(model, optimizer, batches, config, loss_fn, evaluate, lr_factor, weigh, before_step, observe).run()

@@ -215,6 +215,12 @@ class RunSettings(Settings):
     checkpoint_every: int | None = setting(
         None, "steps between checkpoints", at_least=1, default_text="a tenth of the run", resumable=True
     )
+    patience: int = setting(
+        0, "evaluations without a lower mean that end the run; 0 for none", at_least=0, resumable=True
+    )
+    max_minutes: float | None = setting(
+        None, "end the run after so many minutes", above=0, default_text="no limit", resumable=True
+    )
     schedule: str = setting(
         "cosine",
         "learning rate after the warmup: cosine falls to a tenth",

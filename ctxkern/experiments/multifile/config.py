@@ -56,9 +56,21 @@ class TrainConfig(ModelSettings, RunSettings):
         default_text="1 / context-dim, or 1 with --rank",
         group="optimizer",
     )
+    context_lr_scale: float = setting(
+        10.0, "learning rate of the context vectors, divided by --lr", at_least=0, group="optimizer"
+    )
     weight_decay: float = setting(0.01, "of weight matrices", at_least=0, group="optimizer")
     bilinear_weight_decay: float | None = setting(
         None, "of bilinear tensors", at_least=0, default_text="that of --weight-decay", group="optimizer"
+    )
+    norm_penalty: float = setting(
+        0.0, "added to the loss, times the mean square of the bilinear tensors' entries", at_least=0, group="optimizer"
+    )
+    rank_penalty: float = setting(
+        0.0,
+        "added to the loss, times the bilinear tensors' singular values along K over √(D·E·K)",
+        at_least=0,
+        group="optimizer",
     )
 
     def model_config(self, vocab_size: int, num_files: int) -> MultiFileConfig:

@@ -40,6 +40,14 @@ class ModelSettings(Settings):
     )
     seq_len: int = setting(128, "tokens per sequence, at most", at_least=1, group="model")
     dropout: float = setting(0.0, "share dropped in training", at_least=0, below=1, group="model")
+    context_norm: bool = setting(True, "scale every context to the norm √K wherever it is used", group="model")
+    context_dropout: float = setting(
+        0.0,
+        "share of sequences that train without context, so that the base serves unknown files",
+        at_least=0,
+        below=1,
+        group="model",
+    )
     init: str = setting("normal", "how the bilinear tensors start", choices=INITS, group="model")
     attention: str = setting(
         "fused", "the fused layer, or the same in plain einsum form", choices=tuple(ATTENTION), group="model"
@@ -109,9 +117,18 @@ class MultiFileTransformer(nn.Module):
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
+    def contexts(self) -> torch.Tensor:
+        """The vectors [F, K] of all files, as layers use them; differentiable."""
+        table = self.context_embeddings.weight
+        if not self.config.context_norm:
+            return table
+        norms = torch.linalg.vector_norm(table, dim=1, keepdim=True)
+        # a vector of zeros stays one
+        return table * (self.config.context_dim**0.5 / norms.clamp(min=torch.finfo(table.dtype).tiny))
+
     def get_file_context(self, file_ids: torch.Tensor) -> torch.Tensor:
         """The vectors [B, K] of `file_ids` [B] int64; differentiable."""
-        return self.context_embeddings(file_ids)
+        return self.contexts()[file_ids]
 
     def forward(
         self,
@@ -158,13 +175,22 @@ class MultiFileTransformer(nn.Module):
         else:
             if file_ids.shape != (B,):
                 raise ValueError(f"file_ids has the shape {list(file_ids.shape)}; it must be [B] = [{B}]")
-            context, index = self.context_embeddings.weight, file_ids
+            context, index = self.contexts(), file_ids
+        if self.training and self.config.context_dropout and context is not None:
+            context, index = self._drop(context, index)
         positions = torch.arange(start, start + S, device=inputs.device)
         x = self.dropout(self.token_embeddings(inputs) + self.position_embeddings(positions))
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             x = block(x, context, context_index=index, key_padding_mask=padding_mask, cache=cache)
         return self.head(self.norm(x))
+
+    def _drop(self, context: torch.Tensor, index: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros in place of the contexts of some sequences, as one more row of the table."""
+        rows = torch.arange(len(context), device=context.device) if index is None else index
+        none = torch.rand(rows.shape, device=rows.device) < self.config.context_dropout
+        table = torch.cat([context, context.new_zeros(1, context.shape[1])])
+        return table, torch.where(none, len(context), rows)
 
     @torch.no_grad()
     def add_file(self, init: str | torch.Tensor = "mean") -> int:
@@ -184,7 +210,7 @@ class MultiFileTransformer(nn.Module):
                 raise ValueError(f"init has the shape {list(init.shape)}; it must be [K] = [{old.shape[1]}]")
             row = init.to(old)[None]
         elif init == "mean":
-            row = old.mean(0, keepdim=True)
+            row = self.contexts().mean(0, keepdim=True).to(old)
         elif init == "normal":
             row = torch.randn_like(old[:1])
         else:

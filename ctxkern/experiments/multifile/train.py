@@ -23,6 +23,7 @@ from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.model import MultiFileTransformer, is_bilinear
+from ctxkern.experiments.multifile.modulation import movement, penalty
 
 # a chunk of a text fills this many windows
 _CHUNK_WINDOWS = 8
@@ -58,23 +59,27 @@ def parameter_groups(
     model: MultiFileTransformer,
     *,
     lr: float,
+    context_lr_scale: float = 1.0,
     bilinear_lr_scale: float | None = None,
     weight_decay: float = 0.0,
     bilinear_weight_decay: float | None = None,
 ) -> list[dict]:
-    """Optimizer groups: weight matrices, bilinear tensors, and the rest without decay.
+    """Optimizer groups: weight matrices, bilinear tensors, context vectors, and the rest without decay.
 
     Args:
         model: its parameters.
         lr: learning rate.
+        context_lr_scale: that of the context vectors over `lr`.
         bilinear_lr_scale: that of the bilinear tensors over `lr`; None is 1 / context_dim, or 1 for factors of them.
         weight_decay: of matrices.
         bilinear_weight_decay: of bilinear tensors; None is `weight_decay`.
     """
-    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "bilinear": [], "plain": []}
+    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "bilinear": [], "context": [], "plain": []}
     for name, parameter in model.named_parameters():
         if is_bilinear(name):
             kinds["bilinear"].append(parameter)
+        elif name.startswith("context_embeddings"):
+            kinds["context"].append(parameter)
         elif parameter.dim() >= 2 and "embeddings" not in name:
             kinds["matrix"].append(parameter)
         else:
@@ -85,6 +90,7 @@ def parameter_groups(
     settings = {
         "matrix": {"lr": lr, "weight_decay": weight_decay},
         "bilinear": {"lr": lr * scale, "weight_decay": decay},
+        "context": {"lr": lr * context_lr_scale, "weight_decay": 0.0},
         "plain": {"lr": lr, "weight_decay": 0.0},
     }
     return [{"params": params, **settings[kind]} for kind, params in kinds.items() if params]
@@ -95,6 +101,7 @@ def build_optimizer(model: MultiFileTransformer, config: TrainConfig) -> torch.o
     groups = parameter_groups(
         model,
         lr=config.lr,
+        context_lr_scale=config.context_lr_scale,
         bilinear_lr_scale=config.bilinear_lr_scale,
         weight_decay=config.weight_decay,
         bilinear_weight_decay=config.bilinear_weight_decay,
@@ -168,6 +175,8 @@ class Job:
     collator: Collator
     model: MultiFileTransformer
     optimizer: torch.optim.Optimizer
+    # contexts at step 0, a function of the seed alone
+    start: torch.Tensor
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +190,14 @@ class Job:
     def loss(self, model: MultiFileTransformer, batch: Batch) -> torch.Tensor:
         """`batch_loss` in the configured dtype."""
         with autocast(self.config, self.device):
-            return batch_loss(model, batch)
+            loss = batch_loss(model, batch)
+        if self.config.norm_penalty or self.config.rank_penalty:
+            loss = loss + penalty(self.model, norm=self.config.norm_penalty, rank=self.config.rank_penalty)
+        return loss
+
+    def observe(self, model: MultiFileTransformer) -> dict[str, float]:
+        """Whether contexts move and weights follow: see `movement`."""
+        return movement(model, self.start)
 
     def weigh(self, batch: Batch) -> float:
         """The labels of a batch, over which its loss is a mean."""
@@ -278,9 +294,10 @@ def prepare(
         train_data=train_data,
         validation_data=validation_data,
         sampler=sampler,
-        collator=Collator(tokenizer, config.seq_len, config.loss),
+        collator=Collator(tokenizer, config.seq_len, config.loss, longest=True),
         model=model,
         optimizer=build_optimizer(model, config),
+        start=model.contexts().detach().clone(),
     )
 
 

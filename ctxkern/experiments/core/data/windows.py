@@ -62,9 +62,9 @@ class EncodedDataset(Dataset):
     """The items of a `MultiFileDataset` as windows of at most `seq_len` tokens.
 
     A sequence is `input + <sep> + target + <eos>` (a text chunk that another follows has no `<eos>`). Longer ones
-    are cut where the answer begins, with as much of the prompt before it as leaves room for the longest answer (at most
-    half a window), then in steps of half a window: where an answer starts never tells its length. Each label lies in
-    exactly one window, and windows without labels are dropped.
+    are cut where the answer begins, with as much of the prompt before it as leaves room for the longest answer of its
+    file (at most half a window), then in steps of half a window: where an answer starts never tells its length. Each
+    label lies in exactly one window, and windows without labels are dropped.
 
     Args:
         dataset: the items.
@@ -75,7 +75,8 @@ class EncodedDataset(Dataset):
         split: `"train"`, `"validation"`, or None for both.
 
     Items are `{"input": [s] int64, "target": [s] int64, "file_id": int}` with s ≤ `seq_len`; `target` is -100
-    where there is no loss.
+    where there is no loss. `num_labels` are the labelled tokens; `cut_prompts` has, for each file that has any, how
+    many prompts begin before the window of their answer.
     """
 
     def __init__(
@@ -95,13 +96,16 @@ class EncodedDataset(Dataset):
         self.file_names = dataset.file_names
         self.file_ids: list[int] = []
         self.num_labels = 0
+        self.cut_prompts: dict[int, int] = {}
         ids = array("i")
         windows: list[tuple[int, int, int]] = []
         # of all items, so that both splits are cut alike
-        answers = (len(tokenizer.encode(item["target"])) + 1 for item in dataset.data)
-        reserve = min(max(answers, default=1), max(seq_len // 2, 1))
+        reserve = dict.fromkeys(range(dataset.num_files), 1)
+        for file_id, item in zip(dataset.file_ids, dataset.data, strict=True):
+            answer = len(tokenizer.encode(item["target"])) + 1
+            reserve[file_id] = min(max(reserve[file_id], answer), max(seq_len // 2, 1))
         for i in range(len(dataset)) if split is None else dataset.indices(split):
-            item = dataset.data[i]
+            item, file_id = dataset.data[i], dataset.file_ids[i]
             sequence, target_start = build_sequence(
                 tokenizer, item["input"], item["target"], end=not item.get("continues", False)
             )
@@ -109,16 +113,18 @@ class EncodedDataset(Dataset):
             first_label = target_start if loss == "target" else 1
             ids.extend(sequence)
             self.num_labels += pairs + 1 - first_label
-            for start, stop, first in _cuts(pairs, target_start, first_label, seq_len, reserve):
+            if pairs > seq_len and target_start > 1 and _anchor(target_start, seq_len, reserve[file_id]) > 0:
+                self.cut_prompts[file_id] = self.cut_prompts.get(file_id, 0) + 1
+            for start, stop, first in _cuts(pairs, target_start, first_label, seq_len, reserve[file_id]):
                 windows.append((offset + start, offset + stop, offset + first))
-                self.file_ids.append(dataset.file_ids[i])
+                self.file_ids.append(file_id)
         self._ids = torch.tensor(ids, dtype=torch.int32)
         self._windows = torch.tensor(windows, dtype=torch.int64).reshape(-1, 3)
 
     @property
     def num_tokens(self) -> int:
-        """How many ids there are in all sequences."""
-        return len(self._ids)
+        """How many there are in all windows, those of two windows twice."""
+        return int((self._windows[:, 1] - self._windows[:, 0]).sum())
 
     def __len__(self) -> int:
         return len(self.file_ids)
@@ -136,8 +142,9 @@ class Collator:
 
     Args:
         tokenizer: gives the padding id, and encodes text items.
-        seq_len: S, the width of every batch.
+        seq_len: the longest sequence.
         loss: as for `EncodedDataset`; of effect on text items only.
+        longest: whether a batch is as wide as its longest sequence; else all are `seq_len` wide.
 
     Returns (from a call):
         `{"input": [B, S] int64, "target": [B, S] int64, -100 where no loss, "file_id": [B] int64,
@@ -147,11 +154,11 @@ class Collator:
         ValueError: no items, or an encoded item longer than `seq_len`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seq_len: int, loss: str = "target"):
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, loss: str = "target", *, longest: bool = False):
         _check_loss(loss)
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
-        self.tokenizer, self.seq_len, self.loss = tokenizer, seq_len, loss
+        self.tokenizer, self.seq_len, self.loss, self.longest = tokenizer, seq_len, loss, longest
 
     def _encode(self, item: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(item["input"], str):
@@ -169,18 +176,17 @@ class Collator:
     def __call__(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         if not items:
             raise ValueError("items is empty; it must have at least one item")
-        shape = (len(items), self.seq_len)
-        inputs = torch.full(shape, self.tokenizer.pad_id)
-        targets = torch.full(shape, IGNORE_INDEX)
-        lengths = torch.empty(len(items), dtype=torch.int64)
-        for row, item in enumerate(items):
-            ids, labels = self._encode(item)
-            lengths[row] = len(ids)
+        encoded = [self._encode(item) for item in items]
+        lengths = torch.tensor([len(ids) for ids, _ in encoded])
+        width = int(lengths.max()) if self.longest else self.seq_len
+        inputs = torch.full((len(items), width), self.tokenizer.pad_id)
+        targets = torch.full((len(items), width), IGNORE_INDEX)
+        for row, (ids, labels) in enumerate(encoded):
             inputs[row, : len(ids)] = ids
             targets[row, : len(ids)] = labels
         return {
             "input": inputs,
             "target": targets,
             "file_id": torch.tensor([item["file_id"] for item in items], dtype=torch.int64),
-            "padding_mask": torch.arange(self.seq_len) >= lengths[:, None],
+            "padding_mask": torch.arange(width) >= lengths[:, None],
         }

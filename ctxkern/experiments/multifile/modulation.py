@@ -1,0 +1,64 @@
+"""How much contexts modulate a model: numbers for logs, and penalties."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ctxkern.experiments.multifile.model import MultiFileTransformer
+from ctxkern.nn import BilinearFactors
+
+_NAMES = ("q", "k", "v")
+
+
+def projections(model: MultiFileTransformer) -> Iterator[tuple[Tensor, Tensor]]:
+    """(base weight [E, D], bilinear tensor [D, E, K]) of every projection; differentiable."""
+    for block in model.blocks:
+        layer: nn.Module = block.attention
+        for name in _NAMES:
+            bilinear = getattr(layer, f"bilinear_{name}")
+            whole = bilinear.tensor() if isinstance(bilinear, BilinearFactors) else bilinear
+            yield getattr(layer, f"W_{name}_base").weight, whole
+
+
+def _gram(bilinear: Tensor) -> Tensor:
+    """[K, K]: the products of the slices along K, in float32 or wider."""
+    flat = bilinear.flatten(0, 1)
+    flat = flat.float() if flat.dtype.itemsize < 4 else flat
+    return flat.mT @ flat
+
+
+def penalty(model: MultiFileTransformer, *, norm: float = 0.0, rank: float = 0.0) -> Tensor:
+    """A scalar to add to the loss: `norm` times the mean square of each bilinear tensor's entries, and `rank` times the
+    sum of its singular values along K over √(D·E·K), summed over projections; differentiable."""
+    total = torch.zeros((), device=model.token_embeddings.weight.device)
+    for _, bilinear in projections(model):
+        gram, count = _gram(bilinear), bilinear.numel()
+        total = total + norm * gram.diagonal().sum() / count
+        if rank:
+            # the root is not differentiable at 0
+            values = torch.linalg.eigvalsh(gram).clamp(min=1e-12).sqrt()
+            total = total + rank * values.sum() / count**0.5
+    return total
+
+
+@torch.no_grad()
+def movement(model: MultiFileTransformer, start: Tensor) -> dict[str, float]:
+    """Numbers that say whether modulation does anything.
+
+    Args:
+        model: the model.
+        start: its contexts [F, K] at step 0.
+
+    Returns:
+        `weight_change`: ‖ΔW‖ / ‖W‖, root mean squares over files and projections; about 0.25 where runs went well.
+        `context_movement`: 1 − the cosine of each context and itself at step 0, mean over files.
+    """
+    contexts = model.contexts()
+    wide = contexts.double()
+    change = base = 0.0
+    for weight, bilinear in projections(model):
+        change += float(((wide @ _gram(bilinear).double()) * wide).sum()) / len(wide)
+        base += float(weight.double().square().sum())
+    cosine = nn.functional.cosine_similarity(wide[: len(start)], start.to(wide)[: len(wide)])
+    return {"weight_change": (change / base) ** 0.5, "context_movement": float(1 - cosine.mean())}
