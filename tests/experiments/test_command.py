@@ -43,8 +43,8 @@ def test_a_run_says_what_it_does_and_leaves_its_files(corpus, tmp_path, capsys):
         "attention   ",
         " on ",
         "mean over files",
-        "training step ",
-        "with the einsum module",
+        "cost        no context ",
+        "| einsum ",
         str(run_dir / "loss.png"),
     ):
         assert expected in out

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -5,9 +6,9 @@ import torch
 from helpers.runs import KilledError, stop_at, tiny
 
 from ctxkern.experiments.core.runlog import read_metrics
-from ctxkern.experiments.multifile.compare import time_against_einsum
+from ctxkern.experiments.multifile.compare import step_costs, without_context
 from ctxkern.experiments.multifile.config import TrainConfig
-from ctxkern.experiments.multifile.train import Evaluator, criterion, prepare, train
+from ctxkern.experiments.multifile.train import Evaluator, criterion, majority_shares, prepare, train
 from ctxkern.testing.oracle import assert_same_bits
 
 
@@ -101,7 +102,52 @@ def test_bad_presets_and_devices_are_named():
 def test_the_einsum_step_starts_from_the_same_loss(paths):
     job = prepare(tiny(dropout=0.0), paths)
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
-    times = time_against_einsum(job, steps=2)
-    assert times.loss_difference < 1e-5
-    assert times.ratio == times.einsum / times.fused > 0
+    costs = step_costs(job, steps=2)
+    assert costs.loss_difference < 1e-5
+    assert list(costs.seconds) == list(costs.peak_bytes) == ["no context", "ctxkern", "einsum"]
+    assert all(seconds > 0 for seconds in costs.seconds.values())
+    assert costs.peak_bytes["einsum"] > costs.peak_bytes["no context"] > 0
     assert all(torch.equal(value, before[name]) for name, value in job.model.state_dict().items())
+
+
+def test_a_model_without_context_is_the_base_alone(paths):
+    job = prepare(tiny(dropout=0.0), paths)
+    plain, batch = without_context(job.model), job.batch_at(0)
+    assert not any("bilinear" in name for name, _ in plain.named_parameters())
+    zeros = torch.zeros(len(batch["input"]), job.config.context_dim)
+    torch.testing.assert_close(plain(batch["input"]), job.model(batch["input"], zeros))
+    job.loss(plain, batch).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in plain.blocks[0].attention.parameters())
+
+
+def test_answers_are_counted_beside_the_majority(tmp_path):
+    lines = [json.dumps({"input": f"{i:02}?", "target": "yes" if i % 3 else "no"}) for i in range(30)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(lines))
+    text = tmp_path / "text.txt"
+    text.write_text("no answers here\n" * 40)
+    job = prepare(tiny(val_fraction=0.3, eval_windows=9), [path, text])
+    held = [job.dataset.data[i]["target"] for i in job.dataset.indices("validation") if job.dataset.file_ids[i] == 0]
+    shares = majority_shares(job.dataset)
+    assert shares["answers.jsonl"] == held.count("yes") / len(held)
+    assert math.isnan(shares["text.txt"])
+    evaluate = job.evaluator()
+    evaluate(job.model)
+    assert job.observe(job.model)["exact_match/answers.jsonl"] == 0
+    # a head that says what each answer needs, whatever is asked
+    wanted = job.tokenizer.encode("yes") + [job.tokenizer.eos_id]
+
+    def says_yes(inputs, file_ids=None):
+        logits = torch.zeros(*inputs.shape, job.tokenizer.vocab_size)
+        for row, ids in enumerate(inputs.tolist()):
+            # windows of a text need not begin where it does
+            start = ids.index(job.tokenizer.sep_id) if job.tokenizer.sep_id in ids else 0
+            for i, token in enumerate(wanted):
+                if start + i < len(ids):
+                    logits[row, start + i, token] = 9.0
+        return logits
+
+    says_yes.token_embeddings = job.model.token_embeddings
+    job.last_evaluator(says_yes)
+    assert job.last_evaluator.exact["answers.jsonl"] == shares["answers.jsonl"]
+    assert math.isnan(job.last_evaluator.exact["text.txt"])

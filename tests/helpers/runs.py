@@ -25,7 +25,8 @@ class KilledError(Exception):
 
 def tiny(**changes):
     """Settings of a run of 12 steps."""
-    return TrainConfig(**SIZES | {"training_steps": 12, "checkpoint_every": 5, "device": "cpu"} | changes)
+    short = {"training_steps": 12, "checkpoint_every": 5, "device": "cpu", "patience": 0}
+    return TrainConfig(**SIZES | short | changes)
 
 
 def write(folder, name, value):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ctxkern
 from ctxkern.experiments.core import processes
 from ctxkern.experiments.core.checkpoint import LAST, CheckpointError, read_step
 from ctxkern.experiments.core.data.paths import FoundFiles, find_files, fingerprint
@@ -33,6 +35,7 @@ from ctxkern.experiments.core.names import (
 from ctxkern.experiments.core.plots import plot_losses, require_matplotlib
 from ctxkern.experiments.core.runlog import LOGS, METRICS, read_metrics
 from ctxkern.experiments.core.settings import RunSettings
+from ctxkern.testing.measure import provenance
 
 CONFIG, RESULT, PLOT = "config.json", "result.json", "loss.png"
 # left out for one reason
@@ -213,6 +216,7 @@ def _write_start(args: argparse.Namespace, job: Job, files: list[TrainingFile], 
             "experiment": args.command,
             "train": asdict(job.config),
             "files": [{"path": path_to_json(file.path), "sha256": file.sha256} for file in files],
+            "started": {"command": shlex.join(sys.argv), "ctxkern": ctxkern.__version__, **provenance()},
         },
     )
 

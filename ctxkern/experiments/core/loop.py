@@ -86,7 +86,8 @@ class FitResult:
 
     `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `ended` says what else
     did, or is None; `first`, `best` and `last` are the validation losses by name of the first evaluation, of the one
-    with the lowest mean and of the last (empty without one); `best_loss` is that mean, at `best_step`.
+    with the lowest mean and of the last (empty without one); `best_loss` is that mean, at `best_step`, and
+    `observed` what `observe` gave there.
     """
 
     step: int
@@ -98,6 +99,7 @@ class FitResult:
     first: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    observed: dict[str, float] = field(default_factory=dict)
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
@@ -357,6 +359,7 @@ class _Run:
         rows = [row for row in self.log.rows if "validation" in row]
         if rows:
             best = next((row for row in rows if row["step"] == result.best_step), rows[-1])
+            result.observed = best.get("observed", {})
             result.first, result.best, result.last = (
                 {name: math.nan if loss is None else loss for name, loss in row["validation"].items()}
                 for row in (rows[0], best, rows[-1])

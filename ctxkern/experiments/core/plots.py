@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ STYLE = {
     "text.parse_math": False,
     "text.usetex": False,
 }
+# a number of `observe`: the validation loss as the mean over tokens, which a training loss is
+BY_TOKEN = "validation_by_token"
 # more files than this share one panel
 _MAX_PANELS = 36
 _NAMED_LINES = 5
@@ -96,9 +99,23 @@ def short_name(name: str, width: int) -> str:
     return f"{stem[:head]}…{stem[len(stem) - (width - 1 - head) :]}"
 
 
+def _wrapped(name: str, width: int) -> str:
+    """`name` whole, on as many lines as it takes, broken after separators where that can be."""
+    lines = [""]
+    for part in re.findall(r"[^_./ -]*[_./ -]?", name):
+        for start in range(0, len(part), width):
+            piece = part[start : start + width]
+            if len(lines[-1]) + len(piece) > width:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(lines)
+
+
 def _curves(rows: Sequence[Mapping]) -> tuple[list, list, list, dict[str, tuple[list, list]]]:
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    mean = [(row["step"], row["mean"]) for row in rows if row.get("mean") is not None]
+    mean = [
+        (row["step"], row.get("observed", {}).get(BY_TOKEN, row["mean"])) for row in rows if row.get("mean") is not None
+    ]
     files: dict[str, tuple[list, list]] = {}
     for row in rows:
         for name, loss in row.get("validation", {}).items():
@@ -109,8 +126,10 @@ def _curves(rows: Sequence[Mapping]) -> tuple[list, list, list, dict[str, tuple[
     return train, mean, list(files), files
 
 
-def _draw_overall(axes: Any, train: list, mean: list, label: str) -> None:
+def _draw_overall(axes: Any, train: list, mean: list, label: str, best_step: int | None) -> None:
     level = math.inf
+    # what an untrained model has would squeeze the rest
+    shown = [loss for points in (train[len(train) // 10 :], mean[1:] or mean) for _, loss in points]
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color=FAINT, linewidth=0.8)
@@ -122,9 +141,10 @@ def _draw_overall(axes: Any, train: list, mean: list, label: str) -> None:
     if mean:
         steps, losses = zip(*mean, strict=True)
         axes.plot(steps, losses, color=ORANGE, marker="o", markersize=3.5, label=label)
-        best = min(range(len(mean)), key=lambda i: losses[i])
+        best = steps.index(best_step) if best_step in steps else min(range(len(mean)), key=lambda i: losses[i])
+        axes.axvline(steps[best], color=ORANGE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"{losses[best]:.3f}",
+            f"{losses[best]:.3f} at {steps[best]}",
             (steps[best], losses[best]),
             # away from the training curve
             xytext=(0, 9 if losses[best] > level else -15),
@@ -135,7 +155,9 @@ def _draw_overall(axes: Any, train: list, mean: list, label: str) -> None:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0)
+    if shown:
+        low, high = min(shown), max(shown)
+        axes.set_ylim(max(0.0, low - 0.15 * (high - low) - 0.02), high + 0.12 * (high - low) + 0.02)
     axes.margins(x=0.02)
     if train or mean:
         axes.legend(loc="best")
@@ -144,7 +166,7 @@ def _draw_overall(axes: Any, train: list, mean: list, label: str) -> None:
 def _draw_panels(figure: Any, names: list[str], files: Mapping, columns: int) -> None:
     rows = math.ceil(len(names) / columns)
     # room for the figures above the curves
-    top = 1.3 * max(max(losses) for _, losses in files.values())
+    top = 1.3 * max(max(losses[1:] or losses) for _, losses in files.values())
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for position, axes in enumerate(grid.flat):
         if position >= len(names):
@@ -154,7 +176,7 @@ def _draw_panels(figure: Any, names: list[str], files: Mapping, columns: int) ->
             axes.plot(*files[other], color=GRID, linewidth=0.7, zorder=1)
         steps, losses = files[names[position]]
         axes.plot(steps, losses, color=ORANGE, zorder=2)
-        axes.set_title(short_name(names[position], 125 // columns), fontsize=7.5, fontweight="normal")
+        axes.set_title(_wrapped(names[position], 125 // columns), fontsize=7.5, fontweight="normal")
         axes.text(
             0.97, 0.93, f"{losses[0]:.2f} → {losses[-1]:.2f}",
             transform=axes.transAxes, ha="right", va="top", fontsize=7.5,
@@ -209,13 +231,17 @@ def plot_losses(rows: Sequence[Mapping], path: str | os.PathLike, *, title: str 
     else:
         below = 4.5
 
-    label = "validation" if len(names) == 1 else "validation, mean over files"
+    names = sorted(names, key=lambda name: files[name][1][-1])
+    tokens = any(BY_TOKEN in row.get("observed", {}) for row in rows)
+    label = "validation" if len(names) == 1 else f"validation, mean over {'tokens' if tokens else 'files'}"
+    means = {row["step"]: row["mean"] for row in rows if row.get("mean") is not None}
+    best_step = min(means, key=means.__getitem__, default=None)
 
     def draw(figure: Any) -> None:
         parts = figure.subfigures(2, 1, height_ratios=[3.4, below]) if below else [figure]
         axes = parts[0].subplots()
         axes.set_title(title)
-        _draw_overall(axes, train, mean, label)
+        _draw_overall(axes, train, mean, label, best_step)
         if below and len(names) <= _MAX_PANELS:
             _draw_panels(parts[1], names, files, columns)
         elif below:

@@ -45,6 +45,9 @@ class TrainConfig(ModelSettings, RunSettings):
         False, "give every file the same share of the batches, rather than by its size", group="data"
     )
     num_workers: int = setting(0, "processes that prepare batches", at_least=0, resumable=True, group="data")
+    patience: int = setting(
+        3, "evaluations without a lower mean that end the run; 0 for none", at_least=0, resumable=True
+    )
     batch_size: int = setting(16, "windows per step, fewer where the data has fewer", at_least=1)
     dtype: str = setting("float32", "of the computation; bfloat16 is autocast", choices=DTYPES)
     eval_windows: int = setting(16, "the most validation windows per file", at_least=1)

@@ -1,6 +1,7 @@
 """`ctxkern train`: one model on many files, each with its context."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,9 +10,9 @@ from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
 from ctxkern.experiments.core.loop import FitResult
 from ctxkern.experiments.core.tokenizers import save_tokenizer
 from ctxkern.experiments.multifile import report
-from ctxkern.experiments.multifile.compare import time_against_einsum
+from ctxkern.experiments.multifile.compare import step_costs
 from ctxkern.experiments.multifile.config import TrainConfig
-from ctxkern.experiments.multifile.train import Job, prepare
+from ctxkern.experiments.multifile.train import EXACT, Job, majority_shares, prepare
 
 _TOKENIZER = "tokenizer.json"
 _COMPARED_STEPS = 7
@@ -45,7 +46,7 @@ class MultiFileTraining(Experiment):
             "--compare-einsum",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help="at the end, time the same training step with the einsum module (default: yes)",
+            help="at the end, measure a training step without context, with ctxkern and with the einsum (default: yes)",
         )
 
     def prepare(self, config: TrainConfig, inputs: Inputs) -> Job:
@@ -67,16 +68,18 @@ class MultiFileTraining(Experiment):
         )
 
     def report(self, job: Job, result: FitResult) -> str:
-        heading = f"validation loss (nats per token), step 0 and step {result.step}:\n"
+        at = result.step if result.best_step is None else result.best_step
+        heading = f"validation loss (nats per token), step 0 and step {at}, the lowest mean:\n"
         if not result.first:
             return f"{heading}no file has any set apart"
         names = job.dataset.file_names
         windows = dict.fromkeys(names, 0)
         for file_id in job.train_data.file_ids:
             windows[names[file_id]] += 1
-        return heading + report.loss_table(result.first, result.last, windows)
+        shares = {name: result.observed.get(f"{EXACT}/{name}", math.nan) for name in names}
+        return heading + report.loss_table(result.first, result.best, windows, shares, majority_shares(job.dataset))
 
     def finish(self, job: Job, args: argparse.Namespace) -> None:
         if args.compare_einsum and job.config.attention == "fused":
-            times = time_against_einsum(job, steps=_COMPARED_STEPS)
-            print(f"cost        {report.timing_line(times, _COMPARED_STEPS)}")
+            costs = step_costs(job, steps=_COMPARED_STEPS)
+            print(f"cost        {report.cost_lines(costs, _COMPARED_STEPS)}")

@@ -1,14 +1,15 @@
 """What a run says on the terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 import ctxkern
 from ctxkern.experiments.core.names import group_notes, join_names
-from ctxkern.experiments.multifile.compare import StepTimes
+from ctxkern.experiments.multifile.compare import StepCosts
+from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.train import Job, autocast
 
 
@@ -24,12 +25,14 @@ def describe(job: Job) -> str:
         f"files       {job.dataset.num_files}: {join_names(job.dataset.file_names)}",
         *_notes(job),
         f"tokens      {tokens:,} to train on in {len(job.train_data):,} windows of up to {config.seq_len}, "
-        f"{held:,} for validation",
+        f"{job.train_data.num_labels:,} of them labelled; {held:,} for validation",
+        *_cuts(job),
         f"vocabulary  {job.tokenizer.vocab_size - specials} {kind}",
         f"parameters  {counts['total']:,}: base {counts['base']:,}, bilinear {counts['bilinear']:,} "
         f"({ratio:.1f} times the base), contexts {counts['context']:,}",
         f"batches     {job.sampler.batch_size} windows, {len(job.sampler):,} batches per epoch",
         f"device      {job.device}, {config.dtype}{threads}",
+        *(f"warning     {text}" for text in warnings_about(config)),
         f"attention   {_plan(job)}",
     ]
     missing = [f"{name} ({status})" for name, status in ctxkern.backends().items() if not status]
@@ -44,6 +47,31 @@ def _notes(job: Job) -> list[str]:
     pairs = [(name, note) for name, notes in zip(data.file_names, data.notes, strict=True) for note in notes]
     lines = [f"skipped     {file}" for file in data.skipped]
     return lines + [f"note        {join_names(names, 3)}: {note}" for note, names in group_notes(pairs).items()]
+
+
+def _cuts(job: Job) -> list[str]:
+    """The files whose prompts do not fit in front of their answers."""
+    cut = dict(job.train_data.cut_prompts)
+    for file_id, count in job.validation_data.cut_prompts.items():
+        cut[file_id] = cut.get(file_id, 0) + count
+    names = [f"{job.dataset.file_names[file_id]} ({count})" for file_id, count in sorted(cut.items())]
+    return [f"cut         prompts longer than the window leaves room for: {join_names(names)}"] if names else []
+
+
+def warnings_about(config: TrainConfig) -> list[str]:
+    """Settings that are known not to train well, with the measurement that says so."""
+    found = []
+    if config.init == "randn":
+        found.append("--init randn saturates attention: 3.16 nats where normal ended at 2.04")
+    if config.init == "hyperfan":
+        found.append("--init hyperfan ended 0.09 nats above normal")
+    if config.rank is None and config.bilinear_lr_scale is not None and config.bilinear_lr_scale > 0.5:
+        found.append("--bilinear-lr-scale above 0.5: the sum over the context outruns the base; 1 / context-dim trains")
+    if config.context_lr_scale < 1:
+        found.append("--context-lr-scale below 1: the vectors hardly move, and files cannot be told apart by them")
+    if not config.context_norm:
+        found.append("--no-context-norm: contexts grow or shrink with their learning rate; norm √K ended lower")
+    return found
 
 
 def _plan(job: Job) -> str:
@@ -61,30 +89,49 @@ def _plan(job: Job) -> str:
     return "\n            ".join(str(plan).splitlines())
 
 
-def loss_table(first: Mapping[str, float], last: Mapping[str, float], windows: Mapping[str, int]) -> str:
-    """Validation loss of each file before and after, with the number of its training windows and the mean."""
+def loss_table(
+    first: Mapping[str, float],
+    best: Mapping[str, float],
+    windows: Mapping[str, int],
+    exact: Mapping[str, float] | None = None,
+    majority: Mapping[str, float] | None = None,
+) -> str:
+    """Validation loss of each file before and after, with the number of its training windows and the mean; where
+    `exact` has shares of right answers, these and those of always giving the file's most frequent answer."""
+    shares = [exact or {}, majority or {}] if any(map(math.isfinite, (exact or {}).values())) else []
     width = max(map(len, [*first, "mean over files"]))
-    lines = [f"{'file':<{width}}  {'windows':>8}  {'before':>8}  {'after':>8}  {'change':>8}"]
+    heads = ["windows", "before", "after", "change", *(["exact", "majority"] if shares else [])]
+    lines = [f"{'file':<{width}}  " + "  ".join(f"{head:>8}" for head in heads)]
     for name, before in first.items():
-        lines.append(_row(name, width, f"{windows[name]:,}", before, last[name]))
-    measured = [name for name, loss in first.items() if math.isfinite(loss) and math.isfinite(last[name])]
+        own = [share.get(name, math.nan) for share in shares]
+        lines.append(_row(name, width, f"{windows[name]:,}", before, best[name], own))
+    measured = [name for name, loss in first.items() if math.isfinite(loss) and math.isfinite(best[name])]
     if measured:
-        before, after = (sum(losses[name] for name in measured) / len(measured) for losses in (first, last))
-        lines.append(_row("mean over files", width, f"{sum(windows.values()):,}", before, after))
+        before, after = (sum(losses[name] for name in measured) / len(measured) for losses in (first, best))
+        means = [_mean([value for value in share.values() if math.isfinite(value)]) for share in shares]
+        lines.append(_row("mean over files", width, f"{sum(windows.values()):,}", before, after, means))
     if len(measured) < len(first):
         lines.append("-: no examples of this file are set apart")
     return "\n".join(lines)
 
 
-def _row(name: str, width: int, windows: str, before: float, after: float) -> str:
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _row(name: str, width: int, windows: str, before: float, after: float, shares: Sequence[float]) -> str:
     cells = [f"{value:.4f}" if math.isfinite(value) else "-" for value in (before, after)]
     change = f"{after / before - 1:+.1%}" if math.isfinite(before) and math.isfinite(after) else "-"
-    return f"{name:<{width}}  {windows:>8}  {cells[0]:>8}  {cells[1]:>8}  {change:>8}"
+    cells = [windows, *cells, change, *(f"{share:.2f}" if math.isfinite(share) else "-" for share in shares)]
+    return f"{name:<{width}}  " + "  ".join(f"{cell:>8}" for cell in cells)
 
 
-def timing_line(times: StepTimes, steps: int) -> str:
-    """The cost of a step compared with the einsum's, in one line."""
+def cost_lines(costs: StepCosts, steps: int) -> str:
+    """Time and peak memory of a training step without context, with ctxkern and with the einsum module."""
+    parts = [
+        f"{kind} {costs.seconds[kind] * 1e3:.1f} ms, {costs.peak_bytes[kind] / 2**20:.1f} MiB" for kind in costs.seconds
+    ]
     return (
-        f"training step {times.fused * 1e3:.1f} ms, with the einsum module {times.einsum * 1e3:.1f} ms: "
-        f"{times.ratio:.2f} times as long (medians of {steps}, interleaved; losses within {times.loss_difference:.0e})"
+        f"{' | '.join(parts)} (a training step: medians of {steps}, interleaved; peak memory beyond what is held "
+        f"before; losses of the last two within {costs.loss_difference:.0e})"
     )

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ctxkern.experiments.core.data.sampler import MixedFileBatchSampler
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX, Collator, EncodedDataset
 from ctxkern.experiments.core.experiment import train as train
 from ctxkern.experiments.core.memory import build_model
+from ctxkern.experiments.core.plots import BY_TOKEN
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
@@ -27,6 +29,7 @@ from ctxkern.experiments.multifile.modulation import movement, penalty
 
 # a chunk of a text fills this many windows
 _CHUNK_WINDOWS = 8
+EXACT = "exact_match"
 
 
 def criterion(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -117,6 +120,21 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     return nullcontext()
 
 
+def majority_shares(dataset: MultiFileDataset) -> dict[str, float]:
+    """By file: the share of validation answers that are the answer which is most frequent in its training examples; nan
+    where there are no prompts with answers in either."""
+    answers: dict[str, list[Counter]] = {name: [Counter(), Counter()] for name in dataset.file_names}
+    for item, file_id, split in zip(dataset.data, dataset.file_ids, dataset.splits, strict=True):
+        if item["input"]:
+            answers[dataset.file_names[file_id]][split == "validation"][item["target"]] += 1
+    shares = {}
+    for name, (known, held) in answers.items():
+        # of several that are as frequent, the first
+        most = max(known, key=known.__getitem__, default=None)
+        shares[name] = held[most] / held.total() if known and held else math.nan
+    return shares
+
+
 class Evaluator:
     """Token-weighted mean loss of each file's validation windows.
 
@@ -126,7 +144,9 @@ class Evaluator:
         batch_size: windows at a time.
         max_windows: of each file, spread evenly over those it has.
 
-    A call takes the model and returns a loss by file name, nan for a file without windows.
+    A call takes the model and returns a loss by file name, nan for a file without windows. `exact` is then, by file
+    name, the share of whole answers of which the likeliest token is right at every position, as greedy decoding would
+    have them; nan where the file has none. `by_token` is the mean over all labels, as a training step has it.
     """
 
     def __init__(self, data: EncodedDataset, collator: Collator, batch_size: int, max_windows: int):
@@ -138,28 +158,32 @@ class Evaluator:
         for indices in by_file.values():
             count = min(max_windows, len(indices))
             chosen += [indices[i * len(indices) // count] for i in range(count)]
-        self.batches = [
-            collator([data[i] for i in chosen[start : start + batch_size]])
-            for start in range(0, len(chosen), batch_size)
-        ]
+        parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+        self.batches = [collator([data[i] for i in part]) for part in parts]
+        for batch, part in zip(self.batches, parts, strict=True):
+            batch["answer"] = torch.tensor([data.answers[i] for i in part])
+        self.exact: dict[str, float] = {}
+        self.by_token = math.nan
 
     @torch.no_grad()
     def __call__(self, model: MultiFileTransformer) -> dict[str, float]:
         device = model.token_embeddings.weight.device
-        # [files, (loss, labels)]
-        sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        # [files, (loss, labels, right answers, answers)]
+        sums = torch.zeros(len(self.names), 4, dtype=torch.float64, device=device)
         for batch in self.batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             logits = model(batch["input"], file_ids=batch["file_id"])
             losses = F.cross_entropy(
                 logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
             )
-            per_row = torch.stack([losses.view_as(batch["target"]).sum(1), (batch["target"] != IGNORE_INDEX).sum(1)], 1)
+            labelled, answers = batch["target"] != IGNORE_INDEX, batch["answer"]
+            right = ((logits.argmax(-1) == batch["target"]) | ~labelled).all(1) & answers
+            per_row = torch.stack([losses.view_as(batch["target"]).sum(1), labelled.sum(1), right, answers], 1)
             sums.index_add_(0, batch["file_id"], per_row.double())
-        return {
-            name: loss / labels if labels else math.nan
-            for name, (loss, labels) in zip(self.names, sums.tolist(), strict=True)
-        }
+        loss, labels, right, answers = sums.unbind(1)
+        self.by_token = float(loss.sum() / labels.sum())
+        self.exact = dict(zip(self.names, (right / answers).tolist(), strict=True))
+        return dict(zip(self.names, (loss / labels).tolist(), strict=True))
 
 
 @dataclass
@@ -177,6 +201,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     # contexts at step 0, a function of the seed alone
     start: torch.Tensor
+    last_evaluator: Evaluator | None = None
 
     @property
     def device(self) -> torch.device:
@@ -196,8 +221,15 @@ class Job:
         return loss
 
     def observe(self, model: MultiFileTransformer) -> dict[str, float]:
-        """Whether contexts move and weights follow: see `movement`."""
-        return movement(model, self.start)
+        """Whether contexts move and weights follow, see `movement`, and the share of answers that are right."""
+        found, last = movement(model, self.start), self.last_evaluator
+        if last and math.isfinite(last.by_token):
+            found[BY_TOKEN] = last.by_token
+        exact = last.exact if last else {}
+        exact = {name: share for name, share in exact.items() if math.isfinite(share)}
+        if exact:
+            found[EXACT] = sum(exact.values()) / len(exact)
+        return found | {f"{EXACT}/{name}": share for name, share in exact.items()}
 
     def weigh(self, batch: Batch) -> float:
         """The labels of a batch, over which its loss is a mean."""
@@ -222,6 +254,7 @@ class Job:
         if not len(self.validation_data):
             return None
         evaluate = Evaluator(self.validation_data, self.collator, self.config.batch_size, self.config.eval_windows)
+        self.last_evaluator = evaluate
 
         def run(model: MultiFileTransformer) -> dict[str, float]:
             with autocast(self.config, self.device):

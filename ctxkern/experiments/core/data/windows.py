@@ -76,7 +76,8 @@ class EncodedDataset(Dataset):
 
     Items are `{"input": [s] int64, "target": [s] int64, "file_id": int}` with s ≤ `seq_len`; `target` is -100
     where there is no loss. `num_labels` are the labelled tokens; `cut_prompts` has, for each file that has any, how
-    many prompts begin before the window of their answer.
+    many prompts begin before the window of their answer; `answers` says of each window whether it has a whole answer to
+    a prompt.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class EncodedDataset(Dataset):
         self.file_ids: list[int] = []
         self.num_labels = 0
         self.cut_prompts: dict[int, int] = {}
+        self.answers: list[bool] = []
         ids = array("i")
         windows: list[tuple[int, int, int]] = []
         # of all items, so that both splits are cut alike
@@ -118,6 +120,7 @@ class EncodedDataset(Dataset):
             for start, stop, first in _cuts(pairs, target_start, first_label, seq_len, reserve[file_id]):
                 windows.append((offset + start, offset + stop, offset + first))
                 self.file_ids.append(file_id)
+                self.answers.append(target_start > 1 and first <= target_start and stop == pairs)
         self._ids = torch.tensor(ids, dtype=torch.int32)
         self._windows = torch.tensor(windows, dtype=torch.int64).reshape(-1, 3)
 
