@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ctxkern.functional import factored_modulated_linear, lora_linear, modulated_linear
 from ctxkern.nn.factors import BilinearFactors
 from ctxkern.nn.linear import sequences
+from ctxkern.serve.cache import Base, kept
+from ctxkern.serve.int8 import Int8Bilinear, int8_modulated_linear
 
 from .using import Attached, Used
 
@@ -44,13 +46,23 @@ class AttachedLayer(nn.Module):
 class ContextLayer(AttachedLayer):
     """y_b = x_b (W + Σ_k bilinear[:, :, k] context[b, k]) + bias."""
 
-    bilinear: Any  # nn.Parameter [D, E, K] or BilinearFactors
+    bilinear: Any  # nn.Parameter [D, E, K], BilinearFactors or Int8Bilinear
+    bilinear_names = ("bilinear",)
+    weight_cache: Any = None
+
+    def base_of(self, name: str) -> Base:
+        """The shared weight of the bilinear tensor of that name."""
+        return Base(self.weight, self.out_in.mT)
 
     def forward(self, x: Tensor) -> Tensor:
         used = self.used()
         if used.context is None:
             return super().forward(x)
         context, index = used.context, used.context_index
+        if self.weight_cache is not None and used.cu_seqlens is None:
+            y = kept(self, "bilinear", _rows(x, None), context, index, self.bias, repeats=True)
+            if y is not None:
+                return y.view(*x.shape[:-1], y.shape[-1])
         if context.dim() == 3:
             context, index = _expanded(context, x), None
         elif used.cu_seqlens is None:
@@ -60,6 +72,8 @@ class ContextLayer(AttachedLayer):
         weight = self.out_in.mT
         if isinstance(self.bilinear, BilinearFactors):
             y = factored_modulated_linear(rows, context, weight, *self.bilinear.factors(), self.bias, **spans)
+        elif isinstance(self.bilinear, Int8Bilinear):
+            y = int8_modulated_linear(rows, context, weight, self.bilinear, self.bias, **spans)
         else:
             y = modulated_linear(rows, context, weight, self.bilinear, self.bias, **spans)
         return y.view(*x.shape[:-1], y.shape[-1])
