@@ -347,18 +347,19 @@ def test_what_it_does_not_keep(model):
 
 
 def test_errors_are_those_of_the_layer(model):
-    with ctxkern.cache_weights(model), pytest.raises(ValueError, match="context_index"):
-        with ctxkern.use(model, context=torch.randn(2, K), context_index=torch.tensor([0, 1, 2])):
-            model(torch.randn(3, S, D))
+    used = ctxkern.use(model, context=torch.randn(2, K), context_index=torch.tensor([0, 1, 2]))
+    with ctxkern.cache_weights(model), used, pytest.raises(ValueError, match="context_index"):
+        model(torch.randn(3, S, D))
     layer = ModulatedLinear(D, 6, K)
     with ctxkern.cache_weights(layer):
         with pytest.raises(ValueError, match="context has 2 rows for 4 sequences"):
             layer(torch.randn(4, S, D), torch.randn(2, K))
         with pytest.raises(TypeError, match="context is a NoneType"):
             layer(torch.randn(4, S, D), None)
-        with pytest.raises(RuntimeError, match="backend"):
-            layer.backend = "triton" if not torch.cuda.is_available() else "cpu"
-            layer.double()(torch.randn(4, S, D).double(), torch.randn(4, K).double())
+        # a named backend computes, or says why not
+        layer.backend = "cuda"
+        with pytest.raises(RuntimeError, match="cuda"):
+            layer(torch.randn(4, S, D), torch.randn(4, K))
 
 
 def test_what_is_refused(model):
@@ -368,9 +369,7 @@ def test_what_is_refused(model):
         ctxkern.cache_weights(model, 1e9)
     with pytest.raises(TypeError, match="dtype is torch.int8; it must be None or a dtype of floats"):
         ctxkern.cache_weights(model, dtype=torch.int8)
-    with pytest.raises(
-        ValueError, match="max_bytes is 2047; it must be at least 2048, which the weights of one context"
-    ):
+    with pytest.raises(ValueError, match="max_bytes is 2047; it must be at least 2048, which the weights of"):
         ctxkern.cache_weights(model, 2047)
     for other in (Model(), with_adapters(Model()), with_contexts(Model(), rank=2)):
         with pytest.raises(ValueError, match="model has no layer whose weights can be kept"):

@@ -1,4 +1,4 @@
-"""Public names of ctxkern.nn, ctxkern.attach and ctxkern.serve, `swap` and `merge`: typed, with a docstring whose example runs."""
+"""Public names of ctxkern.nn, attach and serve, `swap` and `merge`: typed, with a docstring whose example runs."""
 
 import doctest
 import inspect
