@@ -66,7 +66,7 @@ class ContextLayer(AttachedLayer):
         if context.dim() == 3:
             context, index = _expanded(context, x), None
         elif used.cu_seqlens is None:
-            index = _expanded_index(index, len(context), x)
+            index = _expanded_index(index, context.shape[0], x)
         rows = _rows(x, used.cu_seqlens)
         spans = {"context_index": index, "cu_seqlens": used.cu_seqlens}
         weight = self.out_in.mT
@@ -105,7 +105,7 @@ class AdapterLayer(AttachedLayer):
             A, B, scale = self.lora_A, self.lora_B, self.lora_scale
         index = used.adapter_index
         if used.cu_seqlens is None:
-            index = _expanded_index(index, len(A), x)
+            index = _expanded_index(index, A.shape[0], x)
         rows = _rows(x, used.cu_seqlens)
         spans = {"adapter_index": index, "cu_seqlens": used.cu_seqlens}
         y = lora_linear(rows, self.out_in, A, B, scale, self.bias, **spans)
@@ -136,7 +136,7 @@ def _rows(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def _expanded_index(index: Tensor | None, rows: int, x: Tensor) -> Tensor | None:
     """The index of a batch that may have been expanded: one row of it for as many of x, next to each other."""
-    given = rows if index is None else len(index)
+    given = rows if index is None else index.shape[0]
     if given in (0, x.shape[0]) or x.shape[0] % given:
         return index
     index = torch.arange(rows, device=x.device) if index is None else index

@@ -116,7 +116,7 @@ def _rounded_up(t: Tensor) -> Tensor:
 def quantize_bilinear(model: nn.Module) -> list[str]:
     """Turns the bilinear tensors of a model's layers into int8 with scales, in place, for inference.
 
-    They then take 1 + 2 / K bytes a value where float32 takes 4; a call casts them by blocks of 512 KiB, never whole.
+    They then take 1 + 2 / K bytes a value where float32 takes 4; a call casts them by blocks of 1 MiB, never whole.
     Of gaussian tensors the bilinear part of a weight gets an error of 0.5 % (K = 16) to 0.6 % (K = 64), the shared
     weight none (docs/serving.md has more figures). Calls compute in float32, or float64, whatever the dtype of x.
     Layers with factors (`rank=`) stay as they are.

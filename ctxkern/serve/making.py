@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # bytes of a block: the cast one stays in cache (bench/LOG.md: int8)
-BLOCK = 512 << 10
+BLOCK = 1 << 20
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
