@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +24,9 @@ class Plan:
 
 
 class Run(NamedTuple):
-    """Slots first..first + count, for `each` sequences each, from the sequence `start` of the order on."""
+    """Slots first..first + count of a chunk, for `each` sequences each, from the sequence `start` of the order on."""
 
+    chunk: int
     first: int
     count: int
     start: int
@@ -92,43 +92,37 @@ def _read(context: Tensor, index: Tensor | None, size: int, stamp: Stamp | None)
     return Batch(rows, of, context.device, stamp)
 
 
-def plan_of(batch: Batch, slots: list[int], chunk: int) -> Plan:
-    """The plan of a batch whose contexts have these slots, in its order."""
-    with torch.inference_mode(False):
-        members: dict[int, list[int]] = {}
-        for sequence, number in enumerate(batch.of):
-            members.setdefault(slots[number], []).append(sequence)
-        by_slot = sorted(members)
-        sequences = [sequence for slot in by_slot for sequence in members[slot]]
-        order = inverse = None
-        if sequences != list(range(len(sequences))):
+def plan_of(batch: Batch, slots: list[int], places: list[tuple[int, int]]) -> Plan:
+    """The plan of a batch whose contexts have these slots, in its order; places: of each slot its chunk and number."""
+    members: dict[int, list[int]] = {}
+    for sequence, number in enumerate(batch.of):
+        members.setdefault(slots[number], []).append(sequence)
+    sequences = [sequence for slot in sorted(members) for sequence in members[slot]]
+    order = inverse = None
+    if sequences != list(range(len(sequences))):
+        with torch.inference_mode(False):
             order = torch.tensor(sequences, device=batch.device)
             inverse = torch.argsort(order)
-        runs = list(_runs([(slot, len(members[slot])) for slot in by_slot], chunk))
+    runs: list[Run] = []
+    start = 0
+    for slot in sorted(members):
+        (chunk, at), each = places[slot], len(members[slot])
+        last = runs[-1] if runs else None
+        if last is not None and (last.chunk, last.first + last.count, last.each) == (chunk, at, each):
+            runs[-1] = last._replace(count=last.count + 1)
+        else:
+            runs.append(Run(chunk, at, 1, start, each))
+        start += each
     return Plan(frozenset(slots), order, inverse, runs)
 
 
-def _runs(slots: list[tuple[int, int]], chunk: int) -> Iterator[Run]:
-    first, count, start, each = 0, 0, 0, 0
-    for slot, sequences in slots:
-        if count and (slot != first + count or slot % chunk == 0 or sequences != each):
-            yield Run(first, count, start, each)
-            start, count = start + count * each, 0
-        if not count:
-            first, each = slot, sequences
-        count += 1
-    if count:
-        yield Run(first, count, start, each)
-
-
-def project(x: Tensor, plan: Plan, chunks: dict[int, Tensor], d_out: int, chunk: int) -> Tensor:
+def project(x: Tensor, plan: Plan, chunks: dict[int, Tensor], d_out: int) -> Tensor:
     """y [B, S, E] of x [B, S, D] by weights in slots; chunks: {number: [slots, D, E]}."""
-    size, seq, d_in = x.shape
+    size, seq, _ = x.shape
     x = x if plan.order is None else x.index_select(0, plan.order)
     y = x.new_empty(size, seq, d_out)
     for run in plan.runs:
-        at = run.first % chunk
-        weights = chunks[run.first // chunk][at : at + run.count]
+        weights = chunks[run.chunk][run.first : run.first + run.count]
         rows = slice(run.start, run.start + run.count * run.each)
         shape = (run.count, run.each * seq, -1)
         torch.bmm(x[rows].reshape(shape), weights, out=y[rows].view(shape))

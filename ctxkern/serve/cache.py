@@ -23,8 +23,8 @@ from .int8 import Int8Bilinear, parts
 from .making import blocks, wide_dtype
 from .stamps import Stamp
 
-# slots of one allocation
-CHUNK = 16
+# slots of one allocation, at least: contexts that come one by one are neighbours all the same
+_CHUNK = 4
 # bytes of temporary memory where weights are made
 _MAKING = 8 << 20
 
@@ -100,6 +100,7 @@ class WeightCache:
             )
         self.max_contexts = max_bytes // max(self.context_bytes, 1)
         self._slots: OrderedDict[bytes, int] = OrderedDict()
+        self._places: list[tuple[int, int]] = []  # of each slot: its chunk and its number there
         self._epoch = 0  # how often slots changed hands
         self._active: Counter[Plan] = Counter()
         self._hits = self._misses = self._evictions = self._dropped = self._uncached = 0
@@ -118,6 +119,7 @@ class WeightCache:
         """Forgets all weights and gives their memory back."""
         with self._lock:
             self._slots.clear()
+            self._places = []
             self._epoch += 1
             for p in self._projections:
                 p.chunks, p.made = {}, set()
@@ -154,7 +156,7 @@ class WeightCache:
             chunks = projection.chunks
             self._active[plan] += 1
         try:
-            return project(x, plan, chunks, projection.d_out, CHUNK)
+            return project(x, plan, chunks, projection.d_out)
         finally:
             with self._lock:
                 self._active[plan] -= 1
@@ -172,7 +174,7 @@ class WeightCache:
                 self._slots[key] = slot
             if missing:
                 self._epoch += 1
-            batch.plan = plan_of(batch, [self._slots[key] for key in batch.rows], CHUNK)
+            batch.plan = plan_of(batch, [self._slots[key] for key in batch.rows], self._places)
             batch.epoch = self._epoch
         for key in batch.rows:
             self._slots.move_to_end(key)
@@ -181,7 +183,13 @@ class WeightCache:
     def _free(self, batch: Batch, count: int) -> list[int] | None:
         """Slots for `count` contexts more; those that a call reads or the batch has stay."""
         taken = set(self._slots.values())
-        free = [slot for slot in range(min(self.max_contexts, len(taken) + count)) if slot not in taken]
+        free = [slot for slot in range(len(self._places)) if slot not in taken]
+        room = self.max_contexts - len(self._places)
+        if len(free) < count and room:
+            new = min(max(count - len(free), _CHUNK), room)
+            number = self._places[-1][0] + 1 if self._places else 0
+            free += range(len(self._places), len(self._places) + new)
+            self._places += [(number, i) for i in range(new)]
         if len(free) < count:
             busy = {slot for plan in self._active for slot in plan.slots}
             oldest = [key for key, slot in self._slots.items() if key not in batch.rows and slot not in busy]
@@ -211,14 +219,15 @@ class WeightCache:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(context.device.type, enabled=False):
             table = context.detach().index_select(0, torch.tensor(list(at.values()), device=context.device))
             table = table.to(wide_dtype(base.weight, context, values))
-            for number in {slot // CHUNK for slot in at}:
+            for number in {self._places[slot][0] for slot in at}:
                 chunk = p.chunks.get(number)
                 if chunk is None or chunk.device != context.device:
-                    slots = min(CHUNK, self.max_contexts - number * CHUNK)
+                    slots = sum(place[0] == number for place in self._places)
                     p.chunks[number] = torch.empty(slots, p.d_in, p.d_out, dtype=p.dtype, device=context.device)
             for rows, made in blocks(base.weight, values, scales, table, _MAKING):
                 for slot, each in zip(at, made, strict=True):
-                    p.chunks[slot // CHUNK][slot % CHUNK, rows] = each
+                    number, i = self._places[slot]
+                    p.chunks[number][i, rows] = each
         p.made |= missing
 
 
