@@ -59,8 +59,9 @@ class ContextLayer(AttachedLayer):
         if used.context is None:
             return super().forward(x)
         context, index = used.context, used.context_index
-        if self.weight_cache is not None and used.cu_seqlens is None:
-            y = kept(self, "bilinear", _rows(x, None), context, index, self.bias, repeats=True)
+        if self.weight_cache is not None:
+            bounds = used.cu_seqlens
+            y = kept(self, "bilinear", _rows(x, bounds), context, index, self.bias, cu_seqlens=bounds, repeats=True)
             if y is not None:
                 return y.view(*x.shape[:-1], y.shape[-1])
         if context.dim() == 3:

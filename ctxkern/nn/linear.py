@@ -149,8 +149,8 @@ class ModulatedLinear(nn.Module):
         tokens = sequences(x, cu_seqlens)
         if isinstance(context, torch.Tensor) and context.dim() > 3:
             context = context.flatten(1, -2)
-        if self.weight_cache is not None and cu_seqlens is None and self.backend is None:
-            y = kept(self, "bilinear", tokens, context, context_index, self.bias)
+        if self.weight_cache is not None and self.backend is None:
+            y = kept(self, "bilinear", tokens, context, context_index, self.bias, cu_seqlens=cu_seqlens)
             if y is not None:
                 return shaped(y, x)
         spans = {"context_index": context_index, "cu_seqlens": cu_seqlens, "backend": self.backend}

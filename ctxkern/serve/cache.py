@@ -255,8 +255,8 @@ def cache_weights(model: nn.Module, max_bytes: int = 1 << 30, *, dtype: torch.dt
 
     Calls are computed without the cache, with the same result, wherever gradients are enabled and x, the context or a
     parameter requires one; under torch.compile, torch.export and torch.func; with packed sequences (`cu_seqlens`), a
-    context per token, or parameters made under torch.inference_mode. On a GPU the values of a table and an index are
-    read to the host when they change, and one stream at a time may run the model.
+    context per token, a layer that names its backend, or parameters made under torch.inference_mode. On a GPU the
+    values of a table and an index are read to the host when they change, and one stream at a time may run the model.
 
     Raises:
         TypeError: an argument of another type. ValueError: a model with no layer whose weights can be kept, a layer
@@ -309,6 +309,7 @@ def kept(
     index: Tensor | None,
     bias: Tensor | None,
     *,
+    cu_seqlens: Tensor | None = None,
     repeats: bool = False,
 ) -> Tensor | None:
     """y [B, S, E] of x [B, S, D] by kept weights; None where the call must be computed, or has something to refuse.
@@ -328,7 +329,8 @@ def kept(
         dtype = torch.get_autocast_dtype(x.device.type)
     given = [t for t in (x, context, index, bias, *parameters) if t is not None]
     if (
-        any(type(t) not in _PLAIN for t in given)
+        cu_seqlens is not None
+        or any(type(t) not in _PLAIN for t in given)
         or takes_reference()
         or (torch.is_grad_enabled() and any(t.requires_grad for t in given))
         or any(t is not None and t.is_inference() for t in parameters)

@@ -152,6 +152,19 @@ def test_an_attached_model(model):
     assert model.blocks[0].up.bilinear.scales.dtype is torch.bfloat16
 
 
+@torch.no_grad()
+def test_quantised_under_a_cache(model):
+    x, table = torch.randn(B, S, D), torch.randn(B, K)
+    with ctxkern.cache_weights(model) as cache, ctxkern.use(model, context=table):
+        before = model(x)
+        ctxkern.quantize_bilinear(model)
+        after = model(x)
+        assert cache.stats().dropped == 16
+    with ctxkern.use(model, context=table):
+        assert near(after, model(x), 1e-5)
+    assert not torch.equal(before, after)
+
+
 def test_training_is_refused(model):
     x, table = torch.randn(B, S, D), torch.randn(B, K)
     model.blocks[0].up.weight.requires_grad_()

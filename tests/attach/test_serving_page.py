@@ -31,7 +31,7 @@ def test_its_blocks_run_one_after_another(capsys):
 @pytest.mark.parametrize("context_dim", [16, 64])
 def test_its_figures_of_int8(context_dim):
     torch.manual_seed(0)
-    shape = (576, 192, context_dim)
+    shape = (192, 96, context_dim)  # a scale has K values, whatever D and E are
     low_rank = torch.einsum(
         "dr,re,kr->dek", torch.randn(shape[0], 8), torch.randn(8, shape[1]), torch.randn(context_dim, 8)
     )
