@@ -2,22 +2,33 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
-from helpers.attached import B, D, K, Model, N, S, new_model, with_adapters, with_contexts
+from helpers.attached import (
+    INDEX,
+    B,
+    D,
+    K,
+    Model,
+    N,
+    S,
+    assert_near,
+    near,
+    new_model,
+    outside,
+    with_adapters,
+    with_contexts,
+)
 from torch import nn
 
 import ctxkern
 from ctxkern.nn import ContextModulatedAttention, ModulatedLinear
 from ctxkern.reference import modulated_linear_ref
-from ctxkern.serve import batches
 from ctxkern.testing.cases import CASES, DTYPES, make_inputs
 from ctxkern.testing.oracle import assert_matches
 
 PADDED = [case for case in CASES if case.lengths is None and not case.per_token]
-INDEX = torch.tensor([1, 0, 2, 1])
 
 
 @pytest.fixture(autouse=True)
@@ -31,16 +42,6 @@ def model():
     return with_contexts(new_model())
 
 
-def near(got, want):
-    """Equal up to the order of float32 sums (of bfloat16 ones), measured by the largest value."""
-    band = 32 * torch.finfo(want.dtype).eps
-    return ((got - want).abs() <= band * want.abs().max()).all()
-
-
-def assert_near(got, want):
-    assert near(got, want), (got - want).abs().max() / want.abs().max()
-
-
 def layer_of(inputs):
     """(ModulatedLinear with the parameters of a case, (x, context), keywords)."""
     d_in, d_out, context_dim = inputs.bilinear.shape
@@ -49,12 +50,6 @@ def layer_of(inputs):
         value = getattr(inputs, name)
         setattr(layer, name, None if value is None else nn.Parameter(value))
     return layer, (inputs.x, inputs.context), {"context_index": inputs.context_index}
-
-
-def outside(model, x, table, index=INDEX):
-    """What the model computes without its cache: gradients are enabled and its parameters require them."""
-    with torch.enable_grad(), ctxkern.use(model, context=table, context_index=index):
-        return model(x).detach()
 
 
 @pytest.mark.parametrize(("dtype", "param_dtype"), DTYPES.values(), ids=DTYPES)
@@ -248,66 +243,6 @@ def test_with_gradients_it_is_left_out(model):
             table.requires_grad_()
             model(x.detach()).sum().backward()
             assert table.grad.any()
-
-
-def test_two_threads_share_it(model):
-    """Each with a batch of its own, in room for one and a half of them: weights move while others are read."""
-    model.requires_grad_(False)
-    tables = torch.randn(4, 2, K)
-    x, one = torch.randn(2, S, D), ctxkern.cache_weights(model)
-    bytes_each, wrong = one.context_bytes, []
-    one.close()
-    wants = [outside(model, x, table, torch.arange(2)) for table in tables]
-    barrier = threading.Barrier(2)
-
-    def run(first):
-        barrier.wait()
-        for i in range(60):
-            number = (first + i) % 4
-            with ctxkern.use(model, context=tables[number]), torch.no_grad():
-                if not near(model(x), wants[number]):
-                    wrong.append(number)
-
-    with ctxkern.cache_weights(model, max_bytes=3 * bytes_each) as cache:
-        threads = [threading.Thread(target=run, args=(i,)) for i in (0, 2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        counts = cache.stats()
-    assert not wrong
-    assert counts.evictions > 10
-    assert counts.bytes <= 3 * bytes_each
-    assert counts.hits + counts.misses + 2 * counts.uncached == 2 * 60 * 4 * 2
-    assert not cache._active
-
-
-def test_slots_that_a_call_reads_are_not_given_away(model, monkeypatch):
-    """While a product of one thread is under way, another one's batch finds no room, and is computed without."""
-    tables, x = torch.randn(2, 2, K), torch.randn(2, S, D)
-    wants = [outside(model, x, table, torch.arange(2)) for table in tables]
-    inside, found, real = [], [], batches.project
-
-    def other():
-        with ctxkern.use(model, context=tables[1]), torch.no_grad():
-            found.append(model(x))
-
-    def slow(*args):
-        if not inside:
-            inside.append(1)
-            thread = threading.Thread(target=other)
-            thread.start()
-            thread.join()
-        return real(*args)
-
-    monkeypatch.setattr("ctxkern.serve.cache.project", slow)
-    with ctxkern.cache_weights(model, max_bytes=1 << 30) as cache:
-        cache.max_contexts = 3
-        with ctxkern.use(model, context=tables[0]):
-            assert_near(model(x), wants[0])
-        assert cache.stats().evictions == 0
-        assert cache.stats().uncached >= 1
-    assert_near(found[0], wants[1])
 
 
 def test_compiled_models_compute_without_it(model):
