@@ -26,6 +26,7 @@ from .nn.merge import merge
 from .nn.swap import swap
 from .plan import Plan
 from .registry import backends
+from .serve import cache_weights, quantize_bilinear
 
 __all__ = [
     "AdapterAdamW",
@@ -34,6 +35,7 @@ __all__ = [
     "attach_contexts",
     "backends",
     "bilinear",
+    "cache_weights",
     "detach",
     "explain",
     "explain_lora",
@@ -45,6 +47,7 @@ __all__ = [
     "merge",
     "modulated_linear",
     "modulated_qkv",
+    "quantize_bilinear",
     "save_attached",
     "swap",
     "use",

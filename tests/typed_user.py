@@ -49,6 +49,10 @@ def attached(model: nn.Module, x: Tensor, context: Tensor) -> Tensor:
     names += ctxkern.attach_adapters(model, 8, 4, lambda name, layer: name == "head", alpha=8.0)
     with ctxkern.use(model, context=context, adapter_index=torch.arange(2)):
         y: Tensor = model(x)
+    with ctxkern.cache_weights(model, max_bytes=1 << 20, dtype=torch.bfloat16) as cache:
+        hits: int = cache.stats().hits
+    names += ctxkern.quantize_bilinear(model)
+    print(hits, cache.max_contexts)
     ctxkern.save_attached(model, "folder")
     names += ctxkern.load_attached(model, "folder")
     ctxkern.export_adapter(model, 0, "folder")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxkern.nn.factors import BilinearFactors
+from ctxkern.serve.int8 import Int8Bilinear, int8_weight
 
 from .layers import AdapterLayer, AttachedLayer, ContextLayer, class_for
 from .targets import Targets, is_conv1d, matching
@@ -160,6 +161,7 @@ def detach(model: nn.Module, context: Tensor | None = None, adapter: int | None 
         attached = layer.attached
         for added in attached.added:
             delattr(layer, added)
+        vars(layer).pop("weight_cache", None)
         del layer.attached
         layer.__class__ = attached.plain
         if name in merged:
@@ -177,6 +179,8 @@ def _with_context(name: str, layer: ContextLayer, context: Tensor) -> Tensor:
     if factors:
         d, k, e = (t.to(_wide(t.dtype)) for t in layer.bilinear.factors())
         added = (d * (context.to(k) @ k)) @ e
+    elif isinstance(layer.bilinear, Int8Bilinear):
+        added = int8_weight(None, layer.bilinear, context)
     else:
         wide = layer.bilinear.to(_wide(layer.bilinear.dtype))
         added = wide @ context.to(wide)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxkern.nn.factors import BilinearFactors
+from ctxkern.serve.int8 import parts, quantize_bilinear
 
 from .attaching import attach_adapters, attach_contexts
 from .layers import ContextLayer
@@ -118,7 +119,10 @@ def _attach_alone(model: nn.Module, name: str, how: dict[str, Any]) -> None:
     dtype = getattr(torch, how["dtype"])
     meant = lambda other, _: other == name  # noqa: E731
     if how["kind"] == "contexts":
-        attach_contexts(model, how["context_dim"], meant, rank=how["rank"], dtype=dtype)
+        int8 = dtype is torch.int8
+        attach_contexts(model, how["context_dim"], meant, rank=how["rank"], dtype=None if int8 else dtype)
+        if int8:
+            quantize_bilinear(model.get_submodule(name))
     else:
         attach_adapters(model, how["adapters"], how["rank"], meant, alpha=how["alpha"], dtype=dtype)
 
@@ -134,7 +138,7 @@ def _settings(layer: Any) -> dict[str, Any]:
     known = {"weight": list(layer.weight.shape), "tensors": {name: list(t.shape) for name, t in tensors.items()}}
     if isinstance(layer, ContextLayer):
         factors = layer.bilinear if isinstance(layer.bilinear, BilinearFactors) else None
-        first = layer.bilinear if factors is None else factors.in_factor
+        first = parts(layer.bilinear)[0] if factors is None else factors.in_factor
         size = layer.bilinear.shape[2] if factors is None else factors.context_factor.shape[0]
         how = {"kind": "contexts", "context_dim": size, "rank": factors and factors.rank}
     else:

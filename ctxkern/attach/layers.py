@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ctxkern.functional import factored_modulated_linear, lora_linear, modulated_linear
 from ctxkern.nn.factors import BilinearFactors
 from ctxkern.nn.linear import sequences
+from ctxkern.serve.cache import Base, kept
+from ctxkern.serve.int8 import Int8Bilinear, int8_modulated_linear
 
 from .using import Attached, Used
 
@@ -44,22 +46,35 @@ class AttachedLayer(nn.Module):
 class ContextLayer(AttachedLayer):
     """y_b = x_b (W + Σ_k bilinear[:, :, k] context[b, k]) + bias."""
 
-    bilinear: Any  # nn.Parameter [D, E, K] or BilinearFactors
+    bilinear: Any  # nn.Parameter [D, E, K], BilinearFactors or Int8Bilinear
+    bilinear_names = ("bilinear",)
+    weight_cache: Any = None
+
+    def base_of(self, name: str) -> Base:
+        """The shared weight of the bilinear tensor of that name."""
+        return Base(self.weight, self.out_in.mT)
 
     def forward(self, x: Tensor) -> Tensor:
         used = self.used()
         if used.context is None:
             return super().forward(x)
         context, index = used.context, used.context_index
+        if self.weight_cache is not None:
+            bounds = used.cu_seqlens
+            y = kept(self, "bilinear", _rows(x, bounds), context, index, self.bias, cu_seqlens=bounds, repeats=True)
+            if y is not None:
+                return y.view(*x.shape[:-1], y.shape[-1])
         if context.dim() == 3:
             context, index = _expanded(context, x), None
         elif used.cu_seqlens is None:
-            index = _expanded_index(index, len(context), x)
+            index = _expanded_index(index, context.shape[0], x)
         rows = _rows(x, used.cu_seqlens)
         spans = {"context_index": index, "cu_seqlens": used.cu_seqlens}
         weight = self.out_in.mT
         if isinstance(self.bilinear, BilinearFactors):
             y = factored_modulated_linear(rows, context, weight, *self.bilinear.factors(), self.bias, **spans)
+        elif isinstance(self.bilinear, Int8Bilinear):
+            y = int8_modulated_linear(rows, context, weight, self.bilinear, self.bias, **spans)
         else:
             y = modulated_linear(rows, context, weight, self.bilinear, self.bias, **spans)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -91,7 +106,7 @@ class AdapterLayer(AttachedLayer):
             A, B, scale = self.lora_A, self.lora_B, self.lora_scale
         index = used.adapter_index
         if used.cu_seqlens is None:
-            index = _expanded_index(index, len(A), x)
+            index = _expanded_index(index, A.shape[0], x)
         rows = _rows(x, used.cu_seqlens)
         spans = {"adapter_index": index, "cu_seqlens": used.cu_seqlens}
         y = lora_linear(rows, self.out_in, A, B, scale, self.bias, **spans)
@@ -122,7 +137,7 @@ def _rows(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def _expanded_index(index: Tensor | None, rows: int, x: Tensor) -> Tensor | None:
     """The index of a batch that may have been expanded: one row of it for as many of x, next to each other."""
-    given = rows if index is None else len(index)
+    given = rows if index is None else index.shape[0]
     if given in (0, x.shape[0]) or x.shape[0] % given:
         return index
     index = torch.arange(rows, device=x.device) if index is None else index

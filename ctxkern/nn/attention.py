@@ -11,6 +11,8 @@ from torch import nn
 
 from ctxkern import reference
 from ctxkern.functional import factored_modulated_linear, modulated_qkv
+from ctxkern.serve.cache import Base, kept
+from ctxkern.serve.int8 import Int8Bilinear, int8_modulated_linear
 
 from .attend import attend, check_dtype
 from .cache import KVCache
@@ -250,13 +252,30 @@ class ContextModulatedAttention(ContextAttention):
         torch.Size([3, 5, 8])
     """
 
+    bilinear_names = ("bilinear_q", "bilinear_k", "bilinear_v")
+    weight_cache: Any = None
     workspace_bytes: int | None = None
     backend: str | None = None
 
+    def base_of(self, name: str) -> Base:
+        """The shared weight of the bilinear tensor of that name."""
+        weight = getattr(self, f"W_{name[-1]}_base").weight
+        return Base(weight, weight)
+
     def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
+        if self.weight_cache is not None and self.backend is None:
+            made = self._kept(x, context, context_index)
+            if made is not None:
+                return made
         x, context, context_index = _broadcast(x, context, context_index)
         if self.rank is not None:
             return self._factored(factored_modulated_linear, x, context, context_index, backend=self.backend)
+        if isinstance(self.bilinear_q, Int8Bilinear):
+            q, k, v = (
+                int8_modulated_linear(x, context, weight, int8, bias, context_index=context_index, backend=self.backend)
+                for weight, int8, bias in zip(*self.projections(), strict=True)
+            )
+            return q, k, v
         q, k, v = modulated_qkv(
             x,
             context,
@@ -266,6 +285,18 @@ class ContextModulatedAttention(ContextAttention):
             backend=self.backend,
         )
         return q, k, v
+
+    def _kept(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV | None:
+        """q, k and v by kept weights, or None."""
+        rows = context if context_index is None else context_index
+        repeats = isinstance(rows, torch.Tensor) and len(rows) == 1
+        made = []
+        for name, bias in zip(self.bilinear_names, self.projections()[2], strict=True):
+            y = kept(self, name, x, context, context_index, bias, repeats=repeats)
+            if y is None:
+                return None
+            made.append(y)
+        return made[0], made[1], made[2]
 
 
 def _broadcast(

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctxkern.functional import bilinear, factored_modulated_linear, lora_linear, modulated_linear
+from ctxkern.serve.cache import Base, kept
+from ctxkern.serve.int8 import Int8Bilinear, int8_modulated_linear
 
 from .factors import BilinearFactors, bilinear_parameter
 from .init import init_bilinear_
@@ -41,7 +43,9 @@ class ModulatedLinear(nn.Module):
         torch.Size([3, 5, 6])
     """
 
-    bilinear: Any  # nn.Parameter or BilinearFactors
+    bilinear: Any  # nn.Parameter, BilinearFactors or Int8Bilinear
+    bilinear_names = ("bilinear",)
+    weight_cache: Any = None
     workspace_bytes: int | None = None
     backend: str | None = None
 
@@ -113,6 +117,10 @@ class ModulatedLinear(nn.Module):
         else:
             init_bilinear_(self.bilinear, self.init)
 
+    def base_of(self, name: str) -> Base:
+        """The shared weight of the bilinear tensor of that name."""
+        return Base(self.weight, self.weight)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, context_dim={self.context_dim}, bias={self.bias is not None}"
 
@@ -141,10 +149,16 @@ class ModulatedLinear(nn.Module):
         tokens = sequences(x, cu_seqlens)
         if isinstance(context, torch.Tensor) and context.dim() > 3:
             context = context.flatten(1, -2)
+        if self.weight_cache is not None and self.backend is None:
+            y = kept(self, "bilinear", tokens, context, context_index, self.bias, cu_seqlens=cu_seqlens)
+            if y is not None:
+                return shaped(y, x)
         spans = {"context_index": context_index, "cu_seqlens": cu_seqlens, "backend": self.backend}
         if isinstance(self.bilinear, BilinearFactors):
             factors = self.bilinear.factors()
             y = factored_modulated_linear(tokens, context, self.weight, *factors, self.bias, **spans)
+        elif isinstance(self.bilinear, Int8Bilinear):
+            y = int8_modulated_linear(tokens, context, self.weight, self.bilinear, self.bias, **spans)
         else:
             memory = self.workspace_bytes
             y = modulated_linear(

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ctxkern.serve.int8 import Int8Bilinear, int8_weight
+
 from .attention import ContextAttention, ContextModulatedAttention, EinsumContextModulatedAttention
 from .factors import BilinearFactors
 from .linear import ModulatedLinear
@@ -160,14 +162,13 @@ class _Merging:
         self,
         cls: type[nn.Linear],
         weight: torch.Tensor | None,
-        bilinear: torch.Tensor | BilinearFactors,
+        bilinear: torch.Tensor | BilinearFactors | Int8Bilinear,
         bias: torch.Tensor | None,
     ) -> nn.Linear:
         key = (id(weight), id(bilinear))
         if key not in self.weights:
             made = merged_weight(weight, bilinear, self.context).mT.contiguous()
-            whole = bilinear.out_factor if isinstance(bilinear, BilinearFactors) else bilinear
-            needs_grad = (whole if weight is None else weight).requires_grad
+            needs_grad = any(p.requires_grad for p in _tensors(bilinear if weight is None else weight))
             self.weights[key] = nn.Parameter(made, requires_grad=needs_grad), (weight, bilinear)
         merged = self.weights[key][0]
         # nothing is allocated or drawn for parameters that are replaced
@@ -184,11 +185,17 @@ class _Merging:
         return nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=bias.requires_grad)
 
 
+def _tensors(bilinear: torch.Tensor | nn.Module) -> list[torch.Tensor]:
+    return [bilinear] if isinstance(bilinear, torch.Tensor) else list(bilinear.parameters())
+
+
 @torch.no_grad()
 def merged_weight(
-    weight: torch.Tensor | None, bilinear: torch.Tensor | BilinearFactors, context: torch.Tensor
+    weight: torch.Tensor | None, bilinear: torch.Tensor | BilinearFactors | Int8Bilinear, context: torch.Tensor
 ) -> torch.Tensor:
     """weight + Σ_k bilinear[:, :, k] context[k], [D, E] in the dtype of weight; summed in float32 or wider."""
+    if isinstance(bilinear, Int8Bilinear):
+        return int8_weight(weight, bilinear, context).to(torch.float32 if weight is None else weight.dtype)
     if isinstance(bilinear, BilinearFactors):
         wide = torch.promote_types(bilinear.out_factor.dtype, torch.float32)
         in_factor, context_factor, out_factor = (t.to(wide) for t in bilinear.factors())

@@ -97,3 +97,27 @@ def test_contexts(loaded, model):
             nn.init.normal_(p, std=0.08)
     how = lambda rows: {"context": table, "context_index": index[rows]}  # noqa: E731
     assert_mixed_is_one_by_one(model, batch, how, answers)
+
+
+@pytest.mark.slow
+def test_serving(loaded, model):
+    """Kept weights answer with the same tokens; int8 changes logits far less than contexts do."""
+    _, batch, answers = loaded
+    want = logits(model, batch)
+    names = ctxkern.attach_contexts(model, 8, PROJECTIONS[:3])
+    torch.manual_seed(0)
+    for name in names:
+        layer = model.get_submodule(name)
+        nn.init.normal_(layer.bilinear, std=0.1 * layer.weight.std().item() * 8**-0.5)
+    model.requires_grad_(False)
+    with ctxkern.use(model, context=torch.randn(3, 8)):
+        attached, words = logits(model, batch), answer(model, batch)
+        with ctxkern.cache_weights(model) as cache:
+            assert torch.equal(answer(model, batch), words)
+            assert cache.stats().uncached == 0
+            assert cache.stats().hits > cache.stats().misses == 3 * len(names)
+        ctxkern.quantize_bilinear(model)
+        error, change = (logits(model, batch) - attached).norm(), (want - attached).norm()
+    assert error < 0.01 * attached.norm()
+    assert error < 0.02 * change
+    assert not torch.equal(words, answers)

@@ -89,6 +89,22 @@ def test_a_mixed_batch_generates_as_one_by_one(attached, how):
         assert not torch.equal(model.generate(PROMPTS, max_new_tokens=6, **how), mixed)
 
 
+@pytest.mark.parametrize("how", ["greedy", "beams", "several-of-beams"])
+def test_kept_weights_generate_the_same(kind, how):
+    model, table, index = new_model(kind), torch.randn(N, K), torch.tensor([2, 0, 1])
+    layers = len(ctxkern.attach_contexts(model, K, TARGETS[kind]))
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.5)
+    with ctxkern.use(model, context=table, context_index=index):
+        want = model.generate(PROMPTS, max_new_tokens=6, **GENERATION[how])
+        with ctxkern.cache_weights(model) as cache:
+            assert torch.equal(model.generate(PROMPTS, max_new_tokens=6, **GENERATION[how]), want)
+            counts = cache.stats()
+    assert (counts.misses, counts.uncached) == (N * layers, 0)
+    assert counts.hits == 5 * N * layers
+
+
 def test_several_samples_of_each_sequence(attached):
     model, of = attached
     with ctxkern.use(model, **of(torch.tensor([2, 0, 1]))):

@@ -1,4 +1,4 @@
-"""Public names of ctxkern.nn and ctxkern.attach, `swap` and `merge`: typed, with a docstring whose example runs."""
+"""Public names of ctxkern.nn, attach and serve, `swap` and `merge`: typed, with a docstring whose example runs."""
 
 import doctest
 import inspect
@@ -11,6 +11,7 @@ from torch import nn
 import ctxkern
 import ctxkern.attach
 import ctxkern.nn
+import ctxkern.serve
 from ctxkern.nn.block import TransformerBlock
 from ctxkern.nn.merged import MergedAttention, MergedLinear
 
@@ -22,6 +23,7 @@ PUBLIC = {name: getattr(ctxkern.nn, name) for name in ctxkern.nn.__all__} | {
     "MergedLinear": MergedLinear,
 }
 PUBLIC |= {name: getattr(ctxkern.attach, name) for name in ctxkern.attach.__all__}
+PUBLIC |= {name: getattr(ctxkern.serve, name) for name in ("cache_weights", "quantize_bilinear", "Int8Bilinear")}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
