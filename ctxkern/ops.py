@@ -68,11 +68,25 @@ def _resolved(arg):
 
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_USUAL_TYPES = frozenset((*_PLAIN_TYPES, type(None)))
 
 
 def is_plain(t):
     """Whether kernels may read the memory of a tensor through its pointer. Of transforms `call` and backward ask."""
     return type(t) in _PLAIN_TYPES and not t.is_neg() and not t._is_zerotensor()
+
+
+def distributed(tensors):
+    """Whether any of them is a DTensor; asking loads nothing."""
+    return not _USUAL_TYPES.issuperset(map(type, tensors)) and any(hasattr(t, "device_mesh") for t in tensors)
+
+
+def together(tensors):
+    """Those of a call with DTensors, with plain ones as replicated DTensors; from the first such call on, the operators
+    know how they divide over a mesh."""
+    from . import sharding
+
+    return sharding.together(tensors)
 
 
 def direct(tensors):
@@ -274,9 +288,12 @@ def check_values(x, table, index, cu_seqlens, what="context_index", lowest=0):
 
 def call(family, function, operands, options):
     """The outputs of a family for operands, differentiable; function: that of `differentiable`."""
+    flat = operands.flat()
+    if distributed(flat):
+        flat = together(flat)
+        operands = family.operands.of(flat)
     if options.backend == "reference" or takes_reference():
         return family.reference(operands, options)
-    flat = operands.flat()
     if torch.is_grad_enabled():
         for t in flat:
             if t is not None and t.requires_grad:
