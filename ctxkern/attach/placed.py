@@ -6,10 +6,14 @@ are. Imported where a weight is a DTensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
@@ -71,3 +75,37 @@ def like(weight: Any, local: Tensor) -> Tensor:
     """The DTensor of which `local` is this process's part, sharded as the weight is."""
     mesh, where = weight.device_mesh, weight.placements
     return DTensor.from_local(local, mesh, where, run_check=False, shape=weight.shape, stride=weight.stride())
+
+
+def sharded_like(t: Any, whole: Tensor) -> Tensor:
+    """A tensor that every process has whole, sharded as t is without a message between them."""
+    return distribute_tensor(whole.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
+
+
+def gather(named: dict[str, Tensor]) -> tuple[dict[str, Tensor] | None, DeviceMesh]:
+    """(the tensors, whole and on the CPU, for the first process of their mesh, None for the others; the mesh)."""
+    mesh = next(t.device_mesh for t in named.values() if isinstance(t, DTensor))
+    first = not any(mesh.get_coordinate() or ())
+    found = {}
+    for name, t in named.items():
+        whole = (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+        if first:
+            found[name] = whole.cpu().contiguous()
+    return (found if first else None), mesh
+
+
+@contextmanager
+def all_or_none(mesh: DeviceMesh) -> Iterator[None]:
+    """Every process of the mesh leaves the block when all have, an error of one of them is an error of all."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+    failed = torch.tensor(error is not None, dtype=torch.int32, device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("another process could not write its files; its error says why")
