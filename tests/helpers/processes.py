@@ -1,5 +1,6 @@
-"""Jobs that several processes do together over gloo, all jobs of a file in one launch: starting torch takes seconds."""
+"""Jobs that several processes do together over gloo, many in one launch: starting a process takes seconds."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 TESTS = Path(__file__).parents[1]
 
 
-def together(file, folder, world=2, jobs=()):
-    """Runs the jobs of a test file (all of them for none) in `world` processes, each of which ends with `main`."""
+def together(folder, world, *jobs):
+    """Runs jobs, "file.function" of tests/distributed, one after another in each of `world` processes."""
     paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    commands = [[sys.executable, file, str(rank), str(world), str(folder), *jobs] for rank in range(world)]
+    commands = [[sys.executable, __file__, str(rank), str(world), str(folder), *jobs] for rank in range(world)]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
     ranks = [subprocess.Popen(command, **how) for command in commands]
     try:
@@ -28,22 +29,19 @@ def together(file, folder, world=2, jobs=()):
     assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)
 
 
-def main(*jobs):
-    """Does those that the command line names: job(rank, world, folder)."""
-    rank, world, folder, *names = sys.argv[1:]
-    rank, world = int(rank), int(world)
+def main(rank, world, folder, *jobs):
+    """Does jobs, each a function of (rank, world, folder)."""
     torch.set_num_threads(1)
-    store = Path(folder, f"store-{world}-{'-'.join(names)}")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    store = Path(folder, f"store-{world}")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
     for job in jobs:
-        if names and job.__name__ not in names:
-            continue
+        file, name = job.split(".")
         try:
-            job(rank, world, Path(folder))
+            getattr(importlib.import_module(f"distributed.{file}"), name)(int(rank), int(world), Path(folder))
         except BaseException:
-            print(f"{job.__name__}, process {rank}")
+            print(f"{job}, process {rank}")
             traceback.print_exc()
-            sys.stdout.flush()
+            sys.stderr.flush()
             # the others, which may wait for this one, fail when its connections close
             os._exit(1)
     dist.destroy_process_group()
@@ -76,3 +74,7 @@ def share(t, rank, world):
     """The part of a batch that a process has."""
     size = len(t) // world
     return t[rank * size : (rank + 1) * size]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

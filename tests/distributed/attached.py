@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.attached import D, K, Model, N, R, S
-from helpers.processes import fill, full, gradients, main, same_on_all, share, together
+from helpers.processes import fill, full, gradients, same_on_all, share
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -239,19 +239,3 @@ def on_a_grid(rank, world, _folder):
         own, grads = step(model, kind, mesh.get_local_rank("data"), 2)
         torch.testing.assert_close(own["y"], share(want[0]["y"], mesh.get_local_rank("data"), 2))
         torch.testing.assert_close(grads, want[1])
-
-
-def test_two_processes_are_one(tmp_path):
-    together(__file__, tmp_path, 2, [job.__name__ for job in (*DATA, *TENSOR)])
-
-
-@pytest.mark.slow
-def test_a_grid_of_four_is_one(tmp_path):
-    together(__file__, tmp_path, 4, ["on_a_grid"])
-
-
-DATA = data_parallel, fully_sharded, fully_sharded_in_halves, bases_in_halves, in_files
-TENSOR = (tensor_parallel,)
-
-if __name__ == "__main__":
-    main(*DATA, *TENSOR, on_a_grid)

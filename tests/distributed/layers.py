@@ -1,7 +1,7 @@
 """Data parallel and sharded layers on two processes equal one process on the joint batch."""
 
 import torch
-from helpers.processes import full, main, together
+from helpers.processes import full
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -67,11 +67,3 @@ def fully_sharded(rank, *_):
     assert isinstance(model.layers[0].bilinear_q, DTensor)
     assert model.layers[0].bilinear_q.to_local().shape == (D // WORLD, D, K)
     torch.testing.assert_close(train(model, share_of(rank)), train(seeded_model()))
-
-
-def test_two_processes_are_one(tmp_path):
-    together(__file__, tmp_path, WORLD)
-
-
-if __name__ == "__main__":
-    main(data_parallel, fully_sharded)

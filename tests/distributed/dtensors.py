@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.processes import full, main, together
+from helpers.processes import full
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -184,27 +184,3 @@ def over_a_grid(_rank, world, _folder):
     compare("columns twice", *modulated(SHARED), columns_twice, mesh)
     batch_and_columns = {n: [BATCH.get(n, WHOLE), LORA_COLUMNS.get(n, WHOLE)] for n in (*LORA_COLUMNS, "adapter_index")}
     compare("batch, columns", *lora(SHARED), batch_and_columns, mesh)
-
-
-def test_two_processes_are_one(tmp_path):
-    together(__file__, tmp_path, 2, ["calls_divide", "what_cannot_be", "halves_beside_float32"])
-
-
-@pytest.mark.slow
-def test_three_processes_are_one(tmp_path):
-    """Sizes that three do not divide."""
-    together(__file__, tmp_path, 3, ["calls_divide"])
-
-
-@pytest.mark.slow
-def test_a_grid_of_four_is_one(tmp_path):
-    together(__file__, tmp_path, 4, ["over_a_grid"])
-
-
-@pytest.mark.slow
-def test_a_compiled_layer_is_itself(tmp_path):
-    together(__file__, tmp_path, 2, ["compiles"])
-
-
-if __name__ == "__main__":
-    main(calls_divide, what_cannot_be, halves_beside_float32, compiles, over_a_grid)
