@@ -1,8 +1,9 @@
 """What several processes compute equals what one does; the jobs lie next to this file."""
 
 import pytest
-from distributed import checkpoints
 from helpers.processes import together
+
+from distributed import checkpoints
 
 TWO = (
     "layers.data_parallel",
@@ -47,3 +48,9 @@ def test_a_grid_of_four(tmp_path):
 @pytest.mark.slow
 def test_a_compiled_layer(tmp_path):
     together(tmp_path, 2, "dtensors.compiles")
+
+
+@pytest.mark.slow
+def test_a_transformers_model_by_its_own_plan(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    together(tmp_path, 2, "transformers_models.by_its_own_plan")
