@@ -227,6 +227,22 @@ def tensor_parallel(_rank, world, folder):
             assert type(model.head) is nn.Linear
 
 
+def weights_of_a_hypernetwork(_rank, world, _folder):
+    found = []
+    for model in (base(), parallelize_module(base(), init_device_mesh("cpu", (world,)), plan())):
+        ctxkern.attach_adapters(model, 0, R, TARGETS, alpha=3)
+        weights = {"blocks.0.up": (B, R, D), "blocks.1.down": (B, R, 2 * D)}
+        lora = {
+            name: (same_on_all(*shape, seed=21), same_on_all(B, {D: 2 * D, 2 * D: D}[shape[2]], R, seed=22))
+            for name, shape in weights.items()
+        }
+        leaves = [t.requires_grad_() for pair in lora.values() for t in pair]
+        with ctxkern.use(model, lora=lora):
+            y = model(X)
+        found.append((y.detach(), torch.autograd.grad(y, leaves, DY)))
+    torch.testing.assert_close(*found)
+
+
 def on_a_grid(rank, world, _folder):
     """Tensor parallel within FSDP2."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "columns"))

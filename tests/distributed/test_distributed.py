@@ -17,6 +17,7 @@ TWO = (
     "attached.bases_in_halves",
     "attached.in_files",
     "attached.tensor_parallel",
+    "attached.weights_of_a_hypernetwork",
     "checkpoints.begin",
     "checkpoints.go_on",
 )
@@ -54,3 +55,9 @@ def test_a_compiled_layer(tmp_path):
 def test_a_transformers_model_by_its_own_plan(tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     together(tmp_path, 2, "transformers_models.by_its_own_plan")
+
+
+@pytest.mark.slow
+def test_a_model_that_accelerate_prepares(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    together(tmp_path, 2, "accelerated.prepared")
