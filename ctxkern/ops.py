@@ -194,6 +194,8 @@ def differentiable(family):
         def forward(ctx, options, needs, n, *tensors):
             ctx.options, ctx.needs, ctx.n = options, needs, n
             ctx.save_for_backward(*tensors)
+            # zeros in place of None would be plain beside DTensors
+            ctx.set_materialize_grads(False)
             return tuple(needed(family.backward(tensors[:n], tensors[n:], options, needs), needs))
 
         @staticmethod
@@ -203,7 +205,7 @@ def differentiable(family):
             douts, flat = tensors[: ctx.n], tensors[ctx.n :]
             with torch.enable_grad():
                 firsts = _vjp(family, flat, ctx.options, ctx.needs, douts, views=False)
-                seconds = [s.to(f.dtype) for s, f in zip(seconds, firsts, strict=True)]
+                seconds = [None if s is None else s.to(f.dtype) for s, f in zip(seconds, firsts, strict=True)]
                 grads = _grad(firsts, needed(tensors[:end], asked), seconds)
             return None, None, None, *spread(grads, asked), *nothing
 
@@ -225,8 +227,9 @@ def _vjp(family, flat, options, needs, douts, views=True):
 
 
 def _grad(outs, inputs, douts):
-    """torch.autograd.grad that stays differentiable and gives zeros where outs do not depend on an input."""
-    pairs = [(o, d) for o, d in zip(outs, douts, strict=True) if o.requires_grad]
+    """torch.autograd.grad that stays differentiable and gives zeros where outs do not depend on an input; None in douts
+    stands for zeros too."""
+    pairs = [(o, d) for o, d in zip(outs, douts, strict=True) if o.requires_grad and d is not None]
     if not pairs:
         return [torch.zeros_like(t) for t in inputs]
     outs, douts = zip(*pairs, strict=True)

@@ -123,6 +123,34 @@ def place(t, placements, mesh):
     return whole.redistribute(mesh, placements)
 
 
+def gradients_of_gradients(_rank, world, _folder):
+    mesh = init_device_mesh("cpu", (world,))
+    fn, arguments, _ = modulated(SHARED)
+
+    def penalty(where):
+        leaves = {n: place(t, where.get(n), mesh) for n, t in arguments.items()}
+        leaves = {n: t.detach().requires_grad_() if is_floating(t) else t for n, t in leaves.items()}
+        (dx,) = torch.autograd.grad(full(fn(**leaves)).square().sum(), leaves["x"], create_graph=True)
+        full(dx).square().sum().backward()
+        return {n: full(t.grad) for n, t in leaves.items() if is_floating(t) and t.grad is not None}
+
+    for where in (COLUMNS, ROWS, BATCH):
+        torch.testing.assert_close(penalty({n: [placement] for n, placement in where.items()}), penalty({}))
+
+
+def one_output_of_three(_rank, world, _folder):
+    """The gradients of the others are zeros that autograd makes, plain ones."""
+    mesh = init_device_mesh("cpu", (world,))
+    fn, arguments, douts = qkv(SHARED)
+    found = []
+    for where in ({}, QKV_COLUMNS):
+        leaves = {n: place(t, [where[n]] if n in where else None, mesh) for n, t in arguments.items()}
+        leaves = {n: t.detach().requires_grad_() if is_floating(t) else t for n, t in leaves.items()}
+        full(fn(**leaves)[1]).backward(douts[1])
+        found.append({n: full(t.grad) for n, t in leaves.items() if is_floating(t)})
+    torch.testing.assert_close(*found)
+
+
 def what_cannot_be(_rank, world, _folder):
     mesh = init_device_mesh("cpu", (world,))
     fn, arguments, _ = modulated(SHARED)

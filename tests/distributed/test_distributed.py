@@ -9,6 +9,8 @@ TWO = (
     "layers.data_parallel",
     "layers.fully_sharded",
     "dtensors.calls_divide",
+    "dtensors.gradients_of_gradients",
+    "dtensors.one_output_of_three",
     "dtensors.what_cannot_be",
     "dtensors.halves_beside_float32",
     "attached.data_parallel",
