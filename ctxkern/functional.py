@@ -277,6 +277,8 @@ def factored_modulated_linear(
         checks.fits(op, "weight", weight, x, (x.shape[-1], d_out), "[D, E]")
     if bias is not None:
         checks.fits(op, "bias", bias, x, (d_out,), "[E]")
+    if ops.distributed((context, context_factor)):
+        _, context, context_factor = ops.together((x, context, context_factor))
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
     operands = FactoredOperands(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)

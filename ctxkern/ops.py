@@ -68,11 +68,25 @@ def _resolved(arg):
 
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_USUAL_TYPES = frozenset((*_PLAIN_TYPES, type(None)))
 
 
 def is_plain(t):
     """Whether kernels may read the memory of a tensor through its pointer. Of transforms `call` and backward ask."""
     return type(t) in _PLAIN_TYPES and not t.is_neg() and not t._is_zerotensor()
+
+
+def distributed(tensors):
+    """Whether any of them is a DTensor; asking loads nothing."""
+    return not _USUAL_TYPES.issuperset(map(type, tensors)) and any(hasattr(t, "device_mesh") for t in tensors)
+
+
+def together(tensors):
+    """Those of a call with DTensors, with plain ones as replicated DTensors; from the first such call on, the operators
+    know how they divide over a mesh."""
+    from . import sharding
+
+    return sharding.together(tensors)
 
 
 def direct(tensors):
@@ -180,6 +194,8 @@ def differentiable(family):
         def forward(ctx, options, needs, n, *tensors):
             ctx.options, ctx.needs, ctx.n = options, needs, n
             ctx.save_for_backward(*tensors)
+            # zeros in place of None would be plain beside DTensors
+            ctx.set_materialize_grads(False)
             return tuple(needed(family.backward(tensors[:n], tensors[n:], options, needs), needs))
 
         @staticmethod
@@ -189,7 +205,7 @@ def differentiable(family):
             douts, flat = tensors[: ctx.n], tensors[ctx.n :]
             with torch.enable_grad():
                 firsts = _vjp(family, flat, ctx.options, ctx.needs, douts, views=False)
-                seconds = [s.to(f.dtype) for s, f in zip(seconds, firsts, strict=True)]
+                seconds = [None if s is None else s.to(f.dtype) for s, f in zip(seconds, firsts, strict=True)]
                 grads = _grad(firsts, needed(tensors[:end], asked), seconds)
             return None, None, None, *spread(grads, asked), *nothing
 
@@ -211,8 +227,9 @@ def _vjp(family, flat, options, needs, douts, views=True):
 
 
 def _grad(outs, inputs, douts):
-    """torch.autograd.grad that stays differentiable and gives zeros where outs do not depend on an input."""
-    pairs = [(o, d) for o, d in zip(outs, douts, strict=True) if o.requires_grad]
+    """torch.autograd.grad that stays differentiable and gives zeros where outs do not depend on an input; None in douts
+    stands for zeros too."""
+    pairs = [(o, d) for o, d in zip(outs, douts, strict=True) if o.requires_grad and d is not None]
     if not pairs:
         return [torch.zeros_like(t) for t in inputs]
     outs, douts = zip(*pairs, strict=True)
@@ -274,9 +291,12 @@ def check_values(x, table, index, cu_seqlens, what="context_index", lowest=0):
 
 def call(family, function, operands, options):
     """The outputs of a family for operands, differentiable; function: that of `differentiable`."""
+    flat = operands.flat()
+    if distributed(flat):
+        flat = together(flat)
+        operands = family.operands.of(flat)
     if options.backend == "reference" or takes_reference():
         return family.reference(operands, options)
-    flat = operands.flat()
     if torch.is_grad_enabled():
         for t in flat:
             if t is not None and t.requires_grad:

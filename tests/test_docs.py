@@ -1,5 +1,6 @@
 """Pages keep their word: examples run as they stand, links and named files exist."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "ctxkern" / "README.md", ROOT / "bench" / "README.md", ROOT / "CHANGELOG.md"]
-BLOCK = re.compile(r"(<!-- fragment -->\n)?```python\n(.*?)```", re.DOTALL)
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "ctxkern/README.md", "bench/README.md", "CHANGELOG.md")), *GUIDES]
+# "fragment": cannot run alone. "torchrun 2": a part of the script that 2 processes run, all such blocks of a page.
+BLOCK = re.compile(r"(?:<!-- (fragment|torchrun \d+) -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
-def examples(page):
-    return [text for fragment, text in BLOCK.findall(page.read_text()) if not fragment]
+def examples(page, mark=""):
+    return [text for found, text in BLOCK.findall(page.read_text()) if found == mark]
 
 
 def test_the_readmes_examples_run_one_after_another():
@@ -24,6 +27,30 @@ def test_the_readmes_examples_run_one_after_another():
         exec(compile(text, "README.md", "exec"), names)
     assert tuple(names["y"].shape) == (32, 128, 512)
     assert names["names"] == ["0", "1"]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_a_guides_examples_run_one_after_another(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for text in examples(page):
+        try:
+            exec(compile(text, page.name, "exec"), names)
+        except ModuleNotFoundError as error:
+            pytest.skip(f"{error.name} is not installed")
+
+
+SCRIPTS = [(page, mark) for page in GUIDES for mark in sorted({mark for mark, _ in BLOCK.findall(page.read_text())})]
+SCRIPTS = [pytest.param(*each, id=each[0].name) for each in SCRIPTS if each[1].startswith("torchrun")]
+
+
+@pytest.mark.parametrize(("page", "mark"), SCRIPTS)
+def test_a_guides_script_runs_on_several_processes(page, mark, tmp_path):
+    (tmp_path / "train.py").write_text("\n".join(examples(page, mark)))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", mark.split()[1]]
+    done = subprocess.run([*torchrun, "train.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_fragments_are_python():

@@ -36,8 +36,15 @@ def test_loads_no_compiler_no_kernels_and_no_gpu():
         assert not loaded & {"triton", "numpy", "matplotlib", "tensorboard", "safetensors", "tqdm", "pytest"}, loaded
         assert "ctxkern._C" not in sys.modules
         assert "torch._dynamo" not in set(sys.modules) - before
+        assert not any(name.startswith(("torch.distributed.tensor", "torch.distributed.fsdp")) for name in sys.modules)
         assert not torch.cuda.is_initialized()
         ctxkern.backends()
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        ctxkern.attach_adapters(model, 2, 2, "0")
+        with ctxkern.use(model, adapter_index=torch.tensor([1, 0])):
+            model(torch.ones(2, 3, 4))
+        assert "ctxkern.sharding" not in sys.modules
+        assert "torch.distributed.tensor" not in sys.modules
         assert "triton" not in set(sys.modules) - before
         assert not torch.cuda.is_initialized()
     """)

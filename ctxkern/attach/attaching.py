@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ctxkern.nn.factors import BilinearFactors
+from ctxkern.ops import distributed
 from ctxkern.serve.int8 import Int8Bilinear, int8_weight
 
 from .layers import AdapterLayer, AttachedLayer, ContextLayer, class_for
-from .targets import Targets, is_conv1d, matching
+from .targets import Targets, is_conv1d, matching, tensor_parallel_style, wrapper
 from .using import Attached, Slot, attached_layers, remember_in_checkpoints
 
 
@@ -62,10 +65,12 @@ def attach_contexts(
         d_out, d_in = _features(layer)
         how = {"device": layer.weight.device, "dtype": dtype or _wide(layer.weight.dtype)}
         if rank is None:
-            made[name] = {"bilinear": nn.Parameter(torch.zeros(d_in, d_out, context_dim, **how))}
+            made[name] = {"bilinear": _zeros(layer, "bilinear", (d_in, d_out, context_dim), how)}
         else:
             factors = BilinearFactors(d_in, d_out, context_dim, rank, **how)
             nn.init.zeros_(factors.out_factor)
+            for factor, t in list(factors.named_parameters()):
+                setattr(factors, factor, _placed(layer, f"bilinear.{factor}", t))
             made[name] = {"bilinear": factors}
     return _attach(model, layers, made, ContextLayer, freeze, None)
 
@@ -118,8 +123,8 @@ def attach_adapters(
         for each in A:
             nn.init.kaiming_uniform_(each, a=5**0.5)
         made[name] = {
-            "lora_A": nn.Parameter(A),
-            "lora_B": nn.Parameter(torch.zeros(n_adapters, d_out, rank, **how)),
+            "lora_A": _placed(layer, "lora_A", nn.Parameter(A)),
+            "lora_B": _zeros(layer, "lora_B", (n_adapters, d_out, rank), how),
             "lora_scale": torch.full((n_adapters,), 1.0 if alpha is None else alpha / rank, device=layer.weight.device),
         }
     return _attach(model, layers, made, AdapterLayer, freeze, alpha)
@@ -148,6 +153,10 @@ def detach(model: nn.Module, context: Tensor | None = None, adapter: int | None 
         ['0']
     """
     layers = attached_layers("detach", model)
+    if wrapper(model, fully_sharded=True):
+        raise ValueError(
+            "detach: model is sharded by FSDP; it must be whole: save_attached, and load_attached into one that is"
+        )
     for name, value, kind in (("context", context, ContextLayer), ("adapter", adapter, AdapterLayer)):
         if value is not None and not any(isinstance(layer, kind) for layer in layers.values()):
             raise ValueError(f"detach: {name} is given and no layer has one; it must be None")
@@ -163,9 +172,9 @@ def detach(model: nn.Module, context: Tensor | None = None, adapter: int | None 
             delattr(layer, added)
         vars(layer).pop("weight_cache", None)
         del layer.attached
-        layer.__class__ = attached.plain
+        _become(layer, attached.plain)
         if name in merged:
-            layer.weight = nn.Parameter(merged[name].to(layer.weight.dtype).contiguous(), layer.weight.requires_grad)
+            layer.weight = nn.Parameter(merged[name], layer.weight.requires_grad)
     return list(layers)
 
 
@@ -177,12 +186,14 @@ def _with_context(name: str, layer: ContextLayer, context: Tensor) -> Tensor:
     if tuple(context.shape) != size:
         raise ValueError(f"detach: context has shape {list(context.shape)}; layer {name!r} needs {list(size)}, [K]")
     if factors:
-        d, k, e = (t.to(_wide(t.dtype)) for t in layer.bilinear.factors())
+        names = ("in_factor", "context_factor", "out_factor")
+        each = zip(names, layer.bilinear.factors(), strict=True)
+        d, k, e = (_part(layer, f"bilinear.{factor}", t).to(_wide(t.dtype)) for factor, t in each)
         added = (d * (context.to(k) @ k)) @ e
     elif isinstance(layer.bilinear, Int8Bilinear):
         added = int8_weight(None, layer.bilinear, context)
     else:
-        wide = layer.bilinear.to(_wide(layer.bilinear.dtype))
+        wide = _part(layer, "bilinear", layer.bilinear).to(_wide(layer.bilinear.dtype))
         added = wide @ context.to(wide)
     return _merged(layer, added.mT)
 
@@ -192,14 +203,58 @@ def _with_adapter(name: str, layer: AdapterLayer, adapter: int) -> Tensor:
     """The weight with an adapter, likewise."""
     if not isinstance(adapter, int) or not 0 <= adapter < len(layer.lora_A):
         raise ValueError(f"detach: adapter is {adapter!r}; layer {name!r} has adapters 0 to {len(layer.lora_A) - 1}")
-    A, B = (t[adapter].to(_wide(t.dtype)) for t in (layer.lora_A, layer.lora_B))
-    added = B @ A * layer.lora_scale[adapter]
+    A, B, scale = (_part(layer, added, getattr(layer, added)) for added in ("lora_A", "lora_B", "lora_scale"))
+    A, B = (t[adapter].to(_wide(t.dtype)) for t in (A, B))
+    added = B @ A * scale[adapter]
     return _merged(layer, added)
 
 
 def _merged(layer: AttachedLayer, added: Tensor) -> Tensor:
-    """The weight plus `added` [E, D], in the layout of the layer."""
-    return layer.weight.to(added) + (added.mT if is_conv1d(layer) else added)
+    """The weight plus `added` [E, D], this process's part of both, in the layout and dtype of the layer."""
+    weight = layer.weight
+    local = weight.to_local() if distributed((weight,)) else weight
+    found = (local.to(added) + (added.mT if is_conv1d(layer) else added)).to(weight.dtype).contiguous()
+    if distributed((weight,)):
+        from .placed import like
+
+        return like(weight, found)
+    return found
+
+
+def _part(layer: AttachedLayer, added: str, t: Tensor) -> Tensor:
+    """This process's part of an added tensor: the whole where nothing is sharded."""
+    if not distributed((layer.weight,)):
+        return t
+    from . import placed
+
+    return placed.part(layer, added, t)
+
+
+def _zeros(layer: nn.Module, added: str, shape: tuple[int, ...], how: dict[str, Any]) -> nn.Parameter:
+    if not distributed((layer.weight,)):
+        return nn.Parameter(torch.zeros(shape, **how))
+    from . import placed
+
+    return nn.Parameter(placed.zeros(layer, added, shape, how["dtype"]))
+
+
+def _placed(layer: nn.Module, added: str, t: nn.Parameter) -> nn.Parameter:
+    """The parameter, sharded as the weight is."""
+    if not distributed((layer.weight,)):
+        return t
+    from . import placed
+
+    return nn.Parameter(placed.distributed(layer, added, t.data))
+
+
+def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Of another class, under the same wrapper where transformers has put a forward on the instance."""
+    found = tensor_parallel_style(layer)
+    layer.__class__ = kind
+    if found:
+        style, mesh = found
+        del layer.forward
+        style.install_forward(layer, mesh)
 
 
 def _attach(
@@ -224,7 +279,7 @@ def _attach(
             else:
                 setattr(layer, added, value)
         layer.attached = Attached(name, slot, type(layer), tuple(made[name]), alpha)
-        layer.__class__ = class_for(type(layer), kind)
+        _become(layer, class_for(type(layer), kind))
     remember_in_checkpoints()
     return list(layers)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxkern.nn.factors import BilinearFactors
+from ctxkern.ops import distributed
 from ctxkern.serve.int8 import parts, quantize_bilinear
 
 from .attaching import attach_adapters, attach_contexts
@@ -24,7 +27,9 @@ def save_attached(model: nn.Module, folder: str | Path) -> None:
     """Writes what was attached to a model, and nothing of the model itself, into `folder`, which is made.
 
     attached.safetensors holds the tensors by layer, attached.json how each layer was attached and the shape of its
-    weight, by which `load_attached` knows a model that does not fit.
+    weight, by which `load_attached` knows a model that does not fit. Of a model that FSDP2 or tensor parallelism shards
+    (DTensors), every process must call this; the tensors are gathered one by one, and the first process of the mesh
+    writes them before any of them returns.
 
     Raises:
         TypeError, ValueError: no module, or no attached layer. ImportError: no safetensors.
@@ -38,18 +43,18 @@ def save_attached(model: nn.Module, folder: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    layers, tensors = attached_layers("save_attached", model), {}
-    for name, layer in layers.items():
-        for added, t in _tensors(layer).items():
-            tensors[f"{name}.{added}"] = t.detach().contiguous()
+    layers = attached_layers("save_attached", model)
     settings = {
         "version": VERSION,
         "model": model_name(model) or type(model).__name__,
         "layers": {n: _settings(m) for n, m in layers.items()},
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(Path(folder) / TENSORS))
-    (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    named = {f"{name}.{added}": t for name, layer in layers.items() for added, t in _tensors(layer).items()}
+    with gathered(named) as tensors:
+        if tensors is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(tensors, str(Path(folder) / TENSORS))
+            (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
@@ -106,8 +111,40 @@ def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
     with torch.no_grad():
         for name in wanted:
             for added, t in _tensors(modules[name]).items():
-                t.copy_(tensors[f"{name}.{added}"])
+                fill(t, tensors[f"{name}.{added}"])
     return list(wanted)
+
+
+@contextmanager
+def gathered(named: dict[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
+    """The tensors, whole, for the process that writes them; None for the others, which wait until it has.
+
+    Raises:
+        RuntimeError: on the others, where writing failed.
+    """
+    if not distributed(named.values()):
+        yield {name: t.detach().contiguous() for name, t in named.items()}
+        return
+    from .placed import all_or_none, gather
+
+    tensors, mesh = gather(named)
+    with all_or_none(mesh):
+        yield tensors
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor itself, or one with all parts of a sharded one."""
+    return t.full_tensor() if distributed((t,)) else t  # type: ignore[attr-defined]
+
+
+def fill(t: Tensor, values: Tensor) -> None:
+    """Writes what every process has whole into a tensor, or this process's part of it into a sharded one."""
+    if distributed((t,)):
+        from .placed import sharded_like
+
+        values = sharded_like(t, values)
+    if values is not t:
+        t.copy_(values)
 
 
 def model_name(model: nn.Module) -> str | None:

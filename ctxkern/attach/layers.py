@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ctxkern.functional import factored_modulated_linear, lora_linear, modulated_linear
 from ctxkern.nn.factors import BilinearFactors
 from ctxkern.nn.linear import sequences
+from ctxkern.ops import distributed
 from ctxkern.serve.cache import Base, kept
 from ctxkern.serve.int8 import Int8Bilinear, int8_modulated_linear
 
@@ -27,6 +28,25 @@ class AttachedLayer(nn.Module):
     def out_in(self) -> Tensor:
         """The weight as [E, D], a view."""
         return self.weight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module has it, but what was added is sharded as the weight is: torch's ColwiseParallel shards every
+        parameter of a linear layer in its first dimension, RowwiseParallel the weight alone.
+
+        Raises:
+            RuntimeError: a layer with `rank=`, whose factors are a module that those styles take for a linear layer.
+        """
+        if param is not None and distributed((param,)):
+            if any(name.startswith(("weight", f"{added}.")) for added in self.attached.added if added in self._modules):
+                raise RuntimeError(
+                    f"layer {self.attached.name!r} is attached with rank=; parallelize_module must come before "
+                    "attach_contexts, which shards the factors as the weight is"
+                )
+            if name in self.attached.added and distributed((self.weight,)):
+                from . import placed
+
+                param = nn.Parameter(placed.distributed(self, name, param.data), param.requires_grad)
+        super().register_parameter(name, param)
 
     def used(self) -> Used:
         """What `use` set.
@@ -72,7 +92,11 @@ class ContextLayer(AttachedLayer):
         spans = {"context_index": index, "cu_seqlens": used.cu_seqlens}
         weight = self.out_in.mT
         if isinstance(self.bilinear, BilinearFactors):
-            y = factored_modulated_linear(rows, context, weight, *self.bilinear.factors(), self.bias, **spans)
+            factors = self.bilinear.factors()
+            if distributed(factors) and not distributed((x, weight)):
+                # transformers computes with local tensors where no gradient is needed, of the layer's own parameters
+                factors = tuple(t.to_local() for t in factors)
+            y = factored_modulated_linear(rows, context, weight, *factors, self.bias, **spans)
         elif isinstance(self.bilinear, Int8Bilinear):
             y = int8_modulated_linear(rows, context, weight, self.bilinear, self.bias, **spans)
         else:
@@ -90,7 +114,8 @@ class AdapterLayer(AttachedLayer):
     def _apply(self, fn: Any, *how: Any) -> Any:
         scale = self.lora_scale
         super()._apply(fn, *how)
-        self.lora_scale = scale.to(self.lora_scale.device)
+        if not scale.is_meta:
+            self.lora_scale = scale.to(self.lora_scale.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

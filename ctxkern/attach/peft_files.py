@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import model_name
+from .files import fill, gathered, model_name, whole
 from .layers import AdapterLayer
 from .targets import is_conv1d, is_linear
 from .using import attached_layers
@@ -32,6 +32,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 
 def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
     """Writes an adapter of a bank as PEFT writes it, so that PEFT and what reads its files, vLLM for one, can load it.
+    Of a sharded model, every process must call this, as `save_attached`.
 
     Args:
         model: a module with layers of `attach_adapters`.
@@ -53,9 +54,9 @@ def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
     layers = _bank("export_adapter", model, i)
     tensors, alphas = {}, {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[i].detach().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[i].detach().contiguous()
-        alphas[name] = float(layer.lora_scale[i]) * layer.lora_A.shape[1]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[i]
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[i]
+        alphas[name] = float(whole(layer.lora_scale)[i]) * layer.lora_A.shape[1]
     ranks = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
     first = next(iter(layers))
     config = {
@@ -72,9 +73,11 @@ def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
         "inference_mode": True,
         "task_type": None,
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(Path(folder) / TENSORS), metadata={"format": "pt"})
-    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with gathered(tensors) as written:
+        if written is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(written, str(Path(folder) / TENSORS), metadata={"format": "pt"})
+            (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def import_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
@@ -132,10 +135,13 @@ def import_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
         for name, layer in layers.items():
             A, B = found[name]["A"], found[name]["B"]
             rank = A.shape[0]
-            layer.lora_A[i].zero_()[:rank].copy_(A)
-            layer.lora_B[i].zero_()[:, :rank].copy_(B)
             alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-            layer.lora_scale[i] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            banks = [whole(t) for t in (layer.lora_A, layer.lora_B, layer.lora_scale)]
+            banks[0][i].zero_()[:rank].copy_(A)
+            banks[1][i].zero_()[:, :rank].copy_(B)
+            banks[2][i] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            for t, bank in zip((layer.lora_A, layer.lora_B, layer.lora_scale), banks, strict=True):
+                fill(t, bank)
 
 
 def _bank(op: str, model: nn.Module, i: int) -> dict[str, AdapterLayer]:

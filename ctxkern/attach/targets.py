@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ctxkern.ops import distributed
 
 from .using import is_attached
 
@@ -28,6 +32,9 @@ def matching(op: str, model: nn.Module, targets: Targets) -> dict[str, nn.Module
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is a {type(model).__name__}; it must be a torch.nn.Module")
+    wrapped = wrapper(model)
+    if wrapped:
+        raise ValueError(f"{op}: model is in {wrapped} already; it must be attached to before it is wrapped or sharded")
     single = isinstance(targets, (str, re.Pattern)) or callable(targets)
     given = [targets] if single else list(targets)
     if not given:
@@ -58,6 +65,29 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear layer with weight [D, E]; imports nothing."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def wrapper(model: nn.Module, fully_sharded: bool = False) -> str | None:
+    """The name of what spreads the model over processes and knows its parameters; fully_sharded: of FSDP alone."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds: dict[str, Any] = {} if fully_sharded else {"DistributedDataParallel": DistributedDataParallel}
+    if fsdp is not None:
+        kinds |= {"fully_shard": fsdp.FSDPModule, "FullyShardedDataParallel": fsdp.FullyShardedDataParallel}
+    for module in model.modules():
+        for name, kind in kinds.items():
+            if isinstance(module, kind):
+                return name
+    return None
+
+
+def tensor_parallel_style(layer: nn.Module) -> tuple[Any, Any] | None:
+    """(style, mesh) of a layer that transformers computes in parallel by a forward on the instance."""
+    loaded = sys.modules.get("transformers.distributed.tensor_parallel")
+    forward = vars(layer).get("forward")
+    if loaded is None or not inspect.isfunction(forward):
+        return None
+    known = inspect.getclosurevars(forward).nonlocals
+    return (known["self"], known["mesh"]) if isinstance(known.get("self"), loaded.TensorParallelLayer) else None
 
 
 def _meaning(op: str, target: Target) -> Callable[[str, nn.Module], bool]:
@@ -93,7 +123,13 @@ def _refusal(name: str, layer: nn.Module, modules: dict[str, nn.Module]) -> str 
     ):
         found = type(layer).__name__
         return f"is a {found}; it must be exactly an nn.Linear or a Conv1D, neither quantised nor parametrized"
-    if "forward" in vars(layer):
+    if distributed((layer.weight,)):
+        from .placed import refusal
+
+        reason = refusal(layer.weight)
+        if reason:
+            return reason
+    if "forward" in vars(layer) and not tensor_parallel_style(layer):
         return "has a forward of its own on the instance; it must have that of its class"
     if not layer.weight.is_floating_point():
         return f"has a weight of {layer.weight.dtype}; it must be of floats, not quantised"

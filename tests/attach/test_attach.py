@@ -244,3 +244,16 @@ def test_float32_next_to_a_half_model(attach):
     y.sum().backward()
     assert y.dtype is torch.bfloat16
     assert all(p.grad.dtype is torch.float32 for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+@pytest.mark.parametrize("attach", [with_contexts, with_adapters])
+def test_models_without_memory_get_it_later(attach):
+    with torch.device("meta"):
+        model = attach(new_model())
+    model.to_empty(device="cpu")
+    other = attach(new_model())
+    model.load_state_dict(other.state_dict())
+    how = {"context": torch.randn(B, K)} if attach is with_contexts else {"adapter_index": torch.arange(4) - 1}
+    x = torch.randn(B, S, D)
+    with ctxkern.use(model, **how), ctxkern.use(other, **how):
+        assert torch.equal(model(x), other(x))
