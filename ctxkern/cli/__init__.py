@@ -32,9 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     groups = {}
     for name, (text, module) in GROUPS.items():
-        group = subparsers.add_parser(name, help=text, description=text)
-        groups[name] = group.add_subparsers(metavar="COMMAND", required=True)
-        importlib.import_module(module).add_parsers(groups[name])
+        if name:
+            parent = subparsers.add_parser(name, help=text, description=text)
+            groups[name] = parent.add_subparsers(metavar="COMMAND", required=True)
+        importlib.import_module(module).add_parsers(groups.get(name, subparsers))
     for name, place in EXPERIMENTS.items():
         module, _, attribute = place.partition(":")
         group = name.partition(" ")[0]

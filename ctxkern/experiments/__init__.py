@@ -1,7 +1,8 @@
 """Training programs built on the layers of `ctxkern`; they need `pip install 'ctxkern[train]'`.
 
 `EXPERIMENTS` lists them: the subcommand of `ctxkern`, of two words where it is one of a group, and the `Experiment`
-class behind it. `GROUPS` has each group's help and the module with `add_parsers(subparsers)` of its other commands.
+class behind it. `GROUPS` has each group's help and the module with `add_parsers(subparsers)` of its other commands;
+those of "" are in none.
 """
 
 EXPERIMENTS = {
@@ -9,5 +10,6 @@ EXPERIMENTS = {
     "adapters train": "ctxkern.experiments.adapters.experiment:AdapterTraining",
 }
 GROUPS = {
+    "": ("", "ctxkern.experiments.multifile.commands"),
     "adapters": ("a bank of LoRA adapters on one language model", "ctxkern.experiments.adapters.commands"),
 }

@@ -149,7 +149,7 @@ def _fresh(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:
 
 
 @contextlib.contextmanager
-def _as_command_errors() -> Iterator[None]:
+def as_command_errors() -> Iterator[None]:
     """Wrong settings and files as `CommandError`."""
     try:
         yield
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         require(module)
     require_matplotlib()
     experiment = args.experiment
-    with _as_command_errors():
+    with as_command_errors():
         config, inputs, run_dir = _resumed(args) if args.resume else _fresh(args)
         job = experiment.prepare(config, inputs)
         files = experiment.files(job)
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     for reason, names in group_notes(inputs.found.notes).items():
         say(f"left out    {join_names(names, _MOST_NAMES)}: {reason}")
     say(f"run         {printable(run_dir)}\n", flush=True)
-    with _as_command_errors():
+    with as_command_errors():
         digests = [file.sha256 for file in files]
         result = train(
             job, run_dir, resume=args.resume, progress=not args.quiet, config={"files": digests} if files else None

@@ -28,7 +28,7 @@ from ctxkern.experiments.multifile.model import MultiFileTransformer, is_bilinea
 from ctxkern.experiments.multifile.modulation import movement, penalty
 
 # a chunk of a text fills this many windows
-_CHUNK_WINDOWS = 8
+CHUNK_WINDOWS = 8
 EXACT = "exact_match"
 
 
@@ -289,7 +289,7 @@ def prepare(
         paths,
         val_fraction=config.val_fraction,
         seed=config.seed,
-        chunk_chars=_CHUNK_WINDOWS * config.seq_len,
+        chunk_chars=CHUNK_WINDOWS * config.seq_len,
         limit=config.num_files,
         skip_bad=skip_bad,
         bad=bad,

@@ -1,0 +1,123 @@
+"""A trained run, read back: its model, tokenizer and files."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ctxkern.experiments.core.checkpoint import BEST, LAST, CheckpointError, load_checkpoint
+from ctxkern.experiments.core.data.dataset import display_names
+from ctxkern.experiments.core.extras import require
+from ctxkern.experiments.core.files import write_atomic
+from ctxkern.experiments.core.names import join_names, path_from_json, printable, utf8_alias
+from ctxkern.experiments.core.tokenizers import Tokenizer, load_tokenizer
+from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.model import MultiFileTransformer
+
+CONFIG, TOKENIZER, ADDED = "config.json", "tokenizer.json", "added.safetensors"
+CHECKPOINTS = {"best": BEST, "last": LAST}
+
+
+@dataclass
+class Run:
+    """What `load_run` gives. `names` are those of the files by file id, the ones of `add_file` last."""
+
+    path: Path
+    config: TrainConfig
+    model: MultiFileTransformer
+    tokenizer: Tokenizer
+    names: list[str]
+    step: int
+
+    def file_id(self, name: str) -> int:
+        """The id of a file by its name, its name without suffix, or its number.
+
+        Raises:
+            ValueError: none or several are called so.
+        """
+        if name in self.names:
+            return self.names.index(name)
+        found = [i for i, known in enumerate(self.names) if name in (Path(known).name, Path(known).stem)]
+        if not found and name.isdecimal() and int(name) < len(self.names):
+            found = [int(name)]
+        if len(found) != 1:
+            kind = "several of" if found else "none of"
+            raise ValueError(f"file is {name!r}, which names {kind} the run's files: {join_names(self.names, 20)}")
+        return found[0]
+
+    def remember(self, name: str, vector: torch.Tensor) -> int:
+        """Add a file with its context [K] to the model, and to the run folder, where `load_run` finds it again.
+
+        Raises:
+            ValueError: the run has a file of this name.
+        """
+        if name in self.names:
+            raise ValueError(f"name is {name!r}; it must be a new one: the run has a file of this name")
+        file_id = self.model.add_file(vector)
+        self.names.append(name)
+        trained = _trained(self.path)
+        added = self.model.context_embeddings.weight[trained:].detach().cpu()
+        metadata = {"names": json.dumps(self.names[trained:])}
+        save = require("safetensors.torch").save_file
+        write_atomic(self.path / ADDED, lambda place: save({"contexts": added.contiguous()}, place, metadata=metadata))
+        return file_id
+
+
+def _stored(run_dir: Path) -> dict:
+    path = run_dir / CONFIG
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"RUN is {printable(run_dir)}; it must be the folder of a run ({CONFIG} is missing)") from None
+    except ValueError as error:
+        raise ValueError(f"{printable(path)} cannot be read: {error}") from error
+    if stored.get("experiment", "train") != "train":
+        kind = stored["experiment"]
+        raise ValueError(f"RUN is {printable(run_dir)}, a run of `ctxkern {kind}`; it must be one of `train`")
+    return stored
+
+
+def _trained(run_dir: Path) -> int:
+    return len(_stored(run_dir)["files"])
+
+
+def load_run(run_dir: str | os.PathLike, *, checkpoint: str = "best", device: str = "cpu") -> Run:
+    """The model of a run folder of `ctxkern train`, in evaluation mode, with its tokenizer and the names of its files.
+
+    Args:
+        run_dir: the folder.
+        checkpoint: "best", the lowest mean validation loss (the last where none was measured), or "last".
+        device: of the model.
+
+    Raises:
+        ValueError: no run, or another `checkpoint`. CheckpointError: a checkpoint that is missing or damaged.
+
+    Example:
+        >>> run = load_run("runs/texts")  # doctest: +SKIP
+        >>> run.model(tokens, file_ids=torch.tensor([run.file_id("notes.txt")]))  # doctest: +SKIP
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise ValueError(f"checkpoint is {checkpoint!r}; it must be one of {', '.join(CHECKPOINTS)}")
+    folder = Path(run_dir)
+    stored = _stored(folder)
+    config = TrainConfig(**stored["train"])
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    paths = [path_from_json(entry["path"]) for entry in stored["files"]]
+    model = MultiFileTransformer(config.model_config(tokenizer.vocab_size, len(paths)))
+    model.to(device=device, dtype=torch.float64 if config.dtype == "float64" else torch.float32).eval()
+    place = folder / CHECKPOINTS[checkpoint]
+    if checkpoint == "best" and not place.exists():
+        place = folder / LAST
+    try:
+        step = load_checkpoint(place, model).step
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; the run must have reached a checkpoint") from error
+    names = display_names(paths)
+    if (folder / ADDED).exists():
+        with utf8_alias(folder) as alias, require("safetensors").safe_open(alias / ADDED, framework="pt") as file:
+            names += json.loads(file.metadata()["names"])
+            for vector in file.get_tensor("contexts"):
+                model.add_file(vector)
+    return Run(folder, config, model, tokenizer, names, step)
