@@ -28,7 +28,7 @@ REGISTERS, UNIT = 65_536, 256
 SHARED = {"80": 167_936, "90": 233_472, "100": 233_472}
 BLOCKS, WARPS = 32, 64
 # threads of kernels without shared memory
-NONE = {"order": 128, "outer_y_sum": 256, "seen": 128, "slots": 128}
+NONE = {"lora_dab_sum": 256, "order": 128, "outer_y_sum": 256, "seen": 128, "slots": 128}
 
 
 def compiled(nvcc, arch, family):

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <typeinfo>
 
-#include "../csrc/cuda/lora/kernels.h"
+#include "../csrc/cuda/lora/gradients.h"
 #include "../csrc/cuda/modulated/outer.h"
 
 using namespace ctxkern;

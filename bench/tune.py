@@ -29,14 +29,18 @@ import torch
 import ctxkern
 from ctxkern.testing import force
 from ctxkern.testing.cases import Case, make_inputs
+from ctxkern.testing.families import lora_arguments
 from ctxkern.testing.measure import captured, interleaved, provenance
 
 # rows of the table, in its order; a row's tile is that of the kernels of its name or of these
 KERNELS = ("panel_y", "panel_weights", "panel_weights_long", "panel_g", "panel_dx", "panel_dbilinear")
 KERNELS += ("outer_y", "outer_dx", "outer_dbilinear", "matmul")
-# rows that are kept as they are
-KEPT = ("lora_y", "lora_y_high", "lora_dx", "lora_dx_high", "lora_dab", "lora_dab_high")
-LAUNCHED = {"panel_weights_long": ("panel_weights", "panel_dcontext")}
+LORA = ("lora_y", "lora_y_high", "lora_dx", "lora_dx_high", "lora_dab", "lora_dab_high")
+KERNELS += LORA
+LAUNCHED = {"panel_weights_long": ("panel_weights", "panel_dcontext"), "lora_dab": ("lora_dab", "lora_dab_sum")}
+LAUNCHED |= {"lora_y_high": ("lora_y",), "lora_dx_high": ("lora_dx",), "lora_dab_high": ("lora_dab", "lora_dab_sum")}
+# sizes of a tile that are another kernel's, or that all ranks take
+FIXED = {"panel_dx": 0, "lora_dab": 1, "lora_dab_high": 1}
 # as the table calls them
 DTYPES = {
     "half": (torch.bfloat16, torch.bfloat16),
@@ -52,6 +56,8 @@ PANEL = [Case("training", 16, 512, 1024, 1024, 32), Case("projection", 32, 512, 
 ODD = [Case("odd", 13, 97, 385, 391, 47)]
 LONG = [Case("long", 16, 256, 512, 512, 300)]
 OUTER = [Case("decode", 64, 1, 2048, 2048, 32), Case("decode-few", 8, 1, 1024, 1024, 64)]
+ADAPTERS = [Case("adapters", 16, 512, 2048, 2048, 1, weight=False)]
+ADAPTERS_ODD = [Case("adapters-odd", 13, 97, 385, 391, 1, weight=False)]
 
 
 def arguments(argv):
@@ -69,11 +75,11 @@ def arguments(argv):
     return args
 
 
-def candidates(t, fixed_rows, smaller):
+def candidates(kernel, t, smaller):
     """Tiles around t, itself first: those that differ least, or only smaller ones from large to small."""
     sizes = [sorted({max(16, s // 2), s, min(s * 2, 256)}) for s in t[:3]]
-    if fixed_rows:
-        sizes[0] = [t.rows]
+    if kernel in FIXED:
+        sizes[FIXED[kernel]] = [t[FIXED[kernel]]]
     made = [type(t)(*each) for each in itertools.product(*sizes, (4, 8), (2, 3, 4))]
     # sums per thread: enough to be worth a tile, few enough for registers
     made = [c for c in made if c != t and 4 <= c.rows * c.columns / (32 * c.warps) <= 128]
@@ -112,7 +118,7 @@ def write(key, t, source):
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
     rows = [row for row in rows if row[:4] != key] + [(*key, *map(str, t), source)]
     last = tiles.ANY
-    rows.sort(key=lambda row: ((*KERNELS, *KEPT).index(row[0]), row[1], row[2] != last, row[2], row[3] != last, row[3]))
+    rows.sort(key=lambda row: (KERNELS.index(row[0]), row[1], row[2] != last, row[2], row[3] != last, row[3]))
     columns = ("kernel", "dtypes", "architecture", "layout", *t._fields, "source")
     with tiles.TABLE.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
@@ -127,27 +133,49 @@ def _faults(launch, arch):
 
 def compiled(kernel, kind, arch, layout, t):
     """Faults of the kernel's launches for a target, of the problems of a layout."""
-    from ctxkern.testing.kernels import PROBLEMS, launches_of
+    from ctxkern.testing.kernels import LORA_PROBLEMS, PROBLEMS, launches_of
 
-    problems = [p for p in PROBLEMS if (p[0].id in ("panel-odd", "panel-eights")) == (layout == "unaligned")]
+    def of_layout(problem):
+        return problem[0].id.endswith(("-odd", "-odd-high", "-eights")) == (layout == "unaligned")
+
+    dtypes = [DTYPES[kind]]
+    if kernel in LORA:
+        # whose rows are scaled between two products
+        dtypes += [(torch.float16, torch.float16)] * (kind == "half")
+        given = (), dtypes, [*filter(of_layout, LORA_PROBLEMS)]
+    else:
+        given = [*filter(of_layout, PROBLEMS)], dtypes
     with force(tiles={kernel: t}):
-        launches = launches_of(arch, problems, [DTYPES[kind]])
+        launches = launches_of(arch, *given)
     for launch in launches:
-        whole = dict(launch.constants).get("WHOLE_K")
-        wanted = {"panel_weights": whole, "panel_weights_long": not whole}.get(kernel, True)
-        if launch.name in LAUNCHED.get(kernel, (kernel,)) and wanted:
+        if launch.name in LAUNCHED.get(kernel, (kernel,)) and takes(launch, kernel):
             found = _faults(launch, arch)
             if found:
                 return found
     return []
 
 
+def takes(launch, kernel):
+    """Whether a launch's tile is the kernel's row, of those that have several."""
+    from ctxkern.lora.triton.call import FEW_RANKS
+
+    constants = dict(launch.constants)
+    if kernel in LORA:
+        return (constants["BLOCK_R"] > FEW_RANKS) == kernel.endswith("_high")
+    whole = constants.get("WHOLE_K")
+    return {"panel_weights": whole, "panel_weights_long": not whole}.get(kernel, True)
+
+
+def runs(kernel, kind):
+    """Whether a kernel has launches: of many ranks, those of float32 products are several of few."""
+    return not kernel.endswith("_high") or kind in ("half", "mixed")
+
+
 def compile_for(args, arch):
     """Rows of a target where the tile that it has is at fault."""
-    for kernel, kind, layout in itertools.product(args.kernels, args.dtypes, LAYOUTS):
-        key = kernel, kind, arch, layout
+    for key in keys(args, arch):
         first = of_table(*key)
-        for t in candidates(first, kernel == "panel_dx", True):
+        for t in candidates(key[0], first, True):
             wrong = compiled(*key, t)
             print(*key, *t, "|", *wrong, flush=True)
             if not wrong:
@@ -161,6 +189,8 @@ def compile_for(args, arch):
 def calls_of(args, kernel, kind, case):
     """Forward or forward and backward of a case, whichever the kernel is in."""
     dtype, param_dtype = DTYPES[kind]
+    if kernel in LORA:
+        return _lora_call(args, kernel, case, dtype, param_dtype)
     inputs = make_inputs(case, dtype, param_dtype, args.device).leaves()
     positional, keyword = inputs.arguments()
     given = [t for t in positional if t is not None]
@@ -172,9 +202,25 @@ def calls_of(args, kernel, kind, case):
     return call
 
 
+def _lora_call(args, kernel, case, dtype, param_dtype):
+    rank = 256 if kernel.endswith("_high") else 16
+    arguments, dout = lora_arguments(case, rank, dtype, param_dtype)
+    arguments = {n: t.to(args.device) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+    dout = dout.to(args.device)
+    given = [arguments[name].requires_grad_() for name in ("x", "A", "B")]
+
+    def call():
+        y = ctxkern.lora_linear(**arguments, backend="triton")
+        return (y,) if kernel.startswith("lora_y") else (y, *torch.autograd.grad(y, given, dout))
+
+    return call
+
+
 def cases_of(args, kernel, layout):
     if args.rehearse:
-        return [Case("tiny", 2, 8, 16, 16, 4)]
+        return [Case("tiny", 2, 8, 16, 16, 4, weight=kernel not in LORA)]
+    if kernel in LORA:
+        return ADAPTERS_ODD if layout == "unaligned" else ADAPTERS
     if layout == "unaligned":
         return ODD
     if kernel.startswith("outer") or kernel == "matmul":
@@ -185,13 +231,14 @@ def cases_of(args, kernel, layout):
 def tried(args, kernel, kind, arch, layout):
     """The candidates for a row."""
     found = of_table(kernel, kind, arch, layout)
-    some = candidates(found, kernel == "panel_dx", False)
+    some = candidates(kernel, found, False)
     # with less of K at a time panel_weights_long would run
     return [c for c in some if kernel != "panel_weights" or c.depth >= found.depth][: 2 if args.rehearse else args.most]
 
 
 def keys(args, arch):
-    return [(k, kind, arch, at) for k, kind, at in itertools.product(args.kernels, args.dtypes, LAYOUTS)]
+    every = itertools.product(args.kernels, args.dtypes, LAYOUTS)
+    return [(kernel, kind, arch, layout) for kernel, kind, layout in every if runs(kernel, kind)]
 
 
 def compile_part(args, arch):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers.emulated import emulated
+from helpers.emulated import compiled, emulated, forget, planted
 
 import ctxkern
 from ctxkern.factored import operands as factored_operands
@@ -67,3 +67,30 @@ def test_kernels_check_an_index_that_the_call_cannot_read(monkeypatch):
     arguments["context_index"] = arguments["context_index"] + len(arguments["context"])
     with pytest.raises(RuntimeError, match="outside"):
         fn(**arguments)
+
+
+KERNELS = "cuda/lora/kernels.h"
+PLANTED = {
+    "gates of the row before": (KERNELS, "q.gate_of[lines.row(i)]", "q.gate_of[lines.row(i) ? lines.row(i) - 1 : 0]"),
+    "gates of the rank before": (KERNELS, "b *= gates[column + 1]", "b *= gates[column]"),
+    "dx without gates": (
+        KERNELS,
+        "      gate(sums, q, lines, first + r, ranks - r);\n      if (leads && q.g)",
+        "      if (leads && q.g)",
+    ),
+    "gradients of gates of g alone": (KERNELS, "{ to *= g; }", "{ to = g; }"),
+    "g in the place of h": ("cuda/lora/gradients.h", "of_a ? q.g : q.h", "of_a ? q.g : q.g"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_faults_are_caught(name, tmp_path, monkeypatch):
+    sources = planted(tmp_path, *PLANTED[name])
+    monkeypatch.setenv("CTXKERN_CUDA_LIBRARY", str(compiled(tmp_path, sources=sources, changed="lora")))
+    forget()
+    arguments, dout = factored_arguments(BY_ID["shared-uneven"], 3)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_family(fn, factored_modulated_linear_ref, arguments, dout)
+    monkeypatch.undo()
+    forget()

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ctxkern.lora import triton as lora
+from ctxkern.lora.operands import Gates
 from ctxkern.lora.operands import Gradients as LoraGradients
 from ctxkern.lora.operands import Operands as LoraOperands
 from ctxkern.lora.operands import Options as LoraOptions
@@ -270,7 +271,8 @@ PROBLEMS = [
 ]
 
 
-# (case, rank, dropout) of low-rank updates: a matrix unit's rank, more, the most; odd sizes; mixtures of adapters
+# (case, rank, dropout) of low-rank updates: a matrix unit's rank, more, the most; odd sizes; mixtures of adapters, each
+# of its own rank; rows of one adapter with gates
 LORA_PROBLEMS = [
     (Case("lora", 8, 512, 2048, 2048, 1), 16, 0.0),
     (Case("lora-64", 8, 512, 2048, 2048, 1), 64, 0.0),
@@ -280,6 +282,8 @@ LORA_PROBLEMS = [
     (Case("lora-mixed", 16, 0, 2048, 2048, 1, rows=4, index=(0,) * 16, lengths=(256,) * 16), 16, 0.0),
     (Case("lora-dropout", 8, 512, 2048, 2048, 1), 16, 0.1),
     (Case("lora-dropout-256", 8, 512, 2048, 2048, 1), 256, 0.1),
+    (Case("factored", 1, 4096, 2048, 2048, 1), 64, 0.0),
+    (Case("factored-odd", 1, 4096, 385, 391, 1), 8, 0.0),
 ]
 
 
@@ -291,23 +295,28 @@ def launches_of(arch, problems, dtypes, lora_problems=()):
                 _launch(make_inputs(case, dtype, param_dtype, "meta"), workspace, count)
         for case, rank, dropout in lora_problems:
             for dtype, param_dtype in dtypes:
-                _launch_lora(make_inputs(case, dtype, param_dtype, "meta"), rank, dropout)
+                _launch_lora(make_inputs(case, dtype, param_dtype, "meta"), rank, dropout, "factored" in case.id)
     return list(launches.values())
 
 
-def _launch_lora(made, rank, dropout):
+def _launch_lora(made, rank, dropout, gated):
     def like(*shape):
         return made.weight.new_empty(shape)
 
+    def empty(*shape, dtype=torch.int64):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     adapters, (d_in, d_out) = len(made.context), made.weight.shape
     A, B = like(adapters, rank, d_in), like(adapters, d_out, rank)
-    seed = torch.empty((), dtype=torch.int64, device="meta")
-    operands = LoraOperands(
-        made.x, None, A, B, None, seed=seed, adapter_index=made.context_index, cu_seqlens=made.cu_seqlens
-    )
-    options = LoraOptions(32 << 20, None, 0.5, dropout)
-    lora.forward(operands, options)
-    lora.backward(made.dy, operands, options, LoraGradients(True, False, True, True, False))
+    indices = {"adapter_index": made.context_index, "cu_seqlens": made.cu_seqlens}
+    ranks = None if made.context_index is None else empty(adapters)
+    operands = LoraOperands(made.x, None, A, B, None, ranks=ranks, seed=empty(), **indices)
+    options, rows, gates = LoraOptions(32 << 20, None, 0.5, dropout), made.x.shape[:-1].numel(), None
+    if gated:
+        values, products = (empty(count, rank, dtype=torch.float32) for count in (32, rows))
+        gates = Gates(values, empty(rows), products)
+    lora.forward(operands, options, gates)
+    lora.backward(made.dy, operands, options, LoraGradients(True, False, True, True, False), gates)
 
 
 def _launch(made, workspace, count):

@@ -17,15 +17,15 @@ from ctxkern.runtime import cuda as cuda_runtime
 SOURCES = Path(__file__).parents[2] / "csrc"
 
 
-def compiled(folder, *flags, sources=SOURCES):
-    """The library, of every family."""
+def compiled(folder, *flags, sources=SOURCES, changed=None):
+    """The library, of every family; changed: the folder without which sources are those of `emulated`, flags too."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None or not sources.exists():
         pytest.skip("no C++ compiler or no sources here")
     given = shlex.split(os.environ.get("CXXFLAGS", ""))
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", *given, *flags]
     running = []
-    for source in sorted(sources.glob("cuda/*/*.cu")):
+    for source in sorted(sources.glob(f"cuda/{changed or '*'}/*.cu")):
         made = Path(folder) / f"{source.stem}.o"
         one = [*command, "-DCTXKERN_EMULATE", "-x", "c++", "-c", str(source), "-o", str(made)]
         running.append((made, subprocess.Popen(one, stderr=subprocess.PIPE, text=True)))
@@ -33,7 +33,10 @@ def compiled(folder, *flags, sources=SOURCES):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     library = Path(folder) / "emulated.so"
-    link = [*command, "-shared", *(str(made) for made, _ in running), "-o", str(library)]
+    objects = {made.name: str(made) for made, _ in running}
+    if changed is not None:
+        objects = {made.name: str(made) for made in _library().parent.glob("*.o")} | objects
+    link = [*command, "-shared", *objects.values(), "-o", str(library)]
     done = subprocess.run(link, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library

@@ -9,7 +9,9 @@ from helpers.emulated import compiled, emulated, forget, planted
 
 import ctxkern
 from ctxkern.lora import cuda as lora_cuda
+from ctxkern.lora.operands import Gradients, Operands, Options
 from ctxkern.reference import lora_linear_ref
+from ctxkern.runtime import cuda as cuda_runtime
 from ctxkern.testing.cases import CASES, Case
 from ctxkern.testing.families import lora_arguments
 from ctxkern.testing.oracle import check_family, differentiate
@@ -72,12 +74,17 @@ def test_ranks(dtypes):
         check_family(fn, lora_linear_ref, arguments, dout, "rank 300")
 
 
+CHUNKS = Case("chunks-shared", 6, 0, 24, 16, 1, rows=3, index=(2, 0, 2, -1, 2, 1), lengths=(260, 9, 255, 3, 7, 257))
 # rows, columns and ranks beyond one tile; columns in turn by one block, and by several
 SIZES = [
     (Case("tiles", 2, 130, 72, 136, 1, bias=True), 16),
     (Case("tiles-and-less", 2, 67, 161, 141, 1, rows=3, index=(2, 0)), 40),
     (Case("parts-of-columns", 1, 3, 300, 600, 1), 8),
     (Case("few-columns", 2, 5, 140, 3, 1, weight=False), 8),
+    # sums over rows in chunks of 256: of one sequence, of several, a row more than a chunk and none
+    (Case("chunks", 1, 300, 24, 16, 1), 3),
+    (Case("chunks-packed", 2, 0, 24, 16, 1, lengths=(256, 257), bias=True), 33),
+    (CHUNKS, 3),
     # empty sequences count as tiles, as how long they are is known on the device alone
     (Case("columns-in-turn", 140, 0, 300, 300, 1, lengths=(0,) * 138 + (5, 9)), 3),
 ]
@@ -86,7 +93,7 @@ SIZES = [
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16-f32-adapters"])
 @pytest.mark.parametrize(("case", "rank"), SIZES, ids=[case.id for case, _ in SIZES])
 def test_sizes(case, rank, dtypes):
-    if case.id == "columns-in-turn" and dtypes != "bf16":
+    if case.id in ("columns-in-turn", "chunks", "chunks-packed") and dtypes != "bf16":
         pytest.skip("the same in every dtype")
     arguments, dout = lora_arguments(case, rank, *DTYPES[dtypes])
     check_family(fn, lora_linear_ref, arguments, dout)
@@ -166,6 +173,36 @@ def test_other_sequences_and_orders_of_threads_change_no_bit(dtype, monkeypatch)
         assert torch.equal(part[name][2 if rows == 2 else slice(None)], value[rows]), name
 
 
+def test_other_sequences_change_no_bit_of_sums_in_chunks():
+    case = Case("chunks", 5, 0, 24, 16, 1, rows=3, index=(2, 0, 2, 1, 2), lengths=(100, 70, 200, 40, 20), weight=False)
+    arguments, dout = lora_arguments(case, 3)
+    whole = differentiate(fn, arguments, dout)
+    rows = torch.cat([torch.arange(0, 100), torch.arange(170, 370), torch.arange(410, 430)])
+    alone = {"x": arguments["x"][rows], "adapter_index": torch.tensor([2, 2, 2])}
+    alone["cu_seqlens"] = torch.tensor([0, 100, 300, 320], dtype=torch.int32)
+    part = differentiate(fn, arguments | alone, dout[rows])
+    for name in ("dA", "dB"):
+        assert torch.equal(part[name][2], whole[name][2]), name
+
+
+@pytest.mark.parametrize("rank", [3, 64])
+def test_sums_of_chunks_take_no_more_memory_than_x_and_dy(monkeypatch, rank):
+    class CountedError(Exception):
+        pass
+
+    def workspace(size, device, what):
+        raise CountedError(size)
+
+    monkeypatch.setattr(cuda_runtime, "_workspace", workspace)
+    x = torch.empty(1, 50_000, 128, dtype=torch.bfloat16)
+    A, B = x.new_empty(1, rank, 128), x.new_empty(1, 96, rank)
+    needs = Gradients(False, False, True, True, False)
+    with pytest.raises(CountedError) as counted:
+        lora_cuda.backward(x.new_empty(1, 50_000, 96), Operands(x, None, A, B, None), Options(0, None, 1.0, 0.0), needs)
+    (size,), held = counted.value.args, 2 * 50_000 * rank * 2
+    assert held + 4096 < size <= held + 50_000 * (128 + 96) * 2 + 4096 * rank
+
+
 @pytest.mark.parametrize(("inner", "outer"), [(1e3, 1e-3), (1e-6, 1e3)], ids=["large", "small"])
 @pytest.mark.parametrize("dtypes", ["f16", "f16-f32-adapters"])
 def test_inner_products_beyond_the_range_of_float16(dtypes, inner, outer):
@@ -221,33 +258,55 @@ def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
         fn(**arguments)
 
 
-KERNELS = "cuda/lora/kernels.h"
+KERNELS, GRADIENTS = "cuda/lora/kernels.h", "cuda/lora/gradients.h"
 PLANTED = {
+    "nothing": (KERNELS, "constexpr int kMostHeld = 256;", "constexpr int kMostHeld = 256 + 0;"),
     "the neighbour's adapter": (KERNELS, "slot * st[0] + r * st[1]", "(slot ? slot - 1 : slot) * st[0] + r * st[1]"),
+    "the neighbour's B": (KERNELS, "slot * st[0] + r * st[2]", "(slot ? slot - 1 : slot) * st[0] + r * st[2]"),
     "no barrier before h is read": (
         KERNELS,
         "    __syncthreads();\n    const Strided<S, C, true> b",
         "    const Strided<S, C, true> b",
     ),
+    "no barrier before g is read": (
+        KERNELS,
+        "    __syncthreads();\n    const Strided<S, C, false> a",
+        "    const Strided<S, C, false> a",
+    ),
     "dropout of the next column": ("cuda/lora/operands.h", "kept(column + begin + i)", "kept(column + begin + i + 1)"),
-    "a row of each adapter is left out": (KERNELS, "range.begin, rows, columns}", "range.begin, rows - 1, columns}"),
+    "no dropout of dx": (KERNELS, "part.begin, part.end, dropout_of(q)}", "part.begin, part.end, {0, 0}}"),
     "a column of each part is left out": (
         KERNELS,
         "least(begin + columns, width)}",
         "least(begin + columns, width - 1)}",
     ),
+    "a row of each adapter is left out": (GRADIENTS, "chunk.begin, rows, columns}", "chunk.begin, rows - 1, columns}"),
+    "ranks that an adapter has not": (GRADIENTS, "ranks = adapter.rank - r0", "ranks = least(T::kN, q.rank) - r0"),
+    "the last chunk is left out": (GRADIENTS, "w <= last; ++w", "w < last; ++w"),
+    "a chunk over another's": (GRADIENTS, "(2 * (begin / rows) + 1)", "(2 * (begin / rows))"),
+    "sums of the neighbour": (GRADIENTS, "slot * of_b + i - of_a", "slot * of_b + (i - of_a) / 2"),
 }
+
+
+def _check():
+    index = torch.tensor([3, -1, 3, 1, 3, 0, -1, 3])
+    options = {"adapter_index": index, "dropout": 0.3, "seed": 4, "ranks": torch.tensor([3, 2, 3, 2])}
+    arguments, dout = lora_arguments(BY_ID["shared-uneven"], 3, torch.bfloat16)
+    check_family(fn, lora_linear_ref, arguments | options, dout)
+    arguments, dout = lora_arguments(CHUNKS, 3, torch.bfloat16)
+    check_family(fn, lora_linear_ref, arguments, dout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_caught(name, tmp_path, monkeypatch):
     sources = planted(tmp_path, *PLANTED[name])
-    monkeypatch.setenv("CTXKERN_CUDA_LIBRARY", str(compiled(tmp_path, sources=sources)))
+    monkeypatch.setenv("CTXKERN_CUDA_LIBRARY", str(compiled(tmp_path, sources=sources, changed="lora")))
     forget()
-    arguments, dout = lora_arguments(BY_ID["shared-uneven"], 3, torch.bfloat16)
-    index = torch.tensor([3, -1, 3, 1, 3, 0, -1, 3])
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_family(fn, lora_linear_ref, arguments | {"adapter_index": index, "dropout": 0.3, "seed": 4}, dout)
+    if name == "nothing":
+        _check()
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            _check()
     monkeypatch.undo()
     forget()

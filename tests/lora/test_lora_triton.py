@@ -348,6 +348,39 @@ def test_values_are_checked():
         fn(**arguments | {"ranks": torch.tensor([0, 4, 0])})
 
 
+WRONG = {
+    "adapter_index": ([3, 0, 0, 0, 0], "an index lies outside"),
+    "ranks": ([0, 3, 4], "ranks lies outside"),
+    "ranks below zero": ([0, -1, 3], "ranks lies outside"),
+}
+
+
+@pytest.mark.skipif(not interpreted(), reason="a GPU asserts on the device, which ends the process")
+@pytest.mark.parametrize("name", WRONG)
+def test_kernels_check_what_the_call_cannot_read(name, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    backend = importlib.import_module("ctxkern.lora.triton")
+    monkeypatch.setattr(backend, "check_values", lambda _: None)
+    values, message = WRONG[name]
+    arguments, _ = made(SMALL, 3)
+    wrong = arguments | {name.split()[0]: torch.tensor(values)}
+    # assertions are of a kernel's debug option, which the interpreter has for all
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    fn(**arguments | {"ranks": torch.tensor([0, 3, 2])})
+    with pytest.raises(Exception, match=message):
+        fn(**wrong)
+
+
+def test_ranks_beyond_the_adapters_read_and_write_nothing_else(monkeypatch):
+    """What a device does meanwhile that stops at them."""
+    monkeypatch.setattr(importlib.import_module("ctxkern.lora.triton"), "check_values", lambda _: None)
+    arguments, dout = made(SMALL, 3)
+    ranks = [torch.tensor(each, device=DEVICE) for each in ([1 << 20, 2, -5], [3, 2, 0])]
+    got, want = (differentiate(fn, arguments | {"ranks": each}, dout) for each in ranks)
+    assert_same(got, want)
+
+
 def test_a_gpu_takes_it_by_default(monkeypatch):
     monkeypatch.setitem(registry.statuses, "triton", registry.Status("available"))
     monkeypatch.setitem(registry._ON_CPU, "triton", lambda: False)

@@ -70,6 +70,9 @@ def test_the_committed_table_has_known_targets_and_no_spills():
         rows = list(csv.DictReader(file))
     assert {"sm_80", "sm_90", "sm_100", "gfx942"} <= {row["arch"] for row in rows} <= set(TARGETS)
     assert [row for row in rows if row["spills"] != "0"] == []
+    low_rank = {(row["arch"], row["dtypes"]) for row in rows if row["kernel"] == "lora_y"}
+    kinds = "fp16", "bf16+fp32", "fp16+fp32", "fp32+bf16"
+    assert {(arch, kind) for arch in ("sm_80", "sm_89", "sm_90") for kind in kinds} <= low_rank
 
 
 _CALLS = """

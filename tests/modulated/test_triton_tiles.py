@@ -1,5 +1,6 @@
 """The tile table, the blocks that a workspace holds, and the tuner that writes the table."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,10 +116,38 @@ def _tuned(*arguments):
 
 def test_the_tuner_runs():
     before = tiles.TABLE.read_text()
-    done = _tuned("--rehearse", "--kernels", "outer_y", "--dtypes", "float32")
+    done = _tuned("--rehearse", "--kernels", "outer_y", "lora_y", "--dtypes", "float32")
     assert done.returncode == 0, done.stderr
-    assert "outer_y float32 sm_90 unaligned ->" in done.stdout
+    for kernel in ("outer_y", "lora_y"):
+        assert f"{kernel} float32 sm_90 unaligned ->" in done.stdout
     assert tiles.TABLE.read_text() == before
+
+
+_COMPILE = """
+import runpy, sys
+from pathlib import Path
+from ctxkern.runtime.triton import tiles
+
+tiles.TABLE = Path(sys.argv[2])
+tiles._TILES["lora_y", "half", "sm_90", "aligned"] = tiles.Tile(128, 256, 64, 4, 6)
+tune, sys.argv = sys.argv[1], ["tune", "--compile", "sm_90", "--kernels", "lora_y", "lora_y_high", "--dtypes", "half"]
+runpy.run_path(tune, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_tuner_chooses_by_compiling(tmp_path):
+    """Another tile where the one that there is spills; those without faults stay."""
+    table = tmp_path / "table.csv"
+    table.write_text(tiles.TABLE.read_text())
+    environment = {**os.environ, "PYTHONPATH": str(TUNE.parents[1]), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", _COMPILE, str(TUNE), str(table)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, after = tiles.read_table(), tiles.read_table(table)
+    changed = {key for key in after if after[key] != before.get(key)}
+    assert changed == {("lora_y", "half", "sm_90", "aligned")}
+    assert after[changed.pop()] != tiles.Tile(128, 256, 64, 4, 6)
 
 
 def test_the_tuner_says_that_it_needs_a_gpu():

@@ -1,8 +1,7 @@
 // Low-rank updates of rows that are grouped by adapter, with h = x Aᵀ and g = dy B for each tile of rows of one adapter:
 //
 //   lora_y    y[n, e] += s Σ_r h[n, r] B_u[e, r]
-//   lora_dx   dx[n, d] += s Σ_r g[n, r] A_u[r, d], where dropout kept x; writes h and g for
-//   lora_dab  dA_u[r, d] = s Σ_{n of u} g[n, r] x[n, d]    dB_u[e, r] = s Σ_{n of u} dy[n, e] h[n, r]
+//   lora_dx   dx[n, d] += s Σ_r g[n, r] A_u[r, d], where dropout kept x; writes h and g for dA and dB (gradients.h)
 //
 // x is what dropout leaves of it, except for the base product, which is none of these kernels'. Where there are few tiles,
 // columns of y and dx are shared by several blocks, each of which makes h or g again. Where rows have gates, h and g are
@@ -11,20 +10,17 @@
 // C: the dtype of x. P: that of the products h and g: C, or float where x is float16 and A or B float32, whose range float16
 // does not have. S: in which h and g are kept and multiplied again: C, or float next to float16, which could not hold all
 // of them; TF32, in which float runs next to float16, has its 10 bits, so that A and B are split into two values, and h and g
-// where gradients are made of them. Sums over rows follow the order of an adapter's rows and no others; there are no
-// atomics.
+// where gradients are made of them.
 #pragma once
 
 #include "operands.h"
 
 namespace ctxkern {
 
-// Rows × ranks; rows × columns of y and dx; columns × ranks of dA and dB: of many ranks and of few.
+// Rows × ranks, of many ranks and of few; rows × columns of y and dx.
 using RankTile = Tile<64, 64, 2, 2>;
 using FewRanksTile = Tile<64, 32, 4, 1>;
 using ColumnsTile = Tile<64, 128, 1, 4>;
-using GradientTile = Tile<64, 64, 2, 2>;
-using FewRanksGradientTile = Tile<64, 32, 4, 1>;
 
 // Ranks of h or g that shared memory holds at once.
 constexpr int kMostHeld = 256;
@@ -273,44 +269,6 @@ __global__ void __launch_bounds__(T::kThreads, sizeof(S) == 2 ? 3 : 2)
     if (q.dx) add_columns(dx, lines, Held<S>{held, line, ranks}, a, adapter.scale, q.adds || first, rounds<S, C>(q));
     first += kMostHeld;
   } while (first < adapter.rank);
-}
-
-template <class S, class C, class T>
-using GradientsProduct = Product<S, T, kPlanes<S, C>, SeenRows<S, C, false>, Rows<S, S, false>>;
-
-// A strip of columns of dAᵀ, or after strips_a of them of dB, for a block of an adapter's ranks.
-template <class C, class S, class T>
-__global__ void __launch_bounds__(T::kThreads, resident<S, T>()) lora_dab_kernel(LoraCall q, int strips_a, int strips) {
-  const int u = blockIdx.x / strips, strip = blockIdx.x % strips, r0 = blockIdx.y * T::kN;
-  if (u >= context_count(q.groups)) return;
-  const bool of_a = strip < strips_a;
-  const int c0 = (of_a ? strip : strip - strips_a) * T::kM;
-  const int64_t width = of_a ? q.d_in : q.d_out;
-  const C* from = of_a ? elements<C>(q.x) : reinterpret_cast<const C*>(q.rows);
-  const S* inner = reinterpret_cast<const S*>(of_a ? q.g : q.h) + r0;
-  const Adapter adapter = adapter_of(q, u);
-  const Range range = range_of(q.batch, q.groups, u);
-  const int ranks = adapter.rank - r0, rows = range.end - range.begin, columns = least(T::kM, width - c0);
-  Sums<T> sums;
-  sums.clear();
-  if (ranks > 0) {
-    const Rows<S, C, false> a{from + c0, width, order_of(q.groups), range.begin, rows, columns};
-    const Rows<S, S, false> b{inner, q.rank, nullptr, range.begin, rows, ranks};
-    const Dropout dropout = of_a ? dropout_of(q) : Dropout{0, 0};
-    GradientsProduct<S, C, T>::add(sums, SeenRows<S, C, false>(a, dropout, c0), b, rows, rounds<S, C>(q));
-  }
-  const Operand to{of_a ? q.dA : q.dB, of_a ? q.A.dtype : q.B.dtype, {}};
-  const int64_t stride_r = of_a ? width : 1, stride_c = of_a ? 1 : q.rank;
-  const int64_t at = adapter.slot * width * q.rank + c0 * stride_c + r0 * stride_r;
-  const int left = least(T::kN, q.rank - r0);
-  // zeros behind the adapter's own rank
-  sums.rows([&](int column) { return column < columns ? at + column * stride_c : -1; },
-            [&](int64_t line, int, int r, float a, float b) {
-              if (line < 0) return;
-              a = r < ranks ? a * adapter.scale : 0.0f;
-              b = r + 1 < ranks ? b * adapter.scale : 0.0f;
-              write_two<C>(to, line + r * stride_r, stride_r, a, b, left - r);
-            });
 }
 
 }  // namespace ctxkern

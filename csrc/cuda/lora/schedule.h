@@ -4,12 +4,14 @@
 #include <algorithm>
 
 #include "../runtime/launch.h"
-#include "kernels.h"
+#include "gradients.h"
 
 namespace ctxkern {
 
 // Blocks that keep a GPU busy: twice the multiprocessors of an H100, as more of them make h or g anew more often.
 constexpr int64_t kEnough = 264;
+// Rows of an adapter for which those blocks make dA and dB; the fewest that a block takes. Counted, not measured.
+constexpr int64_t kManyRows = 4096, kFewRows = 256;
 
 // C, P and S as in kernels.h.
 template <class C, class P, class S>
@@ -43,8 +45,12 @@ class Lora {
     by_rank(GradientTile{}, FewRanksGradientTile{}, [&](auto tile) {
       using T = decltype(tile);
       const int64_t of_a = q.dA ? ceil_div(q.d_in, T::kM) : 0, of_b = q.dB ? ceil_div(q.d_out, T::kM) : 0;
-      launch("lora_dab", lora_dab_kernel<C, S, T>, q.groups.limit * (of_a + of_b), ceil_div(q.rank, T::kN), 1,
-             T::kThreads, GradientsProduct<S, C, T>::kShared, q, of_a, of_a + of_b);
+      const int64_t blocks = ceil_div(q.rank, T::kN);
+      const Chunks chunks = chunks_of((ceil_div(q.d_in, T::kM) + ceil_div(q.d_out, T::kM)) * blocks);
+      launch("lora_dab", lora_dab_kernel<C, S, T>, (q.groups.limit + chunks.later) * (of_a + of_b), blocks, 1,
+             T::kThreads, GradientsProduct<S, C, T>::kShared, q, chunks, of_a, of_a + of_b);
+      const int64_t pieces = ceil_div(chunks.size(q), kDabSumThreads);
+      launch("lora_dab_sum", lora_dab_sum_kernel<C>, chunks.later * pieces, 1, 1, kDabSumThreads, 0, q, chunks, pieces);
     });
   }
 
@@ -59,6 +65,18 @@ class Lora {
     const int64_t wanted = std::min(strips, ceil_div(kEnough, std::max<int64_t>(1, q.groups.tiles)));
     const int64_t each = ceil_div(strips, wanted);
     return {ceil_div(strips, each), each * ColumnsTile::kN};
+  }
+
+  // Of rows for dA and dB; blocks: of an adapter's. By widths and ranks alone, as nothing else may move an adapter's sums,
+  // and so many that these take no more bytes than x and dy of halves.
+  Chunks chunks_of(int64_t blocks) {
+    int64_t rows = kFewRows;
+    while (rows < kManyRows * blocks / kEnough || rows < 4 * q.rank) rows *= 2;
+    const bool several = q.batch.tokens > rows && !(q.groups.uniform && q.batch.length <= rows);
+    const int64_t windows = several ? ceil_div(q.batch.tokens, rows) : 0;
+    Chunks chunks{rows, static_cast<int>(several ? windows - 1 : 0), nullptr};
+    if (several) chunks.sums = launch.take<float>(2 * windows * chunks.size(q));
+    return chunks;
   }
 
   void group() { q.groups = group_rows(launch, q.batch, RankTile::kM, true); }

@@ -10,10 +10,12 @@ from ctxkern.runtime.triton.launches import Operand
 from ctxkern.runtime.triton.products import TL_DTYPES, products
 from ctxkern.runtime.triton.sizes import cdiv
 
+from .update import check_ranks
+
 # ranks that a program holds, of products of halves and of float32; of more, one launch after another
 _MOST_RANKS, _MOST_RANKS_FLOAT32 = 256, 64
 # those beyond have tiles of their own
-_FEW_RANKS = 64
+FEW_RANKS = 64
 
 
 class Update(NamedTuple):
@@ -69,6 +71,8 @@ class Call:
         sequences, length = x.shape[:2] if operands.bounds is None else (operands.bounds.shape[0] - 1, 0)
         sizes = self.tokens, sequences, length, self.table
         self.block = min(self.tile(name, ranks).rows for ranks in self.ranks())
+        if operands.ranks is not None:
+            check_ranks(layout, operands.ranks, self.table, self.rank)
         self.groups = group_rows(layout, sizes, operands.index, operands.bounds, self.block, -1)
 
     def ranks(self):
@@ -76,7 +80,7 @@ class Call:
         most = _MOST_RANKS_FLOAT32 if self.compute is torch.float32 else _MOST_RANKS
         for first in range(0, self.rank, most):
             size = min(most, self.rank - first)
-            yield Ranks(first, tiles.clip(size, most), "" if size <= _FEW_RANKS else "_high")
+            yield Ranks(first, tiles.clip(size, most), "" if size <= FEW_RANKS else "_high")
 
     def tile(self, name, ranks, columns=1 << 16, depth=1 << 16):
         return tiles.tile(name + ranks.suffix, *self.target, 1 << 16, columns, depth)

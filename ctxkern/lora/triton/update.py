@@ -12,6 +12,9 @@ import triton.language as tl
 
 from ctxkern.runtime.triton.device import dot_rounded, kernel, scale_to_float16, wide
 from ctxkern.runtime.triton.grouping import rows_at, slots_of, tile_count, tile_range
+from ctxkern.runtime.triton.sizes import ASSERTING, cdiv
+
+_RANKS_BLOCK = 256
 
 
 @triton.jit
@@ -134,6 +137,20 @@ def ranks_of(ranks_ptr, slot, rank):
         count = tl.load(ranks_ptr + slot).to(tl.int32)
         count = tl.minimum(count, rank)
     return count
+
+
+@triton.jit(debug=True)
+def _lora_ranks_kernel(ranks_ptr, table, rank, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < table
+    counts = tl.load(ranks_ptr + at, mask=mask, other=0)
+    tl.device_assert((counts >= 0) & (counts <= rank), "one of ranks lies outside of A and B", mask=mask)
+
+
+def check_ranks(layout, ranks, table, rank):
+    """Adds a launch that stops the device where an adapter has fewer ranks than none or more than there are."""
+    arguments = {"ranks_ptr": ranks, "table": table, "rank": rank, "BLOCK": _RANKS_BLOCK, **ASSERTING}
+    layout.launch(_lora_ranks_kernel, (cdiv(table, _RANKS_BLOCK),), arguments)
 
 
 @triton.jit
