@@ -47,8 +47,8 @@ def test_what_is_no_run_is_named(run_dir, tmp_path):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="checkpoint is 'first'; it must be one of best, last"):
         load_run(run_dir, checkpoint="first")
-    (tmp_path / "config.json").write_text((run_dir / "config.json").read_text())
-    (tmp_path / "tokenizer.json").write_text((run_dir / "tokenizer.json").read_text())
+    for name in ("config.json", "tokenizer.json", "names.json"):
+        (tmp_path / name).write_text((run_dir / name).read_text())
     with pytest.raises(CheckpointError, match="the run must have reached a checkpoint"):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="file is 'd', which names none of the run's files: a.jsonl, b.jsonl, c"):

@@ -44,6 +44,9 @@ class TrainConfig(ModelSettings, RunSettings):
     balanced: bool = setting(
         False, "give every file the same share of the batches, rather than by its size", group="data"
     )
+    augment: int = setting(
+        0, "variants of each ARC task, turned and recoloured, each with a context", at_least=0, group="data"
+    )
     num_workers: int = setting(0, "processes that prepare batches", at_least=0, resumable=True, group="data")
     patience: int = setting(
         3, "evaluations without a lower mean that end the run; 0 for none", at_least=0, resumable=True

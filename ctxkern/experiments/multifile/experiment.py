@@ -7,14 +7,15 @@ from typing import ClassVar
 
 from ctxkern.experiments.core.data.paths import standard_library_files
 from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
+from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.loop import FitResult
 from ctxkern.experiments.core.tokenizers import save_tokenizer
 from ctxkern.experiments.multifile import report
 from ctxkern.experiments.multifile.compare import step_costs
 from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.run import NAMES, TOKENIZER
 from ctxkern.experiments.multifile.train import EXACT, Job, majority_shares, prepare
 
-_TOKENIZER = "tokenizer.json"
 _COMPARED_STEPS = 7
 
 
@@ -56,7 +57,8 @@ class MultiFileTraining(Experiment):
         return [TrainingFile(*pair) for pair in zip(job.dataset.file_paths, job.dataset.checksums, strict=True)]
 
     def save(self, job: Job, run_dir: Path) -> None:
-        save_tokenizer(job.tokenizer, run_dir / _TOKENIZER)
+        save_tokenizer(job.tokenizer, run_dir / TOKENIZER)
+        write_json_atomic(run_dir / NAMES, job.dataset.file_names)
 
     def describe(self, job: Job) -> str:
         return report.describe(job)
@@ -72,10 +74,11 @@ class MultiFileTraining(Experiment):
         heading = f"validation loss (nats per token), step 0 and step {at}, the lowest mean:\n"
         if not result.first:
             return f"{heading}no file has any set apart"
-        names = job.dataset.file_names
+        names = job.dataset.file_names[: len(job.dataset.file_paths)]
         windows = dict.fromkeys(names, 0)
         for file_id in job.train_data.file_ids:
-            windows[names[file_id]] += 1
+            if file_id < len(names):
+                windows[names[file_id]] += 1
         shares = {name: result.observed.get(f"{EXACT}/{name}", math.nan) for name in names}
         return heading + report.loss_table(result.first, result.best, windows, shares, majority_shares(job.dataset))
 

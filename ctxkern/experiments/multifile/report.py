@@ -16,13 +16,15 @@ from ctxkern.experiments.multifile.train import Job, autocast
 def describe(job: Job) -> str:
     """Files, tokens, vocabulary, parameters, and how the first layer's projections run."""
     config, counts = job.config, job.model.parameter_counts()
+    sources = len(job.dataset.file_paths)
     tokens, held = (data.num_tokens for data in (job.train_data, job.validation_data))
     kind = "characters and 4 specials" if config.tokens == "chars" else "bytes and 3 specials"
     specials = len(job.tokenizer.specials)
     ratio = counts["bilinear"] / max(1, counts["base"])
     threads = f", threads: {torch.get_num_threads()}" if job.device.type == "cpu" else ""
     lines = [
-        f"files       {job.dataset.num_files}: {join_names(job.dataset.file_names)}",
+        f"files       {sources}: {join_names(job.dataset.file_names[:sources])}",
+        *([f"variants    {job.dataset.num_files - sources}: {config.augment} of each ARC task"] * bool(config.augment)),
         *_notes(job),
         f"tokens      {tokens:,} to train on in {len(job.train_data):,} windows of up to {config.seq_len}, "
         f"{job.train_data.num_labels:,} of them labelled; {held:,} for validation",
@@ -44,7 +46,8 @@ def describe(job: Job) -> str:
 def _notes(job: Job) -> list[str]:
     """What of the files is not used: each note once, with the files that it is about."""
     data = job.dataset
-    pairs = [(name, note) for name, notes in zip(data.file_names, data.notes, strict=True) for note in notes]
+    named = zip(data.file_names[: len(data.notes)], data.notes, strict=True)
+    pairs = [(name, note) for name, notes in named for note in notes]
     lines = [f"skipped     {file}" for file in data.skipped]
     return lines + [f"note        {join_names(names, 3)}: {note}" for note, names in group_notes(pairs).items()]
 

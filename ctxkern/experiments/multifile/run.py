@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 
 from ctxkern.experiments.core.checkpoint import BEST, LAST, CheckpointError, load_checkpoint
-from ctxkern.experiments.core.data.dataset import display_names
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_atomic
-from ctxkern.experiments.core.names import join_names, path_from_json, printable, utf8_alias
+from ctxkern.experiments.core.names import join_names, printable, utf8_alias
 from ctxkern.experiments.core.tokenizers import Tokenizer, load_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.model import MultiFileTransformer
 
-CONFIG, TOKENIZER, ADDED = "config.json", "tokenizer.json", "added.safetensors"
+CONFIG, NAMES, TOKENIZER, ADDED = "config.json", "names.json", "tokenizer.json", "added.safetensors"
 CHECKPOINTS = {"best": BEST, "last": LAST}
 
 
@@ -57,7 +56,7 @@ class Run:
             raise ValueError(f"name is {name!r}; it must be a new one: the run has a file of this name")
         file_id = self.model.add_file(vector)
         self.names.append(name)
-        trained = _trained(self.path)
+        trained = len(_names(self.path))
         added = self.model.context_embeddings.weight[trained:].detach().cpu()
         metadata = {"names": json.dumps(self.names[trained:])}
         save = require("safetensors.torch").save_file
@@ -79,8 +78,12 @@ def _stored(run_dir: Path) -> dict:
     return stored
 
 
-def _trained(run_dir: Path) -> int:
-    return len(_stored(run_dir)["files"])
+def _names(run_dir: Path) -> list[str]:
+    """Those of the files that the run trained on, by file id."""
+    try:
+        return json.loads((run_dir / NAMES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"RUN is {printable(run_dir)}; it must be the folder of a run ({NAMES} is missing)") from None
 
 
 def load_run(run_dir: str | os.PathLike, *, checkpoint: str = "best", device: str = "cpu") -> Run:
@@ -104,8 +107,8 @@ def load_run(run_dir: str | os.PathLike, *, checkpoint: str = "best", device: st
     stored = _stored(folder)
     config = TrainConfig(**stored["train"])
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    paths = [path_from_json(entry["path"]) for entry in stored["files"]]
-    model = MultiFileTransformer(config.model_config(tokenizer.vocab_size, len(paths)))
+    names = _names(folder)
+    model = MultiFileTransformer(config.model_config(tokenizer.vocab_size, len(names)))
     model.to(device=device, dtype=torch.float64 if config.dtype == "float64" else torch.float32).eval()
     place = folder / CHECKPOINTS[checkpoint]
     if checkpoint == "best" and not place.exists():
@@ -114,7 +117,6 @@ def load_run(run_dir: str | os.PathLike, *, checkpoint: str = "best", device: st
         step = load_checkpoint(place, model).step
     except CheckpointError as error:
         raise CheckpointError(f"{error}; the run must have reached a checkpoint") from error
-    names = display_names(paths)
     if (folder / ADDED).exists():
         with utf8_alias(folder) as alias, require("safetensors").safe_open(alias / ADDED, framework="pt") as file:
             names += json.loads(file.metadata()["names"])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ctxkern.experiments.core.batches import Batch, BatchSource, LoaderBatches
+from ctxkern.experiments.core.data.augment import augmented
 from ctxkern.experiments.core.data.dataset import MultiFileDataset
 from ctxkern.experiments.core.data.reading import BadFile
 from ctxkern.experiments.core.data.sampler import MixedFileBatchSampler
@@ -150,7 +151,7 @@ class Evaluator:
     """
 
     def __init__(self, data: EncodedDataset, collator: Collator, batch_size: int, max_windows: int):
-        self.names = data.file_names
+        self.names = data.file_names[: data.num_sources]
         by_file: dict[int, list[int]] = {}
         for i, file_id in enumerate(data.file_ids):
             by_file.setdefault(file_id, []).append(i)
@@ -296,6 +297,8 @@ def prepare(
     )
     if config.num_files is not None:
         config = replace(config, num_files=dataset.num_files)
+    if config.augment:
+        dataset = augmented(dataset, config.augment, config.seed)
     tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
     model_config = config.model_config(tokenizer.vocab_size, dataset.num_files)
 

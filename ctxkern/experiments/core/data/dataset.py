@@ -14,8 +14,7 @@ from ctxkern.experiments.core.seeding import generator
 SPLITS = ("train", "validation")
 
 
-def display_names(paths: Sequence[Path]) -> list[str]:
-    """A printable name for each path, the shortest tail that tells them apart."""
+def _display_names(paths: Sequence[Path]) -> list[str]:
     # as many trailing folders as it takes to tell them apart
     # decoded alike under any locale: a resumed run knows files by these names
     resolved = [Path(path_to_json(os.path.abspath(path))) for path in paths]
@@ -75,7 +74,7 @@ class MultiFileDataset(Dataset):
             file_paths, chunk_chars=chunk_chars, limit=limit, skip_bad=skip_bad, bad=bad
         )
         self.file_paths = [content.path for content in contents]
-        self.file_names = display_names(self.file_paths)
+        self.file_names = _display_names(self.file_paths)
         self.checksums = [content.sha256 for content in contents]
         self.notes = [content.notes for content in contents]
         self.data: list[dict] = []
@@ -88,8 +87,8 @@ class MultiFileDataset(Dataset):
 
     @property
     def num_files(self) -> int:
-        """How many files the items are from."""
-        return len(self.file_paths)
+        """How many files the items are from, variants of `augmented` included."""
+        return len(self.file_names)
 
     def indices(self, split: str) -> list[int]:
         """Positions of the items of `split`, for `torch.utils.data.Subset`."""

@@ -95,6 +95,8 @@ class EncodedDataset(Dataset):
         self.seq_len = seq_len
         self.num_files = dataset.num_files
         self.file_names = dataset.file_names
+        # the others are variants
+        self.num_sources = len(dataset.file_paths)
         self.file_ids: list[int] = []
         self.num_labels = 0
         self.cut_prompts: dict[int, int] = {}
