@@ -70,7 +70,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("form", ["panel"], indirect=True)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", [pytest.param(d, marks=[] if d == "f32" else pytest.mark.slow) for d in DTYPES])
 @pytest.mark.parametrize(("case", "workspace"), SMALL, ids=[case.id for case, _ in SMALL])
 def test_small_workspace(form, case, workspace, dtypes):
     fn = functools.partial(triton_linear, workspace_bytes=workspace)

@@ -114,6 +114,7 @@ def _tuned(*arguments):
     return subprocess.run([sys.executable, TUNE, *arguments], capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_tuner_runs():
     before = tiles.TABLE.read_text()
     done = _tuned("--rehearse", "--kernels", "outer_y", "lora_y", "--dtypes", "float32")
