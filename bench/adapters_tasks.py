@@ -33,7 +33,7 @@ TASKS = (
     "sports_understanding",
     "web_of_lies",
 )
-MATHS, HELD_OUT, SEQ_LEN, ALPHA_OVER_RANK = "gsm8k", 50, 192, 2
+MATHS, SEQ_LEN, ALPHA_OVER_RANK = "gsm8k", 192, 2
 RESULTS = Path(__file__).with_name("results") / "adapters-tasks.csv"
 
 
@@ -47,11 +47,11 @@ def read(data):
     return tasks
 
 
-def write(folder, tasks, seed):
+def write(folder, tasks, held_out, seed):
     """Files of the tasks to train on, once apart and once in one folder, and what is held out."""
     for name, records in tasks.items():
         records = random.Random(seed).sample(records, len(records))
-        held, rest = records[:HELD_OUT], records[HELD_OUT:]
+        held, rest = records[:held_out], records[held_out:]
         for place, part in (("apart", rest), ("shared/all", rest), ("held", held)):
             path = folder / place / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,14 +100,14 @@ def main():
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", type=int, default=50, help="examples of each task (default: 50)")
+    parser.add_argument("--equal-size-only", action="store_true", help="no shared adapter of the rank of one")
     args = parser.parse_args()
     tasks = read(args.data)
-    write(args.work, tasks, args.seed)
+    write(args.work, tasks, args.held_out, args.seed)
     apart = train(args, args.work / "apart", "run-apart", args.rank, 1)
-    whole = len(tasks) * args.rank
-    shared = {
-        rank: train(args, args.work / "shared", f"run-shared-{rank}", rank, len(tasks)) for rank in (args.rank, whole)
-    }
+    ranks = [len(tasks) * args.rank] if args.equal_size_only else [args.rank, len(tasks) * args.rank]
+    shared = {rank: train(args, args.work / "shared", f"run-shared-{rank}", rank, len(tasks)) for rank in ranks}
     lm, tokenizer = load_language_model(args.model, torch.device("cpu"), torch.float32)
     ways = {"base": None, "own": apart, **{f"shared, rank {rank}": run for rank, run in shared.items()}}
     rows = []
