@@ -15,7 +15,6 @@ from helpers.attached import (
     S,
     assert_near,
     near,
-    new_model,
     outside,
     with_adapters,
     with_contexts,
@@ -31,15 +30,7 @@ from ctxkern.testing.oracle import assert_matches
 PADDED = [case for case in CASES if case.lengths is None and not case.per_token]
 
 
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def model():
-    return with_contexts(new_model())
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def layer_of(inputs):

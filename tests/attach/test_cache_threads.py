@@ -4,21 +4,12 @@ import threading
 
 import pytest
 import torch
-from helpers.attached import D, K, S, assert_near, near, new_model, outside, with_contexts
+from helpers.attached import D, K, S, assert_near, near, outside
 
 import ctxkern
 from ctxkern.serve import batches
 
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def model():
-    return with_contexts(new_model())
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def test_two_threads_share_it(model):

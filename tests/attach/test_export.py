@@ -1,5 +1,6 @@
 """Attached, merged and detached models through torch.export, AOTInductor and ONNX: the same results there."""
 
+import copy
 import io
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from helpers.attached import B, D, K, N, S, new_model, with_adapters, with_conte
 from torch import nn
 
 import ctxkern
+from ctxkern.testing.oracle import assert_matches
 
 BATCH = torch.export.Dim("batch", min=2, max=64)
 
@@ -74,6 +76,13 @@ def plain(kind):
     return model.eval().requires_grad_(False), examples, {"x": {0: BATCH}}
 
 
+@torch.no_grad()
+def assert_in_budget(got, model, args):
+    """The error of another program is at most twice that of the model itself, each by the model in float64."""
+    exact = copy.deepcopy(model).double()(*(t.double() if t.is_floating_point() else t for t in args))
+    assert_matches({"y": got}, {"y": exact}, {"y": model(*args)})
+
+
 PLAIN = ["contexts", "factors", "int8", "adapters", "merge"]
 
 
@@ -129,8 +138,7 @@ import torch
 if sys.argv[3] == "attached":
     import ctxkern  # registers the operators
 run = torch._inductor.aoti_load_package(sys.argv[1])
-for args, want in torch.load(sys.argv[2]):
-    torch.testing.assert_close(run(*args), want, rtol=1e-4, atol=1e-4)
+torch.save([run(*args) for args in torch.load(sys.argv[2])], sys.argv[2])
 assert sys.argv[3] == "attached" or not any(name.split(".")[0] == "ctxkern" for name in sys.modules)
 """
 
@@ -145,11 +153,13 @@ def test_an_inductor_package_in_another_process(kind, make, tmp_path):
     program, model, examples = exported(kind, make)
     files = [str(tmp_path / "model.pt2"), str(tmp_path / "examples.pt")]
     torch._inductor.aoti_compile_and_package(program, package_path=files[0])
-    torch.save([(args, model(*args)) for args in examples], files[1])
+    torch.save(examples, files[1])
     which = "attached" if make is served else "plain"
     command = [sys.executable, "-W", "ignore", "-c", LOADER, *files, which]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    for args, got in zip(examples, torch.load(files[1]), strict=True):
+        assert_in_budget(got, model, args)
 
 
 @pytest.mark.slow
@@ -164,4 +174,4 @@ def test_onnx(kind, tmp_path):
     (given,) = session.get_inputs()
     for (x,) in examples:
         (got,) = session.run(None, {given.name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-4, atol=1e-4)
+        assert_in_budget(torch.from_numpy(got), model, (x,))

@@ -72,11 +72,10 @@ class AdapterBank(nn.Module):
         """[B]: the sum of each row's cross entropies over its labels; `model` is this one, as it is trained."""
         # only positions where a row has a label need logits
         keep = (batch["target"] != IGNORE_INDEX).any(0).nonzero().flatten()
-        logits = model(batch["input"], batch["adapter"], keep)
+        logits = model(batch["input"], batch["adapter"], keep).flatten(0, 1)
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
         target = batch["target"][:, keep]
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
+        losses = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view_as(target).sum(1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

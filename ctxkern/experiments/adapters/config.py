@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ctxkern.experiments.core.settings import RunSettings, setting
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class AdapterSettings(RunSettings):
     adapters_per_step: int | None = setting(
         None, "how many adapters a batch mixes", at_least=1, default_text="all that train", group="adapters"
     )
-    dtype: str = setting("float32", "of the frozen model; adapters are float32", choices=DTYPES)
+    dtype: str = setting("float32", "of the frozen model; adapters are float32 at least", choices=DTYPES)
     checkpointing: bool = setting(False, "compute activations again in the backward: less memory", resumable=True)
     lr: float = setting(1e-3, "learning rate where adapters.json names no other", above=0, group="optimizer")
     adapter_steps: int | None = setting(

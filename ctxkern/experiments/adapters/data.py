@@ -113,5 +113,5 @@ def collate(collator: Collator, items: Sequence[Mapping], slots: Sequence[int]) 
     adapter = torch.tensor(slots)
     labels = (batch["target"] != IGNORE_INDEX).sum(1)
     of_adapter = torch.zeros(max(slots) + 1, dtype=torch.int64).index_add_(0, adapter, labels)
-    batch["adapter"], batch["weight"] = adapter, 1.0 / (of_adapter[adapter] * len(set(slots)))
+    batch["adapter"], batch["weight"] = adapter, 1 / (of_adapter[adapter] * len(set(slots))).double()
     return batch

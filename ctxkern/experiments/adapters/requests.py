@@ -1,6 +1,8 @@
 """Adapters added and retired while a run trains: a file for each request in the run folder, and one for its answer."""
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,17 @@ def ask(run_dir: Path, request: dict[str, Any]) -> Path:
     """Leave a request for the run; returns where its answer will be."""
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
-    number = max((number for number, _ in _numbered(folder)), default=0) + 1
-    # two askers at once: the name is taken by the one who makes it
-    while True:
-        try:
-            (folder / f"{number:06}.taken").touch(exist_ok=False)
-            break
-        except FileExistsError:
-            number += 1
-    write_json_atomic(folder / f"{number:06}.json", request)
-    return folder / f"{number:06}.answer"
+    with tempfile.TemporaryDirectory(dir=run_dir) as scratch:
+        written = Path(scratch) / "request"
+        write_json_atomic(written, request)
+        # a number is taken together with what it stands for, so that no earlier one comes later
+        while True:
+            number = max((number for number, _ in _numbered(folder)), default=0) + 1
+            try:
+                os.link(written, folder / f"{number:06}.json")
+            except FileExistsError:
+                continue
+            return folder / f"{number:06}.answer"
 
 
 def answer(run_dir: Path, number: int, **what: Any) -> None:

@@ -32,6 +32,17 @@ class Member:
     files: dict[str, str] = field(default_factory=dict)
     state: str = TRAINING
 
+    @property
+    def row(self) -> int:
+        """`slot` of one that has one.
+
+        Raises:
+            ValueError: it is retired.
+        """
+        if self.slot is None:
+            raise ValueError(f"adapter {self.name!r} is retired; it has no row")
+        return self.slot
+
 
 class Roster:
     """The members of a bank with `slots` rows; `applied` is the number of the last request that it has seen."""
@@ -74,9 +85,9 @@ class Roster:
     def next_to_train(self, most: int | None) -> list[Member]:
         """Those of the next step: of the ones in training the `most` with the fewest steps, in the order of rows."""
         training = sorted(
-            (member for member in self.present() if member.state == TRAINING), key=lambda m: (m.done, m.slot)
+            (member for member in self.present() if member.state == TRAINING), key=lambda m: (m.done, m.row)
         )
-        return sorted(training[:most], key=lambda m: m.slot or 0)
+        return sorted(training[:most], key=lambda m: m.row)
 
     def to_json(self) -> dict[str, Any]:
         """What `update` reads."""

@@ -17,7 +17,6 @@ from ctxkern.experiments.adapters.data import AdapterData, collate, discover
 from ctxkern.experiments.adapters.roster import FINISHED, RETIRED, Member, Roster
 from ctxkern.experiments.core import processes
 from ctxkern.experiments.core.batches import Batch
-from ctxkern.experiments.core.data.reading import BadFilesError
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX, Collator
 from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.hub import load_language_model
@@ -60,7 +59,7 @@ class AdapterJob:
         self.looked = False
         self.losses: dict[str, float] = {}
         for member in roster.present():
-            self.model.begin(member.slot or 0, member.name, config.seed)
+            self.model.begin(member.row, member.name, config.seed)
             self._read(member)
 
     @property
@@ -89,7 +88,7 @@ class AdapterJob:
             for member in self._turns():
                 rows = self._read(member).rows_at(member.done)
                 items += rows
-                slots += [member.slot or 0] * len(rows)
+                slots += [member.row] * len(rows)
                 member.done += 1
                 if member.done == member.steps:
                     member.state = FINISHED
@@ -106,7 +105,8 @@ class AdapterJob:
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The mean over adapters of the mean over labels."""
-        return (self.model.losses(model, batch) * batch["weight"]).sum()
+        losses = self.model.losses(model, batch)
+        return (losses * batch["weight"].to(losses)).sum()
 
     def before_step(self, step: int) -> Next:
         """Take up requests, and set the learning rate of each adapter."""
@@ -117,7 +117,7 @@ class AdapterJob:
             return Next.STOP
         scales = torch.zeros(self.roster.slots, dtype=torch.float64)
         for member in turns:
-            scales[member.slot or 0] = member.lr * self._schedule(member)
+            scales[member.row] = member.lr * self._schedule(member)
         self.optimizer.lr_scales = scales
         self.optimizer.averaged = len(turns)
         return Next.SAVE if changed else Next.STEP
@@ -145,7 +145,7 @@ class AdapterJob:
         loss, labels, size = 0.0, 0, max(1, self.config.rows) * 4
         for start in range(0, count, size):
             items = chosen[start : start + size]
-            batch = collate(self.collator, items, [member.slot or 0] * len(items))
+            batch = collate(self.collator, items, [member.row] * len(items))
             batch = {name: value.to(device) for name, value in batch.items()}
             loss += float(model.losses(model, batch).sum())
             labels += int((batch["target"] != IGNORE_INDEX).sum())
@@ -159,7 +159,7 @@ class AdapterJob:
         for number, request in found:
             try:
                 what = self._apply(request)
-            except (ValueError, OSError, BadFilesError) as error:
+            except (ValueError, OSError) as error:
                 what = {"refused": one_line(error)}
             self.roster.applied = number
             if processes.is_main():
@@ -183,15 +183,15 @@ class AdapterJob:
         except (ValueError, OSError):
             del self.roster.members[member.name]
             raise
-        self.model.begin(member.slot or 0, member.name, self.config.seed)
-        self.optimizer.reset(member.slot or 0)
+        self.model.begin(member.row, member.name, self.config.seed)
+        self.optimizer.reset(member.row)
         return {"added": member.name, "row": member.slot}
 
     def export(self, member: Member) -> Path:
         """PEFT's files of an adapter, in the run folder."""
         where = (self.run_dir or Path()) / EXPORTED / member.name
         if processes.is_main():
-            ctxkern.export_adapter(self.model.lm, member.slot or 0, where)
+            ctxkern.export_adapter(self.model.lm, member.row, where)
         return where
 
     def write_roster(self) -> None:

@@ -401,8 +401,9 @@ def fit(
         before_step: called with each step before its batch is taken, in every process; see `Next`.
         observe: `(model)`, as `evaluate`, to numbers that are logged with each evaluation.
 
-    Started by torchrun or `accelerate launch`, each process takes a share of the rows of each batch; the main one
-    evaluates, logs and writes. The model is then trained through DDP or FSDP2, as accelerate was configured.
+    Started by torchrun or `accelerate launch`, each process takes a share of the rows of each batch. All evaluate, as a
+    sharded model needs all; the losses of the main one count, and it alone logs and writes. The model is then trained
+    through DDP or FSDP2, as accelerate was configured.
 
     Raises:
         CheckpointError: see `load_checkpoint`; the run is past `steps`.

@@ -26,14 +26,14 @@ def local_device(kind: str) -> str:
     return kind if count() == 1 or kind == "cpu" or ":" in kind or number is None else f"{kind}:{number}"
 
 
-def accelerator(device: torch.device, **settings: Any) -> Any:
+def accelerator(device: torch.device) -> Any:
     """An `accelerate.Accelerator` for models that are on `device` already; joins the processes.
 
     Raises:
         ValueError: several processes for a device that they cannot share; mixed precision of float16, which a resumed
             run could not repeat.
     """
-    made = require("accelerate").Accelerator(cpu=device.type == "cpu", device_placement=False, **settings)
+    made = require("accelerate").Accelerator(cpu=device.type == "cpu", device_placement=False)
     if made.mixed_precision == "fp16":
         raise ValueError("mixed_precision is 'fp16'; it must be 'no' or 'bf16'")
     if count() > 1 and made.device.type != device.type:

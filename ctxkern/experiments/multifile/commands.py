@@ -108,7 +108,7 @@ def _add_file(args: argparse.Namespace) -> int:
         adapted = run.model.context_embeddings.weight[file_id].detach().clone()
         ways = {
             "no context": torch.zeros_like(adapted),
-            "the mean of the known ones": known.mean(0),
+            "the mean of the known ones": run.model.scaled(known.mean(0, keepdim=True))[0],
             f"the best known one, {run.names[nearest]}": known[nearest],
             f"adapted from it, {args.steps} steps": run.model.contexts()[file_id].detach(),
         }

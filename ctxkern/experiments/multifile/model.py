@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ctxkern.experiments.core.settings import Settings, setting
@@ -119,12 +120,11 @@ class MultiFileTransformer(nn.Module):
 
     def contexts(self) -> torch.Tensor:
         """The vectors [F, K] of all files, as layers use them; differentiable."""
-        table = self.context_embeddings.weight
-        if not self.config.context_norm:
-            return table
-        norms = torch.linalg.vector_norm(table, dim=1, keepdim=True)
-        # a vector of zeros stays one
-        return table * (self.config.context_dim**0.5 / norms.clamp(min=torch.finfo(table.dtype).tiny))
+        return self.scaled(self.context_embeddings.weight)
+
+    def scaled(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors [F, K] at the norm that contexts are used with; zeros stay zeros."""
+        return F.normalize(vectors) * self.config.context_dim**0.5 if self.config.context_norm else vectors
 
     def get_file_context(self, file_ids: torch.Tensor) -> torch.Tensor:
         """The vectors [B, K] of `file_ids` [B] int64; differentiable."""

@@ -36,8 +36,10 @@ def penalty(model: MultiFileTransformer, *, norm: float = 0.0, rank: float = 0.0
         gram, count = _gram(bilinear), bilinear.numel()
         total = total + norm * gram.diagonal().sum() / count
         if rank:
-            # the root is not differentiable at 0
-            values = torch.linalg.eigvalsh(gram).clamp(min=1e-12).sqrt()
+            squares = torch.linalg.eigvalsh(gram)
+            # the root is not differentiable at 0, and below this a square is rounding
+            least = squares[-1].detach() * torch.finfo(gram.dtype).eps + torch.finfo(gram.dtype).tiny
+            values = squares.clamp(min=least).sqrt()
             total = total + rank * values.sum() / count**0.5
     return total
 
