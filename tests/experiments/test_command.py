@@ -55,6 +55,7 @@ def test_a_run_says_what_it_does_and_leaves_its_files(corpus, tmp_path, capsys):
         "logs",
         "loss.png",
         "metrics.jsonl",
+        "names.json",
         "result.json",
         "tokenizer.json",
     ]
