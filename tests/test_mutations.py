@@ -27,6 +27,14 @@ def _portable():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _unwritten_outputs_are_nan():
+    """A block that was just freed may hold the right result of the run before, which would hide a missing write."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SQUARE = Case("square", 6, 7, 12, 12, 4, rows=4, index=(0, 1, 3, 1, 2, 0), bias=True)
 computes_in_bfloat16 = pytest.mark.skipif(
