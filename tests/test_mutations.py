@@ -336,7 +336,7 @@ def test_catches_gates_left_out(monkeypatch, what, change):
     monkeypatch.setattr(lora_cpu, "_run", changed)
     arguments, dout = factored_arguments(Case("planted", 5, 4, 6, 8, 3, rows=20, index=(3, 0, 3, 1, 0)), 3)
     fn = partial(ctxkern.factored_modulated_linear, backend="cpu")
-    with pytest.raises(AssertionError, match=f"{what}: rms"):
+    with pytest.raises(AssertionError, match=f"{what}: (rms|not finite)"):
         check_family(fn, factored_modulated_linear_ref, arguments, dout)
 
 
