@@ -4,6 +4,7 @@ warps of 64 a multiprocessor holds of it (cuda_shared.cpp prints threads and sha
     python bench/audit_cuda.py                   sm_80, sm_90 and sm_100, into bench/results/cuda-audit.csv
     python bench/audit_cuda.py --family lora     the kernels of one family; the file keeps its other rows
     python bench/audit_cuda.py --arch 90         one of them, printed only
+    python bench/audit_cuda.py --library FILE    what was built, by cuobjdump of triton; printed only
 
 Exit status 1 where a kernel spills, has a stack frame or takes more shared memory than there is.
 """
@@ -44,11 +45,28 @@ def compiled(nvcc, arch, family):
         done.stderr,
         re.DOTALL,
     )
-    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True)
-    rows = []
-    for full, (_, stack, stores, loads, registers) in zip(names.stdout.splitlines(), found, strict=True):
-        rows.append((plain(full), int(registers), int(stores) + int(loads), int(stack)))
-    return sorted(rows)
+    return named(
+        [(name, int(regs), int(stores) + int(loads), int(stack)) for name, stack, stores, loads, regs in found]
+    )
+
+
+def named(kernels):
+    """`kernels`, tuples that begin with a mangled name, sorted by plain names."""
+    names = subprocess.run(["c++filt"], input="\n".join(one[0] for one in kernels), capture_output=True, text=True)
+    return sorted((plain(full), *one[1:]) for full, one in zip(names.stdout.splitlines(), kernels, strict=True))
+
+
+def built(library):
+    """[(arch, kernels)] of a library, as `compiled` has them; what is spilled lies on the stack."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-res-usage", library], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for arch, usage in re.findall(r"^arch = sm_(\w+)$(.*?)(?=^Fatbin|\Z)", text, re.DOTALL | re.MULTILINE):
+        for name, registers, stack in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage):
+            found.setdefault(arch, []).append((name, int(registers), int(stack), int(stack)))
+    return [(arch, named(kernels)) for arch, kernels in found.items()]
 
 
 def plain(name):
@@ -98,16 +116,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="*", default=None, help="such as 80 90 (default: 80 90 100, written)")
     parser.add_argument("--family", nargs="*", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--library", default=None, help="a built _cuda_kernels.so")
     args = parser.parse_args()
     nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        sys.exit("nvcc was not found")
-    version = re.findall(r"V([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)[0]
+    if args.library:
+        version, audited = "", built(args.library)
+        if not audited:
+            sys.exit(f"{args.library} has no kernels")
+    else:
+        if nvcc is None:
+            sys.exit("nvcc was not found")
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        version = re.findall(r"V([\d.]+)", printed)[0]
+        each = [(arch, family) for arch in args.arch or (80, 90, 100) for family in args.family]
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda one: compiled(nvcc, *one), each)
+            audited = [(arch, kernels) for (arch, _), kernels in zip(each, found, strict=True)]
     rows, wrong, memory = {}, [], shared()
-    each = [(arch, family) for arch in args.arch or (80, 90, 100) for family in args.family]
-    with ThreadPoolExecutor() as pool:
-        audited = list(pool.map(lambda one: compiled(nvcc, *one), each))
-    for (arch, _), kernels in zip(each, audited, strict=True):
+    for arch, kernels in audited:
         for name, registers, spilled, stack in kernels:
             # those that find rows are in each family's code
             if (f"sm_{arch}", name) in rows:
@@ -120,7 +146,7 @@ def main():
             print(*row, flush=True)
             if spilled or stack or not held[0]:
                 wrong.append(f"sm_{arch} {name}: {spilled} bytes spilled, {stack} of stack, {taken} of shared memory")
-    if args.arch is None:
+    if args.arch is None and args.library is None:
         write(rows, args.family)
     print(*wrong, sep="\n", file=sys.stderr)
     sys.exit(bool(wrong))
