@@ -5,11 +5,11 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from ctxkern import registry
 from ctxkern.runtime import cuda as cuda_runtime
@@ -58,13 +58,13 @@ def forget():
 
 
 @functools.cache
-def _folder():
-    return tempfile.TemporaryDirectory()
-
-
-@functools.cache
 def _library():
-    return compiled(_folder().name)
+    folder = Path(os.environ["CTXKERN_TESTS_FOLDER"], "emulated")
+    folder.mkdir(exist_ok=True)
+    # of the workers of pytest-xdist the first to come builds
+    with FileLock(folder / "lock"):
+        library = folder / "emulated.so"
+        return library if library.exists() else compiled(folder)
 
 
 @contextmanager
