@@ -6,8 +6,8 @@ import torch
 from helpers.runs import KilledError, stop_at, tiny
 
 from ctxkern.experiments.core.runlog import read_metrics
-from ctxkern.experiments.multifile.compare import step_costs, without_context
 from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.costs import step_costs, without_context
 from ctxkern.experiments.multifile.train import Evaluator, criterion, majority_shares, prepare, train
 from ctxkern.testing.oracle import assert_same_bits
 

@@ -52,6 +52,7 @@ def add_experiment(subparsers: Any, name: str, experiment: Experiment) -> None:
     epilog = "".join(f"\n  ctxkern {name} {example}".rstrip() for example in experiment.examples)
     parser = subparsers.add_parser(
         name.rpartition(" ")[2],
+        usage=f"%(prog)s {'[PATHS ...] ' if experiment.paths_help else ''}[options]",
         help=experiment.help,
         description=experiment.description or experiment.help,
         epilog=f"examples:{epilog}" if epilog else None,

@@ -102,7 +102,7 @@ class FitResult:
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     observed: dict[str, float] = field(default_factory=dict)
-    step_seconds: float | None = None
+    step_seconds: float | None = field(default=None, compare=False)
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:

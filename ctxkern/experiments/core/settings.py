@@ -195,6 +195,19 @@ class Settings:
             groups[rule.group].add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **options)
 
     @classmethod
+    def arguments(cls, values: Mapping[str, Any]) -> list[str]:
+        """The flags that give `values` by name; None is the lack of its flag."""
+        found = []
+        for name, value in values.items():
+            flag = cls.flag(name)
+            if cls.rules()[name].kind is bool:
+                found.append(flag if value else flag.replace("--", "--no-", 1))
+            elif value is not None:
+                # one word: a value may begin with a dash
+                found.append(f"{flag}={value}")
+        return found
+
+    @classmethod
     def given(cls, args: argparse.Namespace) -> dict[str, Any]:
         """The settings whose flags were given, by name."""
         return {name: getattr(args, name) for name in cls.names() if hasattr(args, name)}

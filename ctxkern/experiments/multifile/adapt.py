@@ -32,8 +32,10 @@ def adapt_file(
         The loss of each batch before its step.
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or a model whose files have no contexts.
     """
+    if model.context_embeddings is None:
+        raise ValueError(f"model has the form {model.config.form}; it must have contexts")
     if not 0 <= file_id < model.config.num_files:
         raise ValueError(f"file_id is {file_id}; it must be from 0 to {model.config.num_files - 1}")
     weight = model.context_embeddings.weight

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-import ctxkern
 from ctxkern.experiments.core.command import CommandError, as_command_errors
 from ctxkern.experiments.core.data.dataset import MultiFileDataset
 from ctxkern.experiments.core.data.paths import expand_paths
@@ -18,6 +17,7 @@ from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.tokenizers import save_tokenizer
 from ctxkern.experiments.multifile.adapt import adapt_file
+from ctxkern.experiments.multifile.comparison import commands as comparison
 from ctxkern.experiments.multifile.generate import generate_text
 from ctxkern.experiments.multifile.run import CHECKPOINTS, Run, load_run
 from ctxkern.experiments.multifile.train import CHUNK_WINDOWS, criterion
@@ -44,6 +44,7 @@ def add_parsers(subparsers: Any) -> None:
     export = _parser(subparsers, "export", _export, "a program for one file, its weights merged; it needs torch alone")
     export.add_argument("--file", required=True, help="whose context: a name, or its number")
     export.add_argument("--out", type=Path, required=True, help="the .pt2 file to write; a tokenizer.json lies beside")
+    comparison.add_parser(subparsers)
 
 
 def _parser(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def _export(args: argparse.Namespace) -> int:
             raise CommandError(f"--out is {printable(args.out)}; it must end in .pt2")
         run = _load(args)
         file_id = run.file_id(args.file)
-        merged = ctxkern.merge(run.model, run.model.get_file_context(torch.tensor([file_id]))).eval()
+        merged = run.model_of(file_id).eval()
         tokens = torch.zeros(2, min(4, run.config.seq_len), dtype=torch.int64)
         sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=run.config.seq_len)}
         with torch.no_grad():

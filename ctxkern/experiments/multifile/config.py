@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from ctxkern.experiments.core.data.windows import LOSSES
 from ctxkern.experiments.core.settings import RunSettings, setting
 from ctxkern.experiments.core.tokenizers import TOKENS
+from ctxkern.experiments.multifile.forms import NORMED
 from ctxkern.experiments.multifile.model import ModelSettings, MultiFileConfig
 
 debug_config = {
@@ -65,8 +66,12 @@ class TrainConfig(ModelSettings, RunSettings):
         default_text="1 / context-dim, or 1 with --rank",
         group="optimizer",
     )
-    context_lr_scale: float = setting(
-        10.0, "learning rate of the context vectors, divided by --lr", at_least=0, group="optimizer"
+    context_lr_scale: float | None = setting(
+        None,
+        "learning rate of the context vectors, divided by --lr",
+        at_least=0,
+        default_text="10 where they have a norm, else 1",
+        group="optimizer",
     )
     weight_decay: float = setting(0.01, "of weight matrices", at_least=0, group="optimizer")
     bilinear_weight_decay: float | None = setting(
@@ -81,6 +86,11 @@ class TrainConfig(ModelSettings, RunSettings):
         at_least=0,
         group="optimizer",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context_lr_scale is None:
+            self.context_lr_scale = 10.0 if self.form in NORMED else 1.0
 
     def model_config(self, vocab_size: int, num_files: int) -> MultiFileConfig:
         """The model's share of the settings."""

@@ -27,8 +27,7 @@ class StepCosts:
 
 def without_context(model: MultiFileTransformer) -> MultiFileTransformer:
     """A copy whose projections are plain linear layers with the base weights, to be trained."""
-    weight = model.context_embeddings.weight
-    plain = ctxkern.merge(model, weight.new_zeros(1, weight.shape[1]))
+    plain = ctxkern.merge(model, torch.zeros_like(model.contexts()[:1]))
     return plain.requires_grad_(True).train(model.training)
 
 

@@ -11,8 +11,8 @@ from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.loop import FitResult
 from ctxkern.experiments.core.tokenizers import save_tokenizer
 from ctxkern.experiments.multifile import report
-from ctxkern.experiments.multifile.compare import step_costs
 from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.costs import step_costs
 from ctxkern.experiments.multifile.run import NAMES, TOKENIZER
 from ctxkern.experiments.multifile.train import EXACT, Job, majority_shares, prepare
 
@@ -65,9 +65,8 @@ class MultiFileTraining(Experiment):
 
     def title(self, job: Job) -> str:
         config = job.config
-        return (
-            f"{job.dataset.num_files} files, d_model {config.d_model}, {config.n_layers} layers, K {config.context_dim}"
-        )
+        form = f"K {config.context_dim}" if config.form == "bilinear" else config.form
+        return f"{job.dataset.num_files} files, d_model {config.d_model}, {config.n_layers} layers, {form}"
 
     def report(self, job: Job, result: FitResult) -> str:
         at = result.step if result.best_step is None else result.best_step
@@ -87,6 +86,6 @@ class MultiFileTraining(Experiment):
         return {"parameters": job.model.parameter_counts(), "majority": majority_shares(job.dataset)}
 
     def finish(self, job: Job, args: argparse.Namespace) -> None:
-        if args.compare_einsum and job.config.attention == "fused":
+        if args.compare_einsum and job.config.attention == "fused" and job.config.form == "bilinear":
             costs = step_costs(job, steps=_COMPARED_STEPS)
             print(f"cost        {report.cost_lines(costs, _COMPARED_STEPS)}")

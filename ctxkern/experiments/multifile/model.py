@@ -8,10 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctxkern.experiments.core.settings import Settings, setting
-from ctxkern.nn import ContextModulatedAttention, EinsumContextModulatedAttention
+from ctxkern.experiments.multifile.forms import (
+    ATTENTION,
+    BILINEAR,
+    FILM,
+    FORMS,
+    NORMED,
+    attention_class,
+    context_width,
+    draw_contexts_,
+)
 from ctxkern.nn.block import TransformerBlock
 
-ATTENTION = {"fused": ContextModulatedAttention, "einsum": EinsumContextModulatedAttention}
 INITS = ("normal", "hyperfan", "low_rank", "randn")
 ADD_FILE_INITS = ("mean", "normal")
 # 0.2 trained faster than 0.02 and 0.5 (200 steps of the default run: 2.34 against 2.40 and 2.38)
@@ -32,6 +40,11 @@ class ModelSettings(Settings):
     n_heads: int = setting(4, "attention heads, a divisor of the width", at_least=1, group="model")
     n_layers: int = setting(2, "transformer blocks", at_least=1, group="model")
     context_dim: int = setting(16, "length of a file's context vector", at_least=1, group="model")
+    form: str = setting("bilinear", "how the context of a file enters", choices=tuple(FORMS), group="model")
+    lora_rank: int = setting(4, "rank of the weights of each file, of the form lora", at_least=1, group="model")
+    context_std: float = setting(
+        0.02, "standard deviation of the contexts at step 0, of the forms token and added", at_least=0, group="model"
+    )
     rank: int | None = setting(
         None,
         "keep bilinear tensors by CP factors of this rank",
@@ -58,6 +71,19 @@ class ModelSettings(Settings):
         super().__post_init__()
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads is {self.n_heads}; it must be a divisor of d_model = {self.d_model}")
+        if self.rank is not None and self.form not in BILINEAR:
+            raise ValueError(f"rank is {self.rank}; it must be None for the form {self.form}, see lora_rank")
+
+    @property
+    def context_width(self) -> int:
+        """The entries of a file's context: `context_dim`, or what its form takes."""
+        return context_width(
+            self.form,
+            context_dim=self.context_dim,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            lora_rank=self.lora_rank,
+        )
 
 
 @dataclass
@@ -80,12 +106,25 @@ class _Head(nn.Linear):
         nn.init.normal_(self.weight, std=_HEAD_STD)
 
 
+class _Contexts(nn.Embedding):
+    def __init__(self, config: MultiFileConfig):
+        self.config = config
+        super().__init__(config.num_files, config.context_width)
+
+    def reset_parameters(self) -> None:
+        c = self.config
+        draw_contexts_(self.weight, c.form, std=c.context_std, d_model=c.d_model, lora_rank=c.lora_rank)
+
+
 class MultiFileTransformer(nn.Module):
     """Token and position embeddings, `n_layers` blocks of context-modulated attention, a norm and a head.
 
-    Each file has a row of `context_embeddings`; every block's query, key and value weights are the base weights plus
-    the bilinear tensors contracted with that row.
+    Each file has a row of `context_embeddings` (None where the form is "none"); every block's query, key and value
+    weights are the base weights plus the bilinear tensors contracted with that row, or the row enters as another `form`
+    says.
     """
+
+    context_embeddings: nn.Embedding | None
 
     def __init__(self, config: MultiFileConfig):
         super().__init__()
@@ -93,16 +132,19 @@ class MultiFileTransformer(nn.Module):
         self.config = c = replace(config)
         self.token_embeddings = _Embedding(c.vocab_size, c.d_model)
         self.position_embeddings = _Embedding(c.seq_len, c.d_model)
-        self.context_embeddings = nn.Embedding(c.num_files, c.context_dim)
+        width = c.context_width
+        # the draws of a model with bilinear tensors stay those of before there were forms
+        self.context_embeddings = _Contexts(c) if c.form in BILINEAR else None
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 c.d_model,
-                c.context_dim,
+                width // c.n_layers if c.form == "lora" else width,
                 c.n_heads,
                 c.mlp_ratio,
                 c.dropout,
-                attention=ATTENTION[c.attention],
+                film=c.form in FILM,
+                attention=attention_class(c.form, c.attention),
                 is_causal=True,
                 rank=c.rank,
                 init=c.init,
@@ -111,6 +153,8 @@ class MultiFileTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(c.d_model)
         self.head = _Head(c.d_model, c.vocab_size, bias=False)
+        if width and c.form not in BILINEAR:
+            self.context_embeddings = _Contexts(c)
 
     def reset_parameters(self) -> None:
         """Draws all parameters again, as at construction."""
@@ -119,12 +163,15 @@ class MultiFileTransformer(nn.Module):
                 module.reset_parameters()
 
     def contexts(self) -> torch.Tensor:
-        """The vectors [F, K] of all files, as layers use them; differentiable."""
+        """The vectors [F, K] of all files, as layers use them; differentiable. K is the config's `context_width`."""
+        if self.context_embeddings is None:
+            return self.token_embeddings.weight.new_empty(self.config.num_files, 0)
         return self.scaled(self.context_embeddings.weight)
 
     def scaled(self, vectors: torch.Tensor) -> torch.Tensor:
         """Vectors [F, K] at the norm that contexts are used with; zeros stay zeros."""
-        return F.normalize(vectors) * self.config.context_dim**0.5 if self.config.context_norm else vectors
+        normed = self.config.context_norm and self.config.form in NORMED
+        return F.normalize(vectors) * self.config.context_dim**0.5 if normed else vectors
 
     def get_file_context(self, file_ids: torch.Tensor) -> torch.Tensor:
         """The vectors [B, K] of `file_ids` [B] int64; differentiable."""
@@ -154,7 +201,12 @@ class MultiFileTransformer(nn.Module):
             ValueError: neither or both of `contexts` and `file_ids` (neither will do after `ctxkern.merge`);
                 a wrong shape; too many positions.
         """
-        merged = not any(hasattr(block.attention, "bilinear_q") for block in self.blocks)
+        # after ctxkern.merge
+        merged = (
+            self.config.form == "none"
+            or self.config.form == "bilinear"
+            and not any(hasattr(b.attention, "bilinear_q") for b in self.blocks)
+        )
         if (contexts is None) == (file_ids is None) and not (merged and contexts is None):
             got = "neither contexts nor file_ids is" if contexts is None else "both contexts and file_ids are"
             raise ValueError(f"{got} given; exactly one of them must be")
@@ -166,8 +218,8 @@ class MultiFileTransformer(nn.Module):
         context: torch.Tensor | None
         index: torch.Tensor | None
         if contexts is not None:
-            if contexts.shape != (B, self.config.context_dim):
-                expected = [B, self.config.context_dim]
+            if contexts.shape != (B, self.config.context_width):
+                expected = [B, self.config.context_width]
                 raise ValueError(f"contexts has the shape {list(contexts.shape)}; it must be [B, K] = {expected}")
             context, index = contexts, None
         elif file_ids is None:
@@ -179,11 +231,21 @@ class MultiFileTransformer(nn.Module):
         if self.training and self.config.context_dropout and context is not None:
             context, index = self._drop(context, index)
         positions = torch.arange(start, start + S, device=inputs.device)
-        x = self.dropout(self.token_embeddings(inputs) + self.position_embeddings(positions))
+        x = self.token_embeddings(inputs) + self.position_embeddings(positions)
+        form, parts = self.config.form, [context] * len(self.blocks)
+        if context is not None and form in ("token", "added"):
+            vectors = (context if index is None else context[index])[:, None]
+            x = x + vectors if form == "added" else torch.cat([vectors, x], 1) if start == 0 else x
+            if form == "token" and padding_mask is not None:
+                padding_mask = F.pad(padding_mask, (1, 0))
+        if context is not None and form == "lora":
+            parts = list(context.chunk(len(self.blocks), 1))
+        x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x = block(x, context, context_index=index, key_padding_mask=padding_mask, cache=cache)
-        return self.head(self.norm(x))
+            x = block(x, parts[i], context_index=index, key_padding_mask=padding_mask, cache=cache)
+        # without the file's own token
+        return self.head(self.norm(x[:, -S:]))
 
     def _drop(self, context: torch.Tensor, index: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros in place of the contexts of some sequences, as one more row of the table."""
@@ -204,6 +266,9 @@ class MultiFileTransformer(nn.Module):
         Raises:
             ValueError: another `init`.
         """
+        if self.context_embeddings is None:
+            self.config.num_files += 1
+            return self.config.num_files - 1
         old = self.context_embeddings.weight
         if isinstance(init, torch.Tensor):
             if init.shape != old.shape[1:]:
@@ -220,11 +285,12 @@ class MultiFileTransformer(nn.Module):
         return self.config.num_files - 1
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters: `base`, `bilinear`, `context` and their `total`."""
+        """Numbers of parameters: `base`, `bilinear`, `context`, `film` where there is any, and their `total`."""
         counts = dict.fromkeys(("base", "bilinear", "context"), 0)
         for name, parameter in self.named_parameters():
             kind = "context" if name.startswith("context_") else "bilinear" if is_bilinear(name) else "base"
-            counts[kind] += parameter.numel()
+            kind = "film" if "_film." in name else kind
+            counts[kind] = counts.get(kind, 0) + parameter.numel()
         return counts | {"total": sum(counts.values())}
 
     def with_attention(self, attention: str) -> "MultiFileTransformer":

@@ -15,6 +15,8 @@ def projections(model: MultiFileTransformer) -> Iterator[tuple[Tensor, Tensor]]:
     """(base weight [E, D], bilinear tensor [D, E, K]) of every projection; differentiable."""
     for block in model.blocks:
         layer: nn.Module = block.attention
+        if not hasattr(layer, "bilinear_q"):
+            return
         for name in _NAMES:
             bilinear = getattr(layer, f"bilinear_{name}")
             whole = bilinear.tensor() if isinstance(bilinear, BilinearFactors) else bilinear
@@ -55,12 +57,16 @@ def movement(model: MultiFileTransformer, start: Tensor) -> dict[str, float]:
     Returns:
         `weight_change`: ‖ΔW‖ / ‖W‖, root mean squares over files and projections; about 0.25 where runs went well.
         `context_movement`: 1 − the cosine of each context and itself at step 0, mean over files.
+        Models without bilinear tensors have no `weight_change`, those without contexts neither.
     """
     contexts = model.contexts()
+    if not contexts.shape[1]:
+        return {}
     wide = contexts.double()
     change = base = 0.0
     for weight, bilinear in projections(model):
         change += float(((wide @ _gram(bilinear).double()) * wide).sum()) / len(wide)
         base += float(weight.double().square().sum())
     cosine = nn.functional.cosine_similarity(wide[: len(start)], start.to(wide)[: len(wide)])
-    return {"weight_change": (change / base) ** 0.5, "context_movement": float(1 - cosine.mean())}
+    moved = {"context_movement": float(1 - cosine.mean())}
+    return ({"weight_change": (change / base) ** 0.5} if base else {}) | moved

@@ -8,8 +8,9 @@ import torch
 
 import ctxkern
 from ctxkern.experiments.core.names import group_notes, join_names
-from ctxkern.experiments.multifile.compare import StepCosts
 from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.costs import StepCosts
+from ctxkern.experiments.multifile.forms import BILINEAR, FORMS, NORMED
 from ctxkern.experiments.multifile.train import Job, autocast
 
 
@@ -64,20 +65,22 @@ def _cuts(job: Job) -> list[str]:
 def warnings_about(config: TrainConfig) -> list[str]:
     """Settings that are known not to train well, with the measurement that says so."""
     found = []
-    if config.init == "randn":
+    if config.form in BILINEAR and config.init == "randn":
         found.append("--init randn saturates attention: 3.16 nats where normal ended at 2.04")
-    if config.init == "hyperfan":
+    if config.form in BILINEAR and config.init == "hyperfan":
         found.append("--init hyperfan ended 0.09 nats above normal")
     if config.rank is None and config.bilinear_lr_scale is not None and config.bilinear_lr_scale > 0.5:
         found.append("--bilinear-lr-scale above 0.5: the sum over the context outruns the base; 1 / context-dim trains")
-    if config.context_lr_scale < 1:
+    if config.form in NORMED and config.context_lr_scale is not None and config.context_lr_scale < 1:
         found.append("--context-lr-scale below 1: the vectors hardly move, and files cannot be told apart by them")
-    if not config.context_norm:
+    if not config.context_norm and config.form in NORMED:
         found.append("--no-context-norm: contexts grow or shrink with their learning rate; norm √K ended lower")
     return found
 
 
 def _plan(job: Job) -> str:
+    if job.config.form not in BILINEAR:
+        return f"weights are shared; a file's context enters as: {FORMS[job.config.form]}"
     if job.config.attention == "einsum":
         return "einsum: the whole weight of every sequence is made, the form to compare with"
     if job.config.rank is not None:
@@ -86,7 +89,7 @@ def _plan(job: Job) -> str:
     layer: Any = job.model.blocks[0].attention
     weight = layer.W_q_base.weight
     x = torch.empty(*batch["input"].shape, job.config.d_model, device=job.device, dtype=weight.dtype)
-    context = job.model.context_embeddings.weight
+    context = job.model.contexts()
     with autocast(job.config, job.device):
         plan = ctxkern.explain(x, context, weight, layer.bilinear_q, context_index=batch["file_id"].to(job.device))
     return "\n            ".join(str(plan).splitlines())

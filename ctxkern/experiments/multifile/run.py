@@ -1,18 +1,22 @@
 """A trained run, read back: its model, tokenizer and files."""
 
+import copy
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+import ctxkern
 from ctxkern.experiments.core.checkpoint import BEST, LAST, CheckpointError, load_checkpoint
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_atomic
 from ctxkern.experiments.core.names import join_names, printable, utf8_alias
 from ctxkern.experiments.core.tokenizers import Tokenizer, load_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
+from ctxkern.experiments.multifile.forms import BILINEAR, adapters
 from ctxkern.experiments.multifile.model import MultiFileTransformer
 
 CONFIG, NAMES, TOKENIZER, ADDED = "config.json", "names.json", "tokenizer.json", "added.safetensors"
@@ -46,12 +50,26 @@ class Run:
             raise ValueError(f"file is {name!r}, which names {kind} the run's files: {join_names(self.names, 20)}")
         return found[0]
 
+    def model_of(self, file_id: int) -> nn.Module:
+        """A copy of the model for one file: token ids [B, S] int64 to logits [B, S, V], in operators of torch alone."""
+        vector = self.model.get_file_context(torch.tensor([file_id])).detach()
+        if self.config.form == "none":
+            return copy.deepcopy(self.model)
+        if self.config.form == "lora":
+            return _with_adapters(self.model, vector)
+        if self.config.form in BILINEAR:
+            merged = ctxkern.merge(self.model, vector).eval()
+            return merged if self.config.form == "bilinear" else _InContext(merged, vector)
+        return _InContext(copy.deepcopy(self.model), vector)
+
     def remember(self, name: str, vector: torch.Tensor) -> int:
         """Add a file with its context [K] to the model, and to the run folder, where `load_run` finds it again.
 
         Raises:
-            ValueError: the run has a file of this name.
+            ValueError: the run has a file of this name, or its files have no contexts.
         """
+        if self.model.context_embeddings is None:
+            raise ValueError(f"RUN has the form {self.config.form}; it must have contexts")
         if name in self.names:
             raise ValueError(f"name is {name!r}; it must be a new one: the run has a file of this name")
         file_id = self.model.add_file(vector)
@@ -62,6 +80,30 @@ class Run:
         save = require("safetensors.torch").save_file
         write_atomic(self.path / ADDED, lambda place: save({"contexts": added.contiguous()}, place, metadata=metadata))
         return file_id
+
+
+class _InContext(nn.Module):
+    def __init__(self, model: MultiFileTransformer, vector: torch.Tensor):
+        super().__init__()
+        self.model = model
+        self.register_buffer("vector", vector)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs, self.vector.expand(inputs.shape[0], -1))
+
+
+@torch.no_grad()
+def _with_adapters(model: MultiFileTransformer, vector: torch.Tensor) -> MultiFileTransformer:
+    """A model of the form "none" whose weights are those of one file."""
+    config = replace(model.config, form="none")
+    plain = MultiFileTransformer(config).to(vector).eval()
+    plain.load_state_dict({name: t for name, t in model.state_dict().items() if not name.startswith("context_")})
+    pairs = adapters(vector, config.d_model, config.lora_rank)
+    for block in plain.blocks:
+        for name in "qkv":
+            A, B = next(pairs)
+            getattr(block.attention, f"W_{name}_base").weight += (B[0] @ A[0]).mT
+    return plain
 
 
 def _stored(run_dir: Path) -> dict:
