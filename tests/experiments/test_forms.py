@@ -62,7 +62,8 @@ def test_every_parameter_has_a_gradient(form):
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
         # the file that no sequence is of is not in the batch
-        assert parameter.grad is not None and parameter.grad.any(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
     if form != "none":
         assert model.context_embeddings.weight.grad.any(1).all()
 

@@ -4,14 +4,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
 # parameters, gradients and Adam's two moments
 _COPIES = 4
+_DRAWS = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -38,6 +40,16 @@ def free_bytes(device: torch.device) -> int | None:
     return min(free, default=None)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves parameters as they are: drawing them without memory would import the compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def build_model(make: Callable[[], Model], device: torch.device, dtype: torch.dtype, sizes: str) -> Model:
     """The model that `make` builds, on `device` in `dtype`, if there is memory to train it.
 
@@ -51,7 +63,7 @@ def build_model(make: Callable[[], Model], device: torch.device, dtype: torch.dt
     """
     gibibytes = None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             count = sum(parameter.numel() for parameter in make().parameters())
         gibibytes = count * dtype.itemsize * _COPIES / 2**30
         free = free_bytes(device)
