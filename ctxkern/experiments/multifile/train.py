@@ -25,7 +25,7 @@ from ctxkern.experiments.core.plots import BY_TOKEN
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
-from ctxkern.experiments.multifile.model import MultiFileTransformer, is_bilinear
+from ctxkern.experiments.multifile.model import MultiFileConfig, MultiFileTransformer, is_bilinear
 from ctxkern.experiments.multifile.modulation import movement, penalty
 
 # a chunk of a text fills this many windows
@@ -136,6 +136,17 @@ def majority_shares(dataset: MultiFileDataset) -> dict[str, float]:
     return shares
 
 
+def row_scores(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[B, 4] of logits [B, S, V] for a batch of `Evaluator`, by row: the sum of the losses at its labels, how many these
+    are, whether it is a whole answer that is right everywhere, and whether it is a whole answer."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    labelled, answers = batch["target"] != IGNORE_INDEX, batch["answer"]
+    right = ((logits.argmax(-1) == batch["target"]) | ~labelled).all(1) & answers
+    return torch.stack([losses.view_as(batch["target"]).sum(1), labelled.sum(1), right, answers], 1)
+
+
 class Evaluator:
     """Token-weighted mean loss of each file's validation windows.
 
@@ -174,12 +185,7 @@ class Evaluator:
         for batch in self.batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             logits = model(batch["input"], file_ids=batch["file_id"])
-            losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-            )
-            labelled, answers = batch["target"] != IGNORE_INDEX, batch["answer"]
-            right = ((logits.argmax(-1) == batch["target"]) | ~labelled).all(1) & answers
-            per_row = torch.stack([losses.view_as(batch["target"]).sum(1), labelled.sum(1), right, answers], 1)
+            per_row = row_scores(logits, batch)
             sums.index_add_(0, batch["file_id"], per_row.double())
         loss, labels, right, answers = sums.unbind(1)
         self.by_token = float(loss.sum() / labels.sum())
@@ -264,6 +270,12 @@ class Job:
         return run
 
 
+def initial_model(config: MultiFileConfig, seed: int) -> MultiFileTransformer:
+    """The model at step 0 of a run with this seed."""
+    torch.manual_seed(derive_seed(seed, "weights"))
+    return MultiFileTransformer(config)
+
+
 def prepare(
     config: TrainConfig,
     paths: Sequence[str | os.PathLike],
@@ -302,13 +314,9 @@ def prepare(
     tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
     model_config = config.model_config(tokenizer.vocab_size, dataset.num_files)
 
-    def make() -> MultiFileTransformer:
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        return MultiFileTransformer(model_config)
-
     # before the windows, which seq_len makes large too
     model = build_model(
-        make,
+        lambda: initial_model(model_config, config.seed),
         device,
         torch.float64 if config.dtype == "float64" else torch.float32,
         "d_model, n_layers, seq_len or context_dim",
