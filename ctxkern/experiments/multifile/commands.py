@@ -18,6 +18,7 @@ from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.tokenizers import save_tokenizer
 from ctxkern.experiments.multifile.adapt import adapt_file
+from ctxkern.experiments.multifile.analysis import commands as report
 from ctxkern.experiments.multifile.generate import generate_text
 from ctxkern.experiments.multifile.run import CHECKPOINTS, Run, load_run
 from ctxkern.experiments.multifile.train import CHUNK_WINDOWS, criterion
@@ -44,6 +45,7 @@ def add_parsers(subparsers: Any) -> None:
     export = _parser(subparsers, "export", _export, "a program for one file, its weights merged; it needs torch alone")
     export.add_argument("--file", required=True, help="whose context: a name, or its number")
     export.add_argument("--out", type=Path, required=True, help="the .pt2 file to write; a tokenizer.json lies beside")
+    report.add_parsers(subparsers)
 
 
 def _parser(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

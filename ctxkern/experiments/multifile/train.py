@@ -137,8 +137,8 @@ def majority_shares(dataset: MultiFileDataset) -> dict[str, float]:
 
 
 def row_scores(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[B, 4] of logits [B, S, V] for a batch of `Evaluator`, by row: the sum of the losses at its labels, how many these
-    are, whether it is a whole answer that is right everywhere, and whether it is a whole answer."""
+    """[B, 4] of logits [B, S, V] for a batch of `Evaluator`, by row: the sum of the losses at its labels, their number,
+    whether it is a whole answer that is right everywhere, and whether it is a whole answer."""
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
