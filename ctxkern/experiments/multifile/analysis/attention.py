@@ -24,6 +24,8 @@ from ctxkern.experiments.multifile.model import MultiFileTransformer
 # queries of a window that are compared, spread over it
 _QUERIES = 16
 _RANDOM_DRAWS = 3
+# nats: what equal maps differ by is below
+_ROUNDING = 1e-12
 
 
 class _Capture(TorchFunctionMode):
@@ -196,6 +198,7 @@ def divergence(
     pairs = torch.stack([part for own in files for part in by_file[own]]).mean(0)
     means = [torch.tensor([sum(values[own]) / len(values[own]) for own in files]) for values in (trained, random)]
     difference = (means[0] - means[1]).double()
+    difference = torch.where(difference.abs() < _ROUNDING, 0.0, difference)
     same = (labels[:, None] == labels) & ~torch.eye(count, dtype=torch.bool)
     apart = labels[:, None] != labels
     known = bool(same.any() and apart.any())

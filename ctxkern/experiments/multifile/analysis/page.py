@@ -20,33 +20,41 @@ h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; border-bottom: 1px solid #e4e7e
 p, li { max-width: 46rem; }
 .note { color: #5b6272; font-size: .9rem; }
 .summary { background: #f5f7fb; border-radius: .5rem; padding: .8rem 1rem .8rem 2rem; margin: 1rem 0; }
-.summary li { margin: .35rem 0; }
-img { display: block; max-width: 100%; height: auto; margin: 1rem 0; }
+.summary li { margin: .35rem 0; max-width: none; }
+img { display: block; width: 100%; min-width: 38rem; height: auto; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #e4e7ee; white-space: nowrap; }
-th { vertical-align: bottom; font-weight: 600; }
+th { vertical-align: bottom; font-weight: 600; white-space: normal; }
 th:first-child, td:first-child, .text { text-align: left; }
 tr:last-child td { border-bottom: 0; }
 pre { font-size: .78rem; white-space: pre-wrap; background: #f5f7fb; border-radius: .5rem; padding: .8rem; }
 @media print { body { font-size: 10pt; max-width: none; padding: 0; } h2 { break-after: avoid; }
   img, tr { break-inside: avoid; }
-  .wide { overflow: visible; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; } }
+  .wide { overflow: visible; } img { min-width: 0; } table { font-size: 7pt; }
+  th, td { padding: .1rem .25rem; white-space: normal; } }
 """
 
 
 def _paragraph(text: str, kind: str = "") -> str:
     style = f' class="{kind}"' if kind else ""
-    return f"<p{style}>{html.escape(text)}</p>"
+    return f"<p{style}>{_kept(text)}</p>"
+
+
+def _kept(text: str) -> str:
+    """Escaped, with numbers and their signs on one line."""
+    return (
+        html.escape(text).replace(" %", "\u00a0%").replace(" = ", "\u00a0=\u00a0").replace(" &lt; ", "\u00a0&lt;\u00a0")
+    )
 
 
 def _list(lines: Sequence[str], kind: str = "") -> str:
-    return f'<ul class="{kind}">' + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+    return f'<ul class="{kind}">' + "".join(f"<li>{_kept(line)}</li>" for line in lines) + "</ul>"
 
 
 def _image(path: Path, text: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
+    return f'<div class="wide"><img src="data:image/png;base64,{data}" alt="{html.escape(text)}"></div>'
 
 
 def _cell(value: tables.Cell, tag: str = "td") -> str:
@@ -56,7 +64,10 @@ def _cell(value: tables.Cell, tag: str = "td") -> str:
 
 
 def _table(table: Table) -> str:
-    heads = "".join(f"<th>{html.escape(head)}</th>" for head in table.heads)
+    worded = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.heads))]
+    heads = "".join(
+        f"<th{' class=text' if text else ''}>{_kept(head)}</th>" for head, text in zip(table.heads, worded, strict=True)
+    )
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 

@@ -21,7 +21,7 @@ def draw_all(a: Analysis, folder: str | os.PathLike) -> dict[str, Path]:
     """The PNGs that a run has, by name, in `folder`."""
     jobs: dict[str, tuple[bool, Callable[[Any], None], tuple[float, float]]] = {
         "movement": (True, lambda figure: _movement(figure, a), (9, 3.2)),
-        "maps": (True, lambda figure: _maps(figure, a), (9, 5.2 if len(a.names) <= _NAMED else 4.4)),
+        "maps": (True, lambda figure: _maps(figure, a), (9, 4.3)),
         "places": (True, lambda figure: _places(figure, a), (9, 4.6)),
         "purity": (bool(a.purities), lambda figure: _purity(figure, a), (9, 2.4)),
         "attention": (a.attention is not None, lambda figure: _attention(figure, a), (9, 4.6)),
@@ -70,10 +70,20 @@ def _bars(axes: Any, a: Analysis, pairs: Sequence[tuple[float, float]]) -> None:
     axes.legend(loc="upper right", ncols=2)
 
 
-def _heat(figure: Any, axes: Any, a: Analysis, values: torch.Tensor, ids: list[int], *, names: bool, **style) -> None:
+def _heat(
+    figure: Any,
+    axes: Any,
+    a: Analysis,
+    values: torch.Tensor,
+    ids: list[int],
+    *,
+    names: bool,
+    ticks: Any = None,
+    **style,
+) -> None:
     """A matrix over the files `ids`, in this order, with lines between families."""
-    image = axes.imshow(values, interpolation="nearest", **style)
-    figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, pad=0.02, aspect=40)
+    image = axes.imshow(values.numpy(), interpolation="nearest", **style)
+    figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, pad=0.02, aspect=40, ticks=ticks)
     axes.grid(visible=False)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -97,9 +107,9 @@ def _maps(figure: Any, a: Analysis) -> None:
     order = family_order(a)
     axes = figure.subplots(1, len(a.similarity), squeeze=False)[0]
     for number, (space, values) in enumerate(a.similarity.items()):
-        style = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
+        style = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1, "ticks": (-1, -0.5, 0, 0.5, 1)}
         _heat(figure, axes[number], a, values[order][:, order], order, names=number == 0, **style)
-        axes[number].set_title(f"Cosines of {_SPACES[space]}")
+        axes[number].set_title(f"Cosines of {space}")
 
 
 def _places(figure: Any, a: Analysis) -> None:
@@ -108,18 +118,8 @@ def _places(figure: Any, a: Analysis) -> None:
     for number, (space, (places, shares)) in enumerate(a.places.items()):
         here = axes[number]
         shades = [colours.get(name, MUTED if name not in a.families.known else INK) for name in a.families.names]
-        here.scatter(places[:, 0], places[:, 1], color=shades, s=18)
-        if len(a.names) <= _NAMED:
-            for i, name in enumerate(a.names):
-                known = a.families.names[i] in colours
-                here.annotate(
-                    short_name(name, 14),
-                    places[i].tolist(),
-                    xytext=(3, 2),
-                    textcoords="offset points",
-                    fontsize=5.5,
-                    color=shades[i] if known else MUTED,
-                )
+        here.scatter(*places.T.tolist(), color=shades, s=18)
+        _name_points(here, a, places, shades)
         here.set_title(f"{_SPACES[space][0].upper()}{_SPACES[space][1:]}")
         here.set_xlabel(f"first principal axis ({shares[0]:.0%} of the variance)")
         here.set_ylabel(f"second ({shares[1]:.0%})")
@@ -128,6 +128,21 @@ def _places(figure: Any, a: Analysis) -> None:
         axes[0].scatter([], [], color=colour, s=18, label=short_name(name, 30))
     if colours:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7.5)
+
+
+def _name_points(axes: Any, a: Analysis, places: torch.Tensor, shades: list[str]) -> None:
+    """Names next to points, by family, those left out that would lie on others."""
+    spread = (places.max(0).values - places.min(0).values).clamp(min=1e-12)
+    named: list[torch.Tensor] = []
+    for i in family_order(a):
+        # in shares of the axes
+        place = places[i] / spread
+        if any(abs(place[0] - other[0]) < 0.26 and abs(place[1] - other[1]) < 0.03 for other in named):
+            continue
+        named.append(place)
+        shared = a.families.names[i].removesuffix("*")
+        style = {"xytext": (3, 2), "textcoords": "offset points", "fontsize": 6, "color": shades[i]}
+        axes.annotate(short_name(a.names[i].removeprefix(shared) or a.names[i], 20), places[i].tolist(), **style)
 
 
 def _purity(figure: Any, a: Analysis) -> None:
@@ -174,7 +189,9 @@ def _losses(figure: Any, a: Analysis) -> None:
     for place, kind in enumerate(kinds):
         swap = a.swaps.kinds[kind]
         jitter = torch.linspace(-0.22, 0.22, len(swap.rise))
-        axes.scatter(swap.rise, place + jitter, color=FAINT, s=12, label="a file" if not place else None)
+        axes.scatter(
+            swap.rise.tolist(), (place + jitter).tolist(), color=FAINT, s=12, label="a file" if not place else None
+        )
         axes.plot([swap.low, swap.high], [place] * 2, color=ORANGE, linewidth=2.5)
         label = "mean over files, 95 % interval" if not place else None
         axes.scatter([swap.mean], [place], color=ORANGE, s=36, zorder=3, label=label)

@@ -15,7 +15,7 @@ def figure(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     if value and abs(value) < 0.0005:
-        return f"{value:.1e}"
+        return f"{value:.1e}".replace("-", "−")
     return f"{value:,.3f}".replace("-", "−")
 
 
@@ -131,10 +131,10 @@ def _purity(a: Analysis) -> list[str]:
     for p in a.purities:
         if p.k != "1":
             continue
-        both = p.labels.p < LEVEL and p.random.p < LEVEL
+        found = "are" if p.labels.p < LEVEL and p.random.p < LEVEL else "are not"
         lines.append(
-            f"Families {'can' if both else 'cannot'} be told apart by {p.space}: the nearest file is of the same family "
-            f"for {p.labels.observed:.0%} of the files that have relatives; {p.labels.mean:.0%} with permuted labels "
+            f"Families {found} told apart by {p.space}: the nearest file is of the same family for "
+            f"{p.labels.observed:.0%} of the files that have relatives; {p.labels.mean:.0%} with permuted labels "
             f"({probability(p.labels.p)}), {p.random.mean:.0%} with random contexts ({probability(p.random.p)}), "
             f"{p.start:.0%} before training."
         )
