@@ -83,8 +83,13 @@ def _by_words(names: Sequence[str]) -> list[str]:
     return families
 
 
-def read_families(path: str | os.PathLike, names: Sequence[str]) -> Families:
+def read_families(path: str | os.PathLike, names: Sequence[str], *, partly: bool = False) -> Families:
     """Families from a CSV file with the columns `name` and `family`; files that it leaves out are in none.
+
+    Args:
+        path: the CSV file.
+        names: of the files.
+        partly: whether it may have names of other files.
 
     Raises:
         ValueError: other columns; a name that is of no file, or comes twice.
@@ -98,6 +103,8 @@ def read_families(path: str | os.PathLike, names: Sequence[str]) -> Families:
         families, seen = list(names), set()
         for row in rows:
             name = row["name"] or ""
+            if name not in names and partly:
+                continue
             if name not in names:
                 raise ValueError(f"--families: {where} has the name {name!r}; it must be one of {join_names(names)}")
             if name in seen:
