@@ -271,6 +271,12 @@ _COLUMNS = {
     "peak MiB": ("peak_mib", "peak memory of the process (MiB)", "{:.0f}"),
 }
 
+# by title: what is drawn below
+_BELOW = {
+    _COLUMNS["purity"][1]: ("purity_permuted", "permuted families"),
+    _COLUMNS["step ms"][1]: ("step_ms_no_context", "without context"),
+}
+
 
 def _means(rows: Sequence[Mapping[str, Any]], column: str) -> dict[Any, list[float]]:
     """The numbers of a column by value, those that are missing left out."""
@@ -318,17 +324,20 @@ def plot(what: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(xs, [sum(found) / len(found) for found in known.values()], color=BLUE)
             for value, found in known.items():
                 axes.scatter([places[value]] * len(found), found, color=ORANGE, s=14, zorder=3)
-            if title == _COLUMNS["purity"][1]:
-                null = {v: n for v, n in _means(rows, "purity_permuted").items() if n}
+            if title in _BELOW:
+                column, label = _BELOW[title]
+                null = {value: found for value, found in _means(rows, column).items() if found}
                 means = [sum(found) / len(found) for found in null.values()]
-                axes.plot([places[value] for value in null], means, color=FAINT, label="permuted families")
-                axes.legend(loc="best", fontsize=7)
+                axes.plot([places[value] for value in null], means, color=FAINT, label=label)
+                axes.legend(loc="lower right", fontsize=7)
             if logarithmic:
                 axes.set_xscale("log")
                 axes.minorticks_off()
-            axes.set_xticks(list(places.values()), [f"{value}" for value in places], fontsize=7)
+            axes.set_xticks(list(places.values()), [f"{value}" for value in places])
             if title != _COLUMNS["loss"][1]:
-                axes.set_ylim(0, 1.05 if title == _COLUMNS["purity"][1] else None)
+                top = max(number for found in known.values() for number in found)
+                axes.set_ylim(0, 1.05 if title == _COLUMNS["purity"][1] else 1.15 * top)
+            axes.tick_params(labelsize=7)
             axes.set_title(title, fontsize=8.5)
             axes.set_xlabel(what)
 

@@ -227,6 +227,11 @@ def draw_runs(names: Sequence[str], figures: Sequence[dict[str, float]], path: s
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(shown)), list(reversed(shown)), fontsize=7.5)
         axes.set_xscale("symlog", linthresh=0.01)
+        ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10]
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set_title(f"Figures of {len(names)} runs (nats, or shares)")
 
     save_figure(draw, path, (9, 1 + 0.28 * len(shown)))
