@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ctxkern.experiments.core.experiment import Experiment, Inputs, Job, Trainin
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.loop import FitResult, TrainingError
-from ctxkern.experiments.core.memory import is_out_of_memory
+from ctxkern.experiments.core.memory import is_out_of_memory, peak_bytes
 from ctxkern.experiments.core.names import (
     group_notes,
     join_names,
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
             job, run_dir, resume=args.resume, progress=not args.quiet, config={"files": digests} if files else None
         )
         if processes.is_main():
-            _write_result(run_dir, result)
+            _write_result(run_dir, result, experiment.details(job))
     if not processes.is_main():
         return 128 + result.interrupted if result.interrupted else 0
     return _finish(args, job, run_dir, result)
@@ -221,15 +221,16 @@ def _write_start(args: argparse.Namespace, job: Job, files: list[TrainingFile], 
     )
 
 
-def _write_result(run_dir: Path, result: FitResult) -> None:
+def _write_result(run_dir: Path, result: FitResult, details: Mapping[str, Any]) -> None:
     """The run's last numbers as `result.json`; nan, which JSON has not, as null."""
 
-    def finite(losses: dict[str, float]) -> dict[str, float | None]:
-        return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(one) for name, one in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    values = asdict(result) | {name: finite(getattr(result, name)) for name in ("first", "best", "last")}
-    values["interrupted"] = result.interrupted.name if result.interrupted else None
-    write_json_atomic(run_dir / RESULT, values)
+    values = finite(asdict(result)) | {"interrupted": result.interrupted.name if result.interrupted else None}
+    write_json_atomic(run_dir / RESULT, values | {"peak_bytes": peak_bytes(), "details": finite(details)})
 
 
 def _plot(args: argparse.Namespace, job: Job, run_dir: Path) -> bool:

@@ -128,6 +128,10 @@ class Experiment:
         before, after = (_mean(losses) for losses in (result.first, result.last))
         return f"mean validation loss: {before:.4f} at step 0, {after:.4f} at step {result.step}" if result.last else ""
 
+    def details(self, job: Any) -> Mapping[str, Any]:
+        """What `result.json` has in addition to a `FitResult`: values of JSON, nan for what is not known."""
+        return {}
+
     def finish(self, job: Any, args: argparse.Namespace) -> None:
         """Do what remains once numbers and plot are on the disk."""
 

@@ -10,6 +10,7 @@ import contextlib
 import enum
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -87,7 +88,8 @@ class FitResult:
     `step` of `steps` are done; `interrupted` is the signal that ended it early, or None; `ended` says what else
     did, or is None; `first`, `best` and `last` are the validation losses by name of the first evaluation, of the one
     with the lowest mean and of the last (empty without one); `best_loss` is that mean, at `best_step`, and
-    `observed` what `observe` gave there.
+    `observed` what `observe` gave there; `step_seconds` the median time of a step of this call, validation apart (None
+    without a step).
     """
 
     step: int
@@ -100,6 +102,7 @@ class FitResult:
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     observed: dict[str, float] = field(default_factory=dict)
+    step_seconds: float | None = None
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
@@ -164,6 +167,7 @@ class _Run:
         self.saved_step: int | None = None
         self.agreed: signal.Signals | None = None
         self.latest_loss = math.nan
+        self.durations: list[float] = []
         if self.main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.run_dir)
@@ -322,9 +326,11 @@ class _Run:
         tokens, began = 0, time.perf_counter()
         source = self.batches.iterate(result.step)
         while result.step < config.steps and not self._ends(signals):
+            started = time.perf_counter()
             batch = next(source)
             tokens += count_tokens(batch)
             self._step(batch)
+            self.durations.append(time.perf_counter() - started)
             self.bar.update()
             if self._due(config.log_every):
                 self._flush()
@@ -356,6 +362,7 @@ class _Run:
                     self._save()
         finally:
             self.log.close()
+        result.step_seconds = statistics.median(self.durations) if self.durations else None
         rows = [row for row in self.log.rows if "validation" in row]
         if rows:
             best = next((row for row in rows if row["step"] == result.best_step), rows[-1])

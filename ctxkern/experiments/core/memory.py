@@ -1,6 +1,7 @@
 """Whether a model fits, asked before its memory is taken: Linux kills a process that takes too much, without a word."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -71,3 +72,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("can't allocate memory", "not enough memory", "out of memory", "overflow", "too large", "must be (int")
     return isinstance(error, RuntimeError | TypeError) and any(word in str(error).lower() for word in words)
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has held so far; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

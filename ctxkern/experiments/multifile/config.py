@@ -38,6 +38,9 @@ class TrainConfig(ModelSettings, RunSettings):
     num_files: int | None = setting(
         None, "use the first so many readable files", at_least=1, default_text="all", group="data"
     )
+    only: str | None = setting(
+        None, "train on this file alone, with the split and vocabulary of all", default_text="all files", group="data"
+    )
     tokens: str = setting("chars", "what a token is", choices=TOKENS, group="data")
     loss: str = setting("target", "label the answers only, or the prompts too", choices=LOSSES, group="data")
     val_fraction: float = setting(0.1, "share of each file set apart", at_least=0, below=1, group="data")

@@ -3,7 +3,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ctxkern.experiments.core.data.paths import standard_library_files
 from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
@@ -54,7 +54,7 @@ class MultiFileTraining(Experiment):
         return prepare(config, inputs.found.files, skip_bad=inputs.skip_bad, bad=inputs.found.bad)
 
     def files(self, job: Job) -> list[TrainingFile]:
-        return [TrainingFile(*pair) for pair in zip(job.dataset.file_paths, job.dataset.checksums, strict=True)]
+        return [TrainingFile(*source) for source in job.sources]
 
     def save(self, job: Job, run_dir: Path) -> None:
         save_tokenizer(job.tokenizer, run_dir / TOKENIZER)
@@ -81,6 +81,10 @@ class MultiFileTraining(Experiment):
                 windows[names[file_id]] += 1
         shares = {name: result.observed.get(f"{EXACT}/{name}", math.nan) for name in names}
         return heading + report.loss_table(result.first, result.best, windows, shares, majority_shares(job.dataset))
+
+    def details(self, job: Job) -> dict[str, Any]:
+        """Parameters by kind, and by file the share of its most frequent answer."""
+        return {"parameters": job.model.parameter_counts(), "majority": majority_shares(job.dataset)}
 
     def finish(self, job: Job, args: argparse.Namespace) -> None:
         if args.compare_einsum and job.config.attention == "fused":

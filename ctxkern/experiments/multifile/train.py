@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from ctxkern.experiments.multifile.modulation import movement, penalty
 # a chunk of a text fills this many windows
 CHUNK_WINDOWS = 8
 EXACT = "exact_match"
+# spans of a window whose losses are told apart
+AT, POSITIONS = "loss_at", 8
 
 
 def criterion(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -136,15 +139,16 @@ def majority_shares(dataset: MultiFileDataset) -> dict[str, float]:
     return shares
 
 
-def row_scores(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[B, 4] of logits [B, S, V] for a batch of `Evaluator`, by row: the sum of the losses at its labels, their number,
-    whether it is a whole answer that is right everywhere, and whether it is a whole answer."""
+def score_rows(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [B, S, V] for a batch of `Evaluator`: the losses [B, S], 0 where there is no label, and by row [B, 4]
+    their sum, the number of labels, whether it is a whole answer that is right everywhere, and whether it is a whole
+    answer."""
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    ).view_as(batch["target"])
     labelled, answers = batch["target"] != IGNORE_INDEX, batch["answer"]
     right = ((logits.argmax(-1) == batch["target"]) | ~labelled).all(1) & answers
-    return torch.stack([losses.view_as(batch["target"]).sum(1), labelled.sum(1), right, answers], 1)
+    return losses, torch.stack([losses.sum(1), labelled.sum(1), right, answers], 1)
 
 
 class Evaluator:
@@ -158,7 +162,8 @@ class Evaluator:
 
     A call takes the model and returns a loss by file name, nan for a file without windows. `exact` is then, by file
     name, the share of whole answers of which the likeliest token is right at every position, as greedy decoding would
-    have them; nan where the file has none. `by_token` is the mean over all labels, as a training step has it.
+    have them; nan where the file has none. `by_token` is the mean over all labels, as a training step has it, and
+    `by_position` that of each eighth of the window, by "first-last" position.
     """
 
     def __init__(self, data: EncodedDataset, collator: Collator, batch_size: int, max_windows: int):
@@ -176,21 +181,38 @@ class Evaluator:
             batch["answer"] = torch.tensor([data.answers[i] for i in part])
         self.exact: dict[str, float] = {}
         self.by_token = math.nan
+        self.by_position: dict[str, float] = {}
+        self.length = collator.seq_len
 
     @torch.no_grad()
     def __call__(self, model: MultiFileTransformer) -> dict[str, float]:
         device = model.token_embeddings.weight.device
         # [files, (loss, labels, right answers, answers)]
         sums = torch.zeros(len(self.names), 4, dtype=torch.float64, device=device)
+        # [positions, (loss, labels)]
+        places = torch.zeros(self.length, 2, dtype=torch.float64, device=device)
         for batch in self.batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             logits = model(batch["input"], file_ids=batch["file_id"])
-            per_row = row_scores(logits, batch)
+            losses, per_row = score_rows(logits, batch)
+            labelled = batch["target"] != IGNORE_INDEX
+            places[: losses.shape[1]] += torch.stack([losses.double().sum(0), labelled.sum(0)], 1)
             sums.index_add_(0, batch["file_id"], per_row.double())
         loss, labels, right, answers = sums.unbind(1)
         self.by_token = float(loss.sum() / labels.sum())
+        self.by_position = _by_position(places)
         self.exact = dict(zip(self.names, (right / answers).tolist(), strict=True))
         return dict(zip(self.names, (loss / labels).tolist(), strict=True))
+
+
+def _by_position(places: torch.Tensor) -> dict[str, float]:
+    """Mean losses of spans of positions, from sums [positions, (loss, labels)]; nan without labels."""
+    size = -(-len(places) // POSITIONS)
+    means = {}
+    for first, part in zip(range(0, len(places), size), places.split(size), strict=True):
+        loss, labels = part.sum(0).tolist()
+        means[f"{first}-{first + len(part) - 1}"] = loss / labels if labels else math.nan
+    return means
 
 
 @dataclass
@@ -208,6 +230,8 @@ class Job:
     optimizer: torch.optim.Optimizer
     # contexts at step 0, a function of the seed alone
     start: torch.Tensor
+    # read, though `only` may leave one to train on: paths and SHA-256
+    sources: list[tuple[Path, str]]
     last_evaluator: Evaluator | None = None
 
     @property
@@ -232,6 +256,8 @@ class Job:
         found, last = movement(model, self.start), self.last_evaluator
         if last and math.isfinite(last.by_token):
             found[BY_TOKEN] = last.by_token
+        places = last.by_position if last else {}
+        found |= {f"{AT}/{span}": loss for span, loss in places.items() if math.isfinite(loss)}
         exact = last.exact if last else {}
         exact = {name: share for name, share in exact.items() if math.isfinite(share)}
         if exact:
@@ -309,9 +335,12 @@ def prepare(
     )
     if config.num_files is not None:
         config = replace(config, num_files=dataset.num_files)
+    sources = list(zip(dataset.file_paths, dataset.checksums, strict=True))
+    tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
+    if config.only is not None:
+        dataset = dataset.alone(config.only)
     if config.augment:
         dataset = augmented(dataset, config.augment, config.seed)
-    tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
     model_config = config.model_config(tokenizer.vocab_size, dataset.num_files)
 
     # before the windows, which seq_len makes large too
@@ -342,6 +371,7 @@ def prepare(
         model=model,
         optimizer=build_optimizer(model, config),
         start=model.contexts().detach().clone(),
+        sources=sources,
     )
 
 

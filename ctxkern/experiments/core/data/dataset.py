@@ -1,5 +1,6 @@
 """The items of several files, each with the id of its file and its split."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ctxkern.experiments.core.data.reading import CHUNK_CHARS, BadFile, read_files
-from ctxkern.experiments.core.names import path_to_json, printable
+from ctxkern.experiments.core.names import join_names, path_to_json, printable
 from ctxkern.experiments.core.seeding import generator
 
 SPLITS = ("train", "validation")
@@ -99,6 +100,22 @@ class MultiFileDataset(Dataset):
     def texts(self, split: str = "train") -> list[str]:
         """Inputs and targets of `split`: what a vocabulary is taken from."""
         return [self.data[i][key] for i in self.indices(split) for key in ("input", "target")]
+
+    def alone(self, name: str) -> "MultiFileDataset":
+        """The file `name` by itself, with the split that it has among the others.
+
+        Raises:
+            ValueError: no file is called so.
+        """
+        if name not in self.file_names:
+            raise ValueError(f"only is {name!r}; it must be one of the files: {join_names(self.file_names, 20)}")
+        file_id, one = self.file_names.index(name), copy.copy(self)
+        for field in ("file_paths", "file_names", "checksums", "notes"):
+            setattr(one, field, getattr(self, field)[file_id : file_id + 1])
+        kept = [i for i, other in enumerate(self.file_ids) if other == file_id]
+        one.data, one.splits = ([values[i] for i in kept] for values in (self.data, self.splits))
+        one.file_ids = [0] * len(kept)
+        return one
 
     def __len__(self) -> int:
         return len(self.data)

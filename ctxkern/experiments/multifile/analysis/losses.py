@@ -11,7 +11,7 @@ from ctxkern.experiments.core.batches import Batch
 from ctxkern.experiments.multifile.analysis.measures import interval, sign_flips
 from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.model import MultiFileTransformer
-from ctxkern.experiments.multifile.train import autocast, row_scores
+from ctxkern.experiments.multifile.train import autocast, score_rows
 
 OWN = "own"
 
@@ -52,12 +52,12 @@ class Swaps:
 
 @torch.no_grad()
 def scores(model: MultiFileTransformer, config: TrainConfig, batches: Sequence[Batch], table: Tensor) -> Tensor:
-    """[windows, 4] float64, see `row_scores`, of batches in order, where the file f has the context `table[f]` [K]."""
+    """[windows, 4] float64, see `score_rows`, of batches in order, where the file f has the context `table[f]` [K]."""
     rows = []
     for batch in batches:
         with autocast(config, table.device):
             logits = model(batch["input"], table[batch["file_id"]])
-        rows.append(row_scores(logits, batch).double())
+        rows.append(score_rows(logits, batch)[1].double())
     return torch.cat(rows)
 
 
