@@ -6,26 +6,27 @@ import io
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctxkern.experiments.core.command import RESULT, CommandError, as_command_errors
+from ctxkern.experiments.core.command import CommandError, as_command_errors
 from ctxkern.experiments.core.data.paths import expand_paths
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers, write_json_atomic, write_text_atomic
 from ctxkern.experiments.core.names import path_to_json, printable
 from ctxkern.experiments.core.plots import BLUE, FAINT, ORANGE, require_matplotlib, save_figure
+from ctxkern.experiments.core.runs import PlannedRun, run_all
+from ctxkern.experiments.core.seeding import generator
+from ctxkern.experiments.multifile.analysis.families import find_families, read_families
+from ctxkern.experiments.multifile.analysis.measures import Neighbours, cosines, numbered, permuted
 from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.model import INITS
-from ctxkern.experiments.multifile.sweep_point import POINT
+from ctxkern.experiments.multifile.run import Run, load_run, source_paths
 
-SWEEP, LOG = "sweep.json", "output.txt"
+SWEEP, RUNS = "sweep.json", "runs"
+_PERMUTATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def add_parsers(subparsers: Any) -> None:
 class _Point:
     value: Any
     seed: int
-    run_dir: Path
-    argv: list[str]
+    run: PlannedRun
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -91,12 +91,15 @@ def _sweep(args: argparse.Namespace) -> int:
         paths = [Path(os.path.abspath(path)) for path in expand_paths(args.paths)]
         points = _points(args, paths)
         _begin(args, paths)
-    stopped = _run_all(points, args)
-    if stopped:
-        print(f"\nstopped by {stopped.name}; the same command goes on", flush=True)
-        return 128 + stopped
-    table = results(points)
-    _write(args, table)
+    try:
+        found = run_all(
+            [point.run for point in points], args.run_dir / RUNS, workers=args.workers, progress=not args.quiet
+        )
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", flush=True)
+        raise
+    with as_command_errors():
+        _write(args, results(points, found, args.run_dir / RUNS, args.families))
     return 0
 
 
@@ -131,8 +134,9 @@ def _points(args: argparse.Namespace, paths: Sequence[Path]) -> list[_Point]:
             if args.what == "files" and value > len(paths):
                 raise CommandError(f"--values has {value}; it must be at most {len(paths)}, the number of files")
             name = f"{args.what}-{value}-seed-{settings['seed']}"
-            argv = [*map(str, paths), *(word for pair in settings.items() for word in _flag(*pair))]
-            points.append(_Point(value, settings["seed"], args.run_dir / "runs" / name, argv))
+            flags = [word for pair in settings.items() for word in _flag(*pair)]
+            argv = ["train", *map(str, paths), *flags, "--quiet", "--no-compare-einsum"]
+            points.append(_Point(value, settings["seed"], PlannedRun(name, argv)))
     return points
 
 
@@ -157,98 +161,58 @@ def _begin(args: argparse.Namespace, paths: Sequence[Path]) -> None:
                     f"--run-dir {printable(args.run_dir)} holds a sweep with other {name}; it must be another folder, "
                     "or values and seeds alone may differ"
                 )
-    (args.run_dir / "runs").mkdir(parents=True, exist_ok=True)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(args.run_dir)
     write_json_atomic(place, stored)
 
 
-def _start(point: _Point, args: argparse.Namespace) -> subprocess.Popen:
-    point.run_dir.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // args.workers)
-    env = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    families = str(args.families or "")
-    command = [sys.executable, "-m", "ctxkern.experiments.multifile.sweep_point", str(point.run_dir), families]
-    with (point.run_dir / LOG).open("ab") as log:
-        # in a group to itself: the terminal's Ctrl-C reaches the sweep alone, which passes it on once
-        return subprocess.Popen(
-            [*command, *point.argv], stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
-        )
+def purity(run: Run, paths: Sequence[Path], families: Path | None) -> tuple[float, float] | None:
+    """`Neighbours.purity` of the contexts of a run and its mean under permuted families; None where no family is known,
+    or all files are of one."""
+    names = run.names
+    found = read_families(families, names, partly=True) if families else find_families(names, paths)
+    if not found.known or len(set(found.names)) == 1:
+        return None
+    contexts = run.model.contexts().detach().double()
+    neighbours = Neighbours(cosines(contexts @ contexts.T), 3)
+    null = permuted(neighbours.purity, numbered(found.names), _PERMUTATIONS, generator(0, "purity"))
+    return null.observed, null.mean
 
 
-def _run_all(points: Sequence[_Point], args: argparse.Namespace) -> signal.Signals | None:
-    """Run what is not done, so many at a time; returns the signal that stopped it, if one did.
+def results(
+    points: Sequence[_Point],
+    found: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    families: Path | None,
+) -> list[dict[str, Any]]:
+    """A row for each run, from what `run_all` found in `folder`.
 
-    Raises:
-        CommandError: a run failed; the others that were running are ended.
+    `validation_loss` is at the step of the lowest mean, and a mean over the files that all runs have, so that runs of
+    more files can be compared; `step_ms` is the median of a training step, `peak_mib` the most that the process held.
     """
-    received: list[signal.Signals] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    waiting = [point for point in points if not (point.run_dir / POINT).exists()]
-    running: list[tuple[_Point, subprocess.Popen]] = []
-    hidden = True if args.quiet else None
-    try:
-        with require("tqdm").tqdm(
-            total=len(points), initial=len(points) - len(waiting), unit="run", disable=hidden
-        ) as bar:
-            while (waiting or running) and not received:
-                while waiting and len(running) < args.workers:
-                    point = waiting.pop(0)
-                    running.append((point, _start(point, args)))
-                    bar.set_postfix_str(point.run_dir.name)
-                time.sleep(0.05)
-                for point, process in [pair for pair in running if pair[1].poll() is not None]:
-                    running.remove((point, process))
-                    bar.update()
-                    if process.returncode:
-                        raise CommandError(_failure(point, process.returncode))
-    finally:
-        for _, process in running:
-            process.terminate()
-        for _, process in running:
-            process.wait()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return received[0] if received else None
-
-
-def _failure(point: _Point, status: int) -> str:
-    lines = (point.run_dir / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return f"{point.run_dir.name} ended with status {status}: {last} ({printable(point.run_dir / LOG)})"
-
-
-def results(points: Sequence[_Point]) -> list[dict[str, Any]]:
-    """A row for each run that is done. `validation_loss` is at the step of the lowest mean, and its mean is over the
-    files that all runs have, so that runs of more files are comparable; `step_ms` is the median of a training step,
-    and those of the same model without context and of the einsum are beside it."""
-    found = []
-    for point in points:
-        result = json.loads((point.run_dir / RESULT).read_text(encoding="utf-8"))
-        measured = json.loads((point.run_dir / POINT).read_text(encoding="utf-8"))
-        found.append((point, result, measured))
-    shared = set.intersection(*({k for k, v in r["best"].items() if v is not None} for _, r, _ in found))
+    losses = [found[point.run.name]["best"] for point in points]
+    shared = set.intersection(*({name for name, loss in one.items() if loss is not None} for one in losses))
     rows = []
-    for point, result, measured in found:
-        losses = [result["best"][name] for name in sorted(shared)]
-        row = {
-            "value": point.value,
-            "seed": point.seed,
-            "files_compared": len(losses),
-            "validation_loss": sum(losses) / len(losses) if losses else math.nan,
-            "best_step": result["best_step"],
-            "steps": result["step"],
-            "exact_match": result["observed"].get("exact_match"),
-            "purity": measured["purity"],
-            "purity_permuted": measured["purity_permuted"],
-            "peak_mib": measured["peak_bytes"] / 2**20,
-            "parameters": measured["parameters"],
-            "threads": measured["threads"],
-        }
-        times = {f"step_ms_{kind.replace(' ', '_')}": ms for kind, ms in measured["step_ms"].items()}
-        rows.append(row | times)
+    for point in points:
+        result, run = found[point.run.name], load_run(folder / point.run.name)
+        seconds, peak = result["step_seconds"], result["peak_bytes"]
+        known = purity(run, source_paths(run.path), families)
+        rows.append(
+            {
+                "value": point.value,
+                "seed": point.seed,
+                "files_compared": len(shared),
+                "validation_loss": sum(result["best"][name] for name in shared) / len(shared) if shared else math.nan,
+                "best_step": result["best_step"],
+                "steps": result["step"],
+                "exact_match": result["observed"].get("exact_match"),
+                "purity": known[0] if known else None,
+                "purity_permuted": known[1] if known else None,
+                "step_ms": None if seconds is None else seconds * 1e3,
+                "peak_mib": None if peak is None else peak / 2**20,
+                "parameters": result["details"]["parameters"]["total"],
+            }
+        )
     return rows
 
 
@@ -267,14 +231,8 @@ def _write(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
 _COLUMNS = {
     "loss": ("validation_loss", "validation loss (nats per label)", "{:.4f}"),
     "purity": ("purity", "purity of families", "{:.2f}"),
-    "step ms": ("step_ms_ctxkern", "a training step (ms)", "{:.1f}"),
+    "step ms": ("step_ms", "a training step (ms)", "{:.1f}"),
     "peak MiB": ("peak_mib", "peak memory of the process (MiB)", "{:.0f}"),
-}
-
-# by title: what is drawn below
-_BELOW = {
-    _COLUMNS["purity"][1]: ("purity_permuted", "permuted families"),
-    _COLUMNS["step ms"][1]: ("step_ms_no_context", "without context"),
 }
 
 
@@ -324,12 +282,11 @@ def plot(what: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(xs, [sum(found) / len(found) for found in known.values()], color=BLUE)
             for value, found in known.items():
                 axes.scatter([places[value]] * len(found), found, color=ORANGE, s=14, zorder=3)
-            if title in _BELOW:
-                column, label = _BELOW[title]
-                null = {value: found for value, found in _means(rows, column).items() if found}
+            if title == _COLUMNS["purity"][1]:
+                null = {value: found for value, found in _means(rows, "purity_permuted").items() if found}
                 means = [sum(found) / len(found) for found in null.values()]
-                axes.plot([places[value] for value in null], means, color=FAINT, label=label)
-                axes.legend(loc="lower right", fontsize=7)
+                axes.plot([places[value] for value in null], means, color=FAINT, label="permuted families")
+                axes.legend(loc="best", fontsize=7)
             if logarithmic:
                 axes.set_xscale("log")
                 axes.minorticks_off()

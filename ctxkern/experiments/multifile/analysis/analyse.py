@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ctxkern.experiments.core.data.paths import fingerprint
 from ctxkern.experiments.core.extras import require
-from ctxkern.experiments.core.names import one_line, path_from_json, printable
+from ctxkern.experiments.core.names import one_line, printable
 from ctxkern.experiments.core.seeding import generator
 from ctxkern.experiments.multifile.analysis.attention import Divergence, Window, divergence
 from ctxkern.experiments.multifile.analysis.families import Families, find_families, read_families
@@ -28,7 +28,7 @@ from ctxkern.experiments.multifile.analysis.measures import (
 )
 from ctxkern.experiments.multifile.model import MultiFileTransformer
 from ctxkern.experiments.multifile.modulation import gram, projections
-from ctxkern.experiments.multifile.run import CONFIG, NAMES, Run
+from ctxkern.experiments.multifile.run import CONFIG, NAMES, Run, source_paths
 from ctxkern.experiments.multifile.train import Evaluator, Job, initial_model, majority_shares, prepare
 
 PERMUTATIONS = 1000
@@ -123,7 +123,7 @@ def analyse(
         raise ValueError(f"RUN is {printable(run.path)}, whose form is none; it must have contexts")
     if len(names) < 2:
         raise ValueError(f"RUN is {printable(run.path)}, of one file; it must have two or more")
-    paths = [path_from_json(entry["path"]) for entry in stored["files"]]
+    paths = source_paths(run.path)
     found = read_families(families, names) if families else find_families(names, paths)
     config = run.model.config
     first = initial_model(type(config)(**vars(config) | {"num_files": len(names)}), run.config.seed)
