@@ -7,7 +7,13 @@ import torch
 from helpers.attached import assert_near
 
 from ctxkern.experiments.core.seeding import generator
-from ctxkern.experiments.multifile.analysis.attention import Window, attention_maps, divergence, pairwise_divergence
+from ctxkern.experiments.multifile.analysis.attention import (
+    Window,
+    _own,
+    attention_maps,
+    divergence,
+    pairwise_divergence,
+)
 from ctxkern.experiments.multifile.analysis.families import find_families, read_families
 from ctxkern.experiments.multifile.analysis.measures import (
     Neighbours,
@@ -177,6 +183,35 @@ def test_divergence_finds_planted_families_alone():
         ps.append([none.families.p, none.own.p, none.p])
     assert (torch.tensor(ps) < 0.05).sum() <= 3
     assert torch.tensor(ps).mean() > 0.25
+
+
+def test_own_and_other_contexts_by_hand():
+    model, contexts, seen, count = make_model(), planted(0.5), windows(4), len(LABELS)
+    found = divergence(model, contexts, seen, LABELS, 20, generator(0))
+    excess, own = [], []
+    for window in seen:
+        pairs, mine = pairwise_divergence(model, window, contexts), window.file_id
+        others = [f for f in range(count) if f != mine]
+        own.append(sum(float(pairs[mine, f]) for f in others) / len(others))
+        rest = [float(pairs[f, g]) for f in others for g in others if f != g]
+        excess.append(own[-1] - sum(rest) / len(rest))
+    assert found.own.observed == pytest.approx(sum(excess) / len(excess))
+    assert found.trained == pytest.approx(sum(own) / len(own))
+    assert found.random == pytest.approx(found.trained - float(found.difference.mean()))
+
+
+def test_a_context_that_fits_its_file_stands_apart():
+    count = len(LABELS)
+    # on the input of a file, its context is far from the others, which are alike
+    each = 0.1 * torch.ones(count, count, count, dtype=torch.float64)
+    rows = torch.arange(count)
+    each[rows, rows, :] = each[rows, :, rows] = 0.3
+    each.diagonal(dim1=1, dim2=2).zero_()
+    assert _own(each, rows, 200, generator(0)).p == pytest.approx(1 / 201)
+    assert _own(each.roll(1, 0), rows, 200, generator(0)).p > 0.5
+    # one context that is far from all on every input fits none
+    same = each[:1].expand(count, -1, -1)
+    assert _own(same, rows, 200, generator(0)).p == 1
 
 
 def test_a_model_without_modulation_has_no_divergence():

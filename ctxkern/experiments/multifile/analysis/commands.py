@@ -41,7 +41,7 @@ def add_parsers(subparsers: Any) -> None:
         "--families", type=Path, metavar="FILE.csv",
         help="columns name and family (default: by folder, first words of the names, or suffix)",
     )  # fmt: skip
-    parser.add_argument("--windows", type=int, help="the most validation windows of a file (default: as in training)")
+    parser.add_argument("--windows", type=int, help="of a file at most, for its losses (default: as in training)")
     parser.add_argument("--seed", type=int, default=0, help="of random draws (default: 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_report, command="report")

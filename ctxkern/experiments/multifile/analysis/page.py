@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.multifile.analysis import tables
 from ctxkern.experiments.multifile.analysis.analyse import PERMUTATIONS, Analysis
 from ctxkern.experiments.multifile.analysis.summary import figure, sentences
@@ -73,12 +74,14 @@ def _table(table: Table) -> str:
 
 
 def _document(title: str, subtitle: str, body: Sequence[str]) -> str:
-    return (
+    text = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         f"<h1>{html.escape(title)}</h1>\n{_paragraph(subtitle, 'note')}\n" + "\n".join(body) + "\n</body></html>\n"
     )
+    # paths of other bytes than UTF-8
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def run_page(a: Analysis, pictures: Mapping[str, Path], made: Mapping[str, object]) -> str:
@@ -116,7 +119,7 @@ def run_page(a: Analysis, pictures: Mapping[str, Path], made: Mapping[str, objec
         body += ["<h2>Rank of the bilinear tensors</h2>", _paragraph(_RANKS), *picture("ranks", "effective ranks")]
         body.append(_table(tables.projections(a)))
     body += _provenance(a, made)
-    subtitle = f"{len(a.names)} files, step {a.run.step}, K = {a.contexts.shape[1]}; {a.run.path}"
+    subtitle = f"{len(a.names)} files, step {a.run.step}, K = {a.contexts.shape[1]}; {printable(a.run.path)}"
     return _document(f"What contexts do in {a.run.path.resolve().name}", subtitle, body)
 
 
@@ -132,7 +135,7 @@ def runs_page(analyses: Sequence[Analysis], picture: Path, made: Mapping[str, ob
     body = [_paragraph(_RUNS.format(n=len(analyses), least=figure(2.0 ** -len(analyses))))]
     body += [_image(picture, "key figures by run"), _table(tables.over_runs(analyses))]
     for a in analyses:
-        body += [f"<h2>{html.escape(str(a.run.path))}</h2>", _list(sentences(a), "summary")]
+        body += [f"<h2>{html.escape(printable(a.run.path))}</h2>", _list(sentences(a), "summary")]
     body += _provenance(analyses[0], made)
     names = ", ".join(a.run.path.resolve().name for a in analyses)
     return _document(f"What contexts do in {len(analyses)} runs", names, body)
