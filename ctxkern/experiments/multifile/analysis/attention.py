@@ -33,7 +33,8 @@ class _Capture(TorchFunctionMode):
 
     def __init__(self, queries: Tensor | None):
         super().__init__()
-        self.queries, self.maps = queries, []
+        self.queries = queries
+        self.maps: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

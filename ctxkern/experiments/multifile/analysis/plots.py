@@ -9,7 +9,8 @@ import torch
 
 from ctxkern.experiments.core.plots import BLUE, FAINT, GRID, INK, MUTED, ORANGE, save_figure, short_name
 from ctxkern.experiments.multifile.analysis.analyse import Analysis
-from ctxkern.experiments.multifile.analysis.losses import OWN
+from ctxkern.experiments.multifile.analysis.attention import Divergence
+from ctxkern.experiments.multifile.analysis.losses import OWN, Swaps
 from ctxkern.experiments.multifile.analysis.tables import family_order
 
 # more files than this have no names in pictures
@@ -24,8 +25,8 @@ def draw_all(a: Analysis, folder: str | os.PathLike) -> dict[str, Path]:
         "maps": (True, lambda figure: _maps(figure, a), (9, 4.3)),
         "places": (True, lambda figure: _places(figure, a), (9, 4.6)),
         "purity": (bool(a.purities), lambda figure: _purity(figure, a), (9, 2.4)),
-        "attention": (a.attention is not None, lambda figure: _attention(figure, a), (9, 4.6)),
-        "losses": (a.swaps is not None, lambda figure: _losses(figure, a), (9, 3.2)),
+        "attention": (a.attention is not None, lambda figure: _attention(figure, a, a.attention), (9, 4.6)),
+        "losses": (a.swaps is not None, lambda figure: _losses(figure, a.swaps), (9, 3.2)),
         "ranks": (bool(a.projections), lambda figure: _ranks(figure, a), (9, 2.8)),
     }
     found = {}
@@ -163,8 +164,8 @@ def _purity(figure: Any, a: Analysis) -> None:
     axes.set_title("Purity of families")
 
 
-def _attention(figure: Any, a: Analysis) -> None:
-    d = a.attention
+def _attention(figure: Any, a: Analysis, d: Divergence | None) -> None:
+    assert d is not None
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     rank = {i: number for number, i in enumerate(family_order(a))}
     rows = sorted(range(len(a.attended)), key=lambda row: rank[a.attended[row]])
@@ -183,11 +184,12 @@ def _attention(figure: Any, a: Analysis) -> None:
     right.set_title("Mean (nats)")
 
 
-def _losses(figure: Any, a: Analysis) -> None:
+def _losses(figure: Any, swaps: Swaps | None) -> None:
+    assert swaps is not None
     axes = figure.subplots()
-    kinds = [kind for kind in a.swaps.kinds if kind != OWN][::-1]
+    kinds = [kind for kind in swaps.kinds if kind != OWN][::-1]
     for place, kind in enumerate(kinds):
-        swap = a.swaps.kinds[kind]
+        swap = swaps.kinds[kind]
         jitter = torch.linspace(-0.22, 0.22, len(swap.rise))
         axes.scatter(
             swap.rise.tolist(), (place + jitter).tolist(), color=FAINT, s=12, label="a file" if not place else None

@@ -46,7 +46,7 @@ def family_order(a: Analysis) -> list[int]:
 def files(a: Analysis) -> Table:
     """Each file's family and movement, by family."""
     sizes = a.families.known
-    rows = [
+    rows: list[list[Cell]] = [
         [a.names[i], a.families.names[i] if a.families.names[i] in sizes else "", float(a.moved[i])]
         for i in family_order(a)
     ]
@@ -92,7 +92,7 @@ def purity(a: Analysis) -> Table:
         *("space", "k", "purity", "permuted mean", "permuted 95 %", "p, permuted"),
         *("random mean", "random 95 %", "p, random", "at step 0"),
     ]
-    rows = [
+    rows: list[list[Cell]] = [
         [p.space, p.k, p.labels.observed, *_null(p.labels), *_null(p.random), p.start] for p in a.purities
     ]  # fmt: skip
     return Table("purity", heads, rows)
