@@ -16,7 +16,9 @@ from ctxkern.experiments.core.data.windows import Collator, EncodedDataset
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.tokenizers import save_tokenizer
+from ctxkern.experiments.multifile import sweep
 from ctxkern.experiments.multifile.adapt import adapt_file
+from ctxkern.experiments.multifile.analysis import commands as report
 from ctxkern.experiments.multifile.comparison import commands as comparison
 from ctxkern.experiments.multifile.generate import generate_text
 from ctxkern.experiments.multifile.run import CHECKPOINTS, Run, load_run
@@ -45,6 +47,8 @@ def add_parsers(subparsers: Any) -> None:
     export.add_argument("--file", required=True, help="whose context: a name, or its number")
     export.add_argument("--out", type=Path, required=True, help="the .pt2 file to write; a tokenizer.json lies beside")
     comparison.add_parser(subparsers)
+    report.add_parsers(subparsers)
+    sweep.add_parsers(subparsers)
 
 
 def _parser(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

@@ -23,8 +23,8 @@ def projections(model: MultiFileTransformer) -> Iterator[tuple[Tensor, Tensor]]:
             yield getattr(layer, f"W_{name}_base").weight, whole
 
 
-def _gram(bilinear: Tensor) -> Tensor:
-    """[K, K]: the products of the slices along K, in float32 or wider."""
+def gram(bilinear: Tensor) -> Tensor:
+    """[K, K]: the inner products of the slices along K of a tensor [D, E, K], in float32 or wider."""
     flat = bilinear.flatten(0, 1)
     flat = flat.float() if flat.dtype.itemsize < 4 else flat
     return flat.mT @ flat
@@ -35,12 +35,12 @@ def penalty(model: MultiFileTransformer, *, norm: float = 0.0, rank: float = 0.0
     sum of its singular values along K over √(D·E·K), summed over projections; differentiable."""
     total = torch.zeros((), device=model.token_embeddings.weight.device)
     for _, bilinear in projections(model):
-        gram, count = _gram(bilinear), bilinear.numel()
-        total = total + norm * gram.diagonal().sum() / count
+        products, count = gram(bilinear), bilinear.numel()
+        total = total + norm * products.diagonal().sum() / count
         if rank:
-            squares = torch.linalg.eigvalsh(gram)
+            squares = torch.linalg.eigvalsh(products)
             # the root is not differentiable at 0, and below this a square is rounding
-            least = squares[-1].detach() * torch.finfo(gram.dtype).eps + torch.finfo(gram.dtype).tiny
+            least = squares[-1].detach() * torch.finfo(products.dtype).eps + torch.finfo(products.dtype).tiny
             values = squares.clamp(min=least).sqrt()
             total = total + rank * values.sum() / count**0.5
     return total
@@ -65,7 +65,7 @@ def movement(model: MultiFileTransformer, start: Tensor) -> dict[str, float]:
     wide = contexts.double()
     change = base = 0.0
     for weight, bilinear in projections(model):
-        change += float(((wide @ _gram(bilinear).double()) * wide).sum()) / len(wide)
+        change += float(((wide @ gram(bilinear).double()) * wide).sum()) / len(wide)
         base += float(weight.double().square().sum())
     cosine = nn.functional.cosine_similarity(wide[: len(start)], start.to(wide)[: len(wide)])
     moved = {"context_movement": float(1 - cosine.mean())}

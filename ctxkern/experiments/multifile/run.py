@@ -13,7 +13,7 @@ import ctxkern
 from ctxkern.experiments.core.checkpoint import BEST, LAST, CheckpointError, load_checkpoint
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_atomic
-from ctxkern.experiments.core.names import join_names, printable, utf8_alias
+from ctxkern.experiments.core.names import join_names, path_from_json, printable, utf8_alias
 from ctxkern.experiments.core.tokenizers import Tokenizer, load_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.forms import BILINEAR, adapters
@@ -126,6 +126,15 @@ def _names(run_dir: Path) -> list[str]:
         return json.loads((run_dir / NAMES).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"RUN is {printable(run_dir)}; it must be the folder of a run ({NAMES} is missing)") from None
+
+
+def source_paths(run_dir: str | os.PathLike) -> list[Path]:
+    """The files that a run read, by file id; those of variants and of `add-file` are not among them.
+
+    Raises:
+        ValueError: no run.
+    """
+    return [path_from_json(entry["path"]) for entry in _stored(Path(run_dir))["files"]]
 
 
 def load_run(run_dir: str | os.PathLike, *, checkpoint: str = "best", device: str = "cpu") -> Run:

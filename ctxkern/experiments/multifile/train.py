@@ -26,7 +26,7 @@ from ctxkern.experiments.core.plots import BY_TOKEN
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
-from ctxkern.experiments.multifile.model import MultiFileTransformer, is_bilinear
+from ctxkern.experiments.multifile.model import MultiFileConfig, MultiFileTransformer, is_bilinear
 from ctxkern.experiments.multifile.modulation import movement, penalty
 
 # a chunk of a text fills this many windows
@@ -139,6 +139,18 @@ def majority_shares(dataset: MultiFileDataset) -> dict[str, float]:
     return shares
 
 
+def score_rows(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [B, S, V] for a batch of `Evaluator`: the losses [B, S], 0 where there is no label, and by row [B, 4]
+    their sum, the number of labels, whether it is a whole answer that is right everywhere, and whether it is a whole
+    answer."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view_as(batch["target"])
+    labelled, answers = batch["target"] != IGNORE_INDEX, batch["answer"]
+    right = ((logits.argmax(-1) == batch["target"]) | ~labelled).all(1) & answers
+    return losses, torch.stack([losses.sum(1), labelled.sum(1), right, answers], 1)
+
+
 class Evaluator:
     """Token-weighted mean loss of each file's validation windows.
 
@@ -182,13 +194,8 @@ class Evaluator:
         for batch in self.batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             logits = model(batch["input"], file_ids=batch["file_id"])
-            losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), batch["target"].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-            )
-            labelled, answers = batch["target"] != IGNORE_INDEX, batch["answer"]
-            right = ((logits.argmax(-1) == batch["target"]) | ~labelled).all(1) & answers
-            losses = losses.view_as(labelled)
-            per_row = torch.stack([losses.sum(1), labelled.sum(1), right, answers], 1)
+            losses, per_row = score_rows(logits, batch)
+            labelled = batch["target"] != IGNORE_INDEX
             places[: losses.shape[1]] += torch.stack([losses.double().sum(0), labelled.sum(0)], 1)
             sums.index_add_(0, batch["file_id"], per_row.double())
         loss, labels, right, answers = sums.unbind(1)
@@ -289,6 +296,12 @@ class Job:
         return run
 
 
+def initial_model(config: MultiFileConfig, seed: int) -> MultiFileTransformer:
+    """The model at step 0 of a run with this seed."""
+    torch.manual_seed(derive_seed(seed, "weights"))
+    return MultiFileTransformer(config)
+
+
 def prepare(
     config: TrainConfig,
     paths: Sequence[str | os.PathLike],
@@ -323,20 +336,17 @@ def prepare(
     if config.num_files is not None:
         config = replace(config, num_files=dataset.num_files)
     sources = list(zip(dataset.file_paths, dataset.checksums, strict=True))
+    read = dataset
+    dataset = augmented(read, config.augment, config.seed) if config.augment else read
     tokenizer = build_tokenizer(config.tokens, dataset.texts("train"))
     if config.only is not None:
-        dataset = dataset.alone(config.only)
-    if config.augment:
-        dataset = augmented(dataset, config.augment, config.seed)
+        dataset = read.alone(config.only)
+        dataset = augmented(dataset, config.augment, config.seed) if config.augment else dataset
     model_config = config.model_config(tokenizer.vocab_size, dataset.num_files)
-
-    def make() -> MultiFileTransformer:
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        return MultiFileTransformer(model_config)
 
     # before the windows, which seq_len makes large too
     model = build_model(
-        make,
+        lambda: initial_model(model_config, config.seed),
         device,
         torch.float64 if config.dtype == "float64" else torch.float32,
         "d_model, n_layers, seq_len or context_dim",
