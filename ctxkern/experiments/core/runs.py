@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from ctxkern.experiments.core.command import CONFIG, RESULT, CommandError
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_json_atomic
@@ -43,8 +45,9 @@ def run_all(runs: Sequence[PlannedRun], folder: Path, *, workers: int = 1, progr
     """Bring every run to its end, and give `result.json` of each by name.
 
     Each is `python -m ctxkern ARGUMENTS --run-dir FOLDER/NAME` in a process whose output goes to `output.txt` there.
-    The processors are shared among the workers. Runs that came to their end are not run again, one that was stopped or
-    killed is resumed, and one that still runs, since its parent alone was killed, is waited for.
+    The threads of this process are shared among the workers; the last bits of a run depend on their number. Runs that
+    came to their end are not run again, one that was stopped or killed is resumed, and one that still runs, since its
+    parent alone was killed, is waited for.
 
     Args:
         runs: what to run, in this order.
@@ -63,7 +66,7 @@ def run_all(runs: Sequence[PlannedRun], folder: Path, *, workers: int = 1, progr
     bar = require("tqdm").tqdm(
         total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None if progress else True
     )
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     with bar, _interrupt_on_sigterm():
         try:
             while waiting or active:
