@@ -1,11 +1,15 @@
 """Whole-or-nothing file writes."""
 
 import contextlib
+import csv
+import io
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 TEMP_PREFIX = ".writing-"
 
@@ -52,6 +56,19 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 def write_json_atomic(path: str | os.PathLike, value: object) -> None:
     """`write_atomic` of `value` as indented JSON."""
     write_text_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_csv_atomic(
+    path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+) -> None:
+    """`write_atomic` of a CSV file, nan as nothing; `columns` are those of all `rows` as they come up, if not given."""
+    text = io.StringIO()
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()})
+    write_text_atomic(path, text.getvalue())
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:

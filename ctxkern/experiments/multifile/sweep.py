@@ -1,8 +1,6 @@
 """`ctxkern sweep`: one setting of multi-file training at several values, each with several seeds."""
 
 import argparse
-import csv
-import io
 import json
 import math
 import os
@@ -14,7 +12,7 @@ from typing import Any
 from ctxkern.experiments.core.command import CommandError, as_command_errors
 from ctxkern.experiments.core.data.paths import expand_paths
 from ctxkern.experiments.core.extras import require
-from ctxkern.experiments.core.files import remove_leftovers, write_json_atomic, write_text_atomic
+from ctxkern.experiments.core.files import remove_leftovers, write_csv_atomic, write_json_atomic
 from ctxkern.experiments.core.names import path_to_json, printable
 from ctxkern.experiments.core.plots import BLUE, FAINT, ORANGE, require_matplotlib, save_figure
 from ctxkern.experiments.core.runs import PlannedRun, run_all
@@ -134,17 +132,9 @@ def _points(args: argparse.Namespace, paths: Sequence[Path]) -> list[_Point]:
             if args.what == "files" and value > len(paths):
                 raise CommandError(f"--values has {value}; it must be at most {len(paths)}, the number of files")
             name = f"{args.what}-{value}-seed-{settings['seed']}"
-            flags = [word for pair in settings.items() for word in _flag(*pair)]
-            argv = ["train", *map(str, paths), *flags, "--quiet", "--no-compare-einsum"]
+            argv = ["train", *map(str, paths), *TrainConfig.arguments(settings), "--quiet", "--no-compare-einsum"]
             points.append(_Point(value, settings["seed"], PlannedRun(name, argv)))
     return points
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    flag = TrainConfig.flag(name)
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag.removeprefix('--')}"]
-    return [flag, str(value)]
 
 
 def _begin(args: argparse.Namespace, paths: Sequence[Path]) -> None:
@@ -217,11 +207,7 @@ def results(
 
 
 def _write(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text_atomic(args.run_dir / "sweep.csv", text.getvalue())
+    write_csv_atomic(args.run_dir / "sweep.csv", rows)
     plot(args.what, rows, args.run_dir / "sweep.png")
     print(_table(args.what, rows))
     for kind, name in (("results", "sweep.csv"), ("plot", "sweep.png")):

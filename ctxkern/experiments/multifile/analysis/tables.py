@@ -1,7 +1,5 @@
 """The tables of a report, each shown on the page and written as CSV."""
 
-import csv
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -9,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ctxkern.experiments.core.files import write_text_atomic
+from ctxkern.experiments.core.files import write_csv_atomic
 from ctxkern.experiments.multifile.analysis.analyse import Analysis
 from ctxkern.experiments.multifile.analysis.losses import OWN
 from ctxkern.experiments.multifile.analysis.measures import Null, sign_flips
@@ -28,12 +26,8 @@ class Table:
 
     def write(self, folder: str | os.PathLike) -> None:
         """As `folder`/`name`.csv; nan as an empty cell."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.heads)
-        for row in self.rows:
-            writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
-        write_text_atomic(os.path.join(folder, f"{self.name}.csv"), text.getvalue())
+        rows = [dict(zip(self.heads, row, strict=True)) for row in self.rows]
+        write_csv_atomic(os.path.join(folder, f"{self.name}.csv"), rows, self.heads)
 
 
 def family_order(a: Analysis) -> list[int]:

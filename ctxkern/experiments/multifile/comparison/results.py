@@ -1,7 +1,5 @@
 """What the runs of a comparison say: paired differences with intervals, and tables."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ctxkern.experiments.core.files import write_text_atomic
+from ctxkern.experiments.core.files import write_csv_atomic
 from ctxkern.experiments.core.seeding import generator
 from ctxkern.experiments.multifile.comparison.arms import ARMS, BASE
 from ctxkern.experiments.multifile.train import AT
@@ -120,20 +118,11 @@ def _positions(observed: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {span.removeprefix(f"{AT}/"): _mean([one.get(span) for one in observed]) for span in spans}
 
 
-def _csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text_atomic(path, text.getvalue())
-
-
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], summaries: Sequence[Summary], started: Mapping) -> None:
     """`results.csv`, a row an arm, seed and file; `table.csv`, a row an arm; `positions.csv`, a row an arm and span."""
-    _csv(folder / "results.csv", [{**row, **started} for row in rows])
+    write_csv_atomic(folder / "results.csv", [{**row, **started} for row in rows])
     plain = ("arm", "loss", "delta", "low", "high", "won", "files", "exact", "majority", "parameters", "steps")
-    _csv(
+    write_csv_atomic(
         folder / "table.csv",
         [
             {name: getattr(one, name) for name in (*plain, "step_ms", "peak_mib")} | {"tuned": tuned(one)} | started
@@ -143,7 +132,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], summaries: Sequence[S
     spans = [
         {"arm": one.arm, "positions": span, "loss": loss} for one in summaries for span, loss in one.by_position.items()
     ]
-    _csv(folder / "positions.csv", spans)
+    write_csv_atomic(folder / "positions.csv", spans)
 
 
 def tuned(summary: Summary) -> str:
