@@ -1,5 +1,8 @@
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from ctxkern.experiments.core import plots
 from ctxkern.experiments.core.plots import BY_TOKEN, _wrapped, plot_losses, short_name, smooth
 
 
@@ -15,6 +18,29 @@ def test_loss_plot_is_drawn(tmp_path, files_count):
             rows[-1]["observed"] = {BY_TOKEN: 3.0}
     plot_losses(rows, tmp_path / "loss.png", title="title")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("files_count", [1, 3])
+def test_another_runs_best_losses_are_lines(tmp_path, monkeypatch, files_count):
+    names = [f"f{i}" for i in range(files_count)]
+    rows = [{"step": 0, "mean": 4.0, "validation": dict.fromkeys(names, 4.0)}]
+    worse = {"step": 5, "mean": 3.0, "validation": dict.fromkeys(names, 3.0)}
+    lowest = {"step": 3, "mean": 2.5, "validation": {name: 2.0 + i for i, name in enumerate(names)}}
+    figures = []
+
+    def draw_only(draw, path, figsize):
+        figures.append(Figure(figsize))
+        draw(figures[0])
+
+    monkeypatch.setattr(plots, "save_figure", draw_only)
+    plot_losses(rows, tmp_path / "loss.png", baseline=[*rows, worse, lowest])
+    levels = [
+        line.get_ydata()[0]
+        for axes in figures[0].findobj(Axes)
+        for line in axes.lines
+        if len(line.get_ydata()) == 2 and line.get_xdata()[1] == 1
+    ]
+    assert levels == [2.5, *([2.0, 3.0, 4.0] if files_count > 1 else [])]
 
 
 def test_plot_helpers():

@@ -237,7 +237,9 @@ def _write_result(run_dir: Path, result: FitResult, details: Mapping[str, Any]) 
 def _plot(args: argparse.Namespace, job: Job, run_dir: Path) -> bool:
     """Whether the loss plot was drawn. Every number is on the disk already, so a failure is a warning."""
     try:
-        plot_losses(read_metrics(run_dir), run_dir / PLOT, title=args.experiment.title(job))
+        baseline = getattr(args, "baseline", None)
+        known = read_metrics(baseline) if baseline else []
+        plot_losses(read_metrics(run_dir), run_dir / PLOT, title=args.experiment.title(job), baseline=known)
     except Exception as error:
         reason = one_line(error) or type(error).__name__
         print(f"ctxkern {args.command}: warning: no plot was drawn: {reason}", file=sys.stderr, flush=True)

@@ -126,10 +126,20 @@ def _curves(rows: Sequence[Mapping]) -> tuple[list, list, list, dict[str, tuple[
     return train, mean, list(files), files
 
 
-def _draw_overall(axes: Any, train: list, mean: list, label: str, best_step: int | None) -> None:
+def _draw_line(axes: Any, level: float | None, label: str = "") -> None:
+    """The loss of a run to compare with."""
+    if level is not None:
+        axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1.5, label=label)
+
+
+def _draw_overall(
+    axes: Any, train: list, mean: list, label: str, best_step: int | None, line: float | None, line_label: str
+) -> None:
     level = math.inf
+    _draw_line(axes, line, line_label)
     # what an untrained model has would squeeze the rest
     shown = [loss for points in (train[len(train) // 10 :], mean[1:] or mean) for _, loss in points]
+    shown += [] if line is None else [line]
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color=FAINT, linewidth=0.8)
@@ -163,7 +173,7 @@ def _draw_overall(axes: Any, train: list, mean: list, label: str, best_step: int
         axes.legend(loc="best")
 
 
-def _draw_panels(figure: Any, names: list[str], files: Mapping, columns: int) -> None:
+def _draw_panels(figure: Any, names: list[str], files: Mapping, columns: int, lines: Mapping) -> None:
     rows = math.ceil(len(names) / columns)
     # room for the figures above the curves
     top = 1.3 * max(max(losses[1:] or losses) for _, losses in files.values())
@@ -176,6 +186,7 @@ def _draw_panels(figure: Any, names: list[str], files: Mapping, columns: int) ->
             axes.plot(*files[other], color=GRID, linewidth=0.7, zorder=1)
         steps, losses = files[names[position]]
         axes.plot(steps, losses, color=ORANGE, zorder=2)
+        _draw_line(axes, lines.get(names[position]))
         axes.set_title(_wrapped(names[position], 125 // columns), fontsize=7.5, fontweight="normal")
         axes.text(
             0.97, 0.93, f"{losses[0]:.2f} → {losses[-1]:.2f}",
@@ -214,13 +225,22 @@ def _draw_lines(figure: Any, names: list[str], files: Mapping) -> None:
     axes.set_title(f"validation loss by file ({len(names)} files; the {_NAMED_LINES} lowest and highest named)")
 
 
-def plot_losses(rows: Sequence[Mapping], path: str | os.PathLike, *, title: str = "") -> None:
+def plot_losses(
+    rows: Sequence[Mapping],
+    path: str | os.PathLike,
+    *,
+    title: str = "",
+    baseline: Sequence[Mapping] = (),
+    baseline_label: str = "no context",
+) -> None:
     """The loss plot of a run: training loss with mean validation loss, and below it each file's validation loss.
 
     Args:
         rows: of `read_metrics`.
         path: the PNG to write, whole or not at all.
         title: above the first panel.
+        baseline: `rows` of another run, whose losses where their mean is lowest are dotted lines.
+        baseline_label: of its line.
     """
     train, mean, names, files = _curves(rows)
     columns = min(5, max(1, math.ceil(math.sqrt(len(names) * 1.5))))
@@ -236,14 +256,17 @@ def plot_losses(rows: Sequence[Mapping], path: str | os.PathLike, *, title: str 
     label = "validation" if len(names) == 1 else f"validation, mean over {'tokens' if tokens else 'files'}"
     means = {row["step"]: row["mean"] for row in rows if row.get("mean") is not None}
     best_step = min(means, key=means.__getitem__, default=None)
+    lowest = min((row for row in baseline if row.get("mean") is not None), key=lambda row: row["mean"], default=None)
+    lines = {} if lowest is None else lowest["validation"]
+    line = None if lowest is None else lowest.get("observed", {}).get(BY_TOKEN, lowest["mean"])
 
     def draw(figure: Any) -> None:
         parts = figure.subfigures(2, 1, height_ratios=[3.4, below]) if below else [figure]
         axes = parts[0].subplots()
         axes.set_title(title)
-        _draw_overall(axes, train, mean, label, best_step)
+        _draw_overall(axes, train, mean, label, best_step, line, baseline_label)
         if below and len(names) <= _MAX_PANELS:
-            _draw_panels(parts[1], names, files, columns)
+            _draw_panels(parts[1], names, files, columns, lines)
         elif below:
             _draw_lines(parts[1], names, files)
 

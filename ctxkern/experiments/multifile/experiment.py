@@ -9,6 +9,8 @@ from ctxkern.experiments.core.data.paths import standard_library_files
 from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
 from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.loop import FitResult
+from ctxkern.experiments.core.names import printable
+from ctxkern.experiments.core.runlog import METRICS
 from ctxkern.experiments.core.tokenizers import save_tokenizer
 from ctxkern.experiments.multifile import report
 from ctxkern.experiments.multifile.config import TrainConfig
@@ -17,6 +19,14 @@ from ctxkern.experiments.multifile.run import NAMES, TOKENIZER
 from ctxkern.experiments.multifile.train import EXACT, Job, majority_shares, prepare
 
 _COMPARED_STEPS = 7
+
+
+def _run_folder(text: str) -> Path:
+    if not (Path(text) / METRICS).is_file():
+        raise argparse.ArgumentTypeError(
+            f"it is {printable(text)}; it must be the folder of a run ({METRICS} is missing)"
+        )
+    return Path(text)
 
 
 class MultiFileTraining(Experiment):
@@ -48,6 +58,13 @@ class MultiFileTraining(Experiment):
             action=argparse.BooleanOptionalAction,
             default=True,
             help="at the end, measure a training step without context, with ctxkern and with the einsum (default: yes)",
+        )
+
+        parser.add_argument(
+            "--baseline",
+            type=_run_folder,
+            metavar="RUN",
+            help="a run without context (--form none) on the same files, whose losses the plot shows as lines",
         )
 
     def prepare(self, config: TrainConfig, inputs: Inputs) -> Job:
