@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,23 @@ def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
         >>> folder = tempfile.TemporaryDirectory()
         >>> export_adapter(model, 1, folder.name)
     """
+    layers = _bank("export_adapter", model, i)
+    alphas = {name: float(whole(layer.lora_scale)[i]) * layer.lora_A.shape[1] for name, layer in layers.items()}
+    write_weights(model, {name: (layer.lora_A[i], layer.lora_B[i]) for name, layer in layers.items()}, alphas, folder)
+
+
+def write_weights(
+    model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float], folder: str | Path
+) -> None:
+    """PEFT's files of A [r, D] and B [E, r], and alpha, of layers of a model by name."""
     from safetensors.torch import save_file
 
-    layers = _bank("export_adapter", model, i)
-    tensors, alphas = {}, {}
-    for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[i]
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[i]
-        alphas[name] = float(whole(layer.lora_scale)[i]) * layer.lora_A.shape[1]
-    ranks = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
-    first = next(iter(layers))
+    tensors, ranks = {}, {}
+    for name, (A, B) in weights.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
+        ranks[name] = A.shape[0]
+    first = next(iter(weights))
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": model_name(model),
@@ -66,8 +74,8 @@ def export_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
         "lora_alpha": alphas[first],
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-        "target_modules": _targets(model, list(layers)),
-        "fan_in_fan_out": all(map(is_conv1d, layers.values())),
+        "target_modules": _targets(model, list(weights)),
+        "fan_in_fan_out": all(is_conv1d(model.get_submodule(name)) for name in weights),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
