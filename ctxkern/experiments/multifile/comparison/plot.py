@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ctxkern.experiments.core.plots import BLUE, FAINT, GRID, INK, MUTED, ORANGE, save_figure
+from ctxkern.experiments.core.plots import BLUE, FAINT, INK, MUTED, ORANGE, save_figure
 from ctxkern.experiments.multifile.comparison.arms import ARMS, BASE
 from ctxkern.experiments.multifile.comparison.results import Summary
 
@@ -46,6 +46,18 @@ def plot_differences(summaries: Sequence[Summary], path: Path, title: str) -> No
     save_figure(draw, path, (8.6, 1.5 + 0.44 * len(shown)))
 
 
+def _apart(values: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending values moved up, or down below `top`, until they are `gap` apart."""
+    places: list[float] = []
+    for value in values:
+        places.append(max(value, places[-1] + gap) if places else value)
+    limit = top
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    return places
+
+
 def _short(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.0f} k"
 
@@ -58,7 +70,7 @@ def plot_positions(summaries: Sequence[Summary], path: Path, title: str) -> None
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        axes.axhline(0, color=INK, linewidth=0.9)
+        axes.plot([0, len(spans) - 1], [0, 0], color=INK, linewidth=0.9)
         colours = {"bilinear": BLUE, "film": ORANGE}
         ends = []
         for one in shown:
@@ -66,12 +78,14 @@ def plot_positions(summaries: Sequence[Summary], path: Path, title: str) -> None
             axes.plot(range(len(spans)), values, color=colours.get(one.arm, FAINT), marker="o", markersize=3)
             ends.append((values[-1], one.arm))
         low, high = axes.get_ylim()
-        place = -math.inf
-        for value, arm in sorted(ends):
-            place = max(value, place + 0.05 * (high - low))
+        ends.sort()
+        for (value, arm), place in zip(
+            ends, _apart([value for value, _ in ends], 0.05 * (high - low), high), strict=True
+        ):
             axes.annotate(
                 ARMS[arm].text, (len(spans) - 1, value), xytext=(len(spans) - 0.8, place), fontsize=7.5, va="center",
-                color=colours.get(arm, INK), arrowprops={"arrowstyle": "-", "color": GRID}, annotation_clip=False,
+                color=colours.get(arm, INK), annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "relpos": (0, 0.5)},
             )  # fmt: skip
         axes.set_xticks(range(len(spans)), spans)
         axes.set_xlim(-0.2, len(spans) - 0.8 + 0.35 * len(spans))
