@@ -133,7 +133,9 @@ class AdapterLayer(AttachedLayer):
         if used.cu_seqlens is None:
             index = _expanded_index(index, A.shape[0], x)
         rows = _rows(x, used.cu_seqlens)
-        spans = {"adapter_index": index, "cu_seqlens": used.cu_seqlens}
+        spans: dict[str, Any] = {"adapter_index": index, "cu_seqlens": used.cu_seqlens}
+        if used.seeds is not None:
+            spans |= {"dropout": used.dropout, "seed": used.seeds[self.attached.name]}
         y = lora_linear(rows, self.out_in, A, B, scale, self.bias, **spans)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ class Used(NamedTuple):
     adapter_index: Tensor | None = None  # [B] int64
     lora: Mapping[str, tuple[Tensor, Tensor]] | None = None
     cu_seqlens: Tensor | None = None  # [B + 1] int32
+    dropout: float = 0.0
+    seeds: Mapping[str, Tensor] | None = None  # of each layer's mask
 
 
 class Slot(threading.local):
@@ -71,12 +74,15 @@ class use:  # noqa: N801
         lora: {name of a layer: (A [B, r, D], B [B, E, r])}, weights of a hypernetwork, in place of the bank; layers
             that it does not name are as they were. With adapter_index, whose rows pick among those.
         cu_seqlens: [B + 1] int32, the bounds of the sequences where the model gets them packed, as one row.
+        dropout: at least 0 and below 1, the share of an adapter's input that it does not see, as in `lora_linear`. The
+            masks are drawn where the block is entered, from torch's generator, one for each layer: the forwards within
+            it, and what checkpoints run again, have the same.
 
         Layers for whose kind nothing is given compute what they did before they were attached to.
 
     Raises:
         TypeError: an argument of another type. ValueError: a model without attached layers, an index without contexts,
-        or a name in `lora` that no attached layer has.
+        a name in `lora` that no attached layer has, or a dropout out of bounds.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -96,6 +102,7 @@ class use:  # noqa: N801
         adapter_index: Tensor | None = None,
         lora: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         cu_seqlens: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> None:
         layers = attached_modules("use", model)
         given = {"context": context, "context_index": context_index, "adapter_index": adapter_index}
@@ -109,14 +116,22 @@ class use:  # noqa: N801
             unknown = [name for name in lora if name not in names]
             if unknown:
                 raise ValueError(f"use: lora has {unknown[0]!r}; it must name attached layers, as {names[0]!r}")
-        self._used = Used(context, context_index, adapter_index, lora, cu_seqlens)
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"use: dropout is {dropout!r}; it must be a number of at least 0 and below 1")
+        self._used = Used(context, context_index, adapter_index, lora, cu_seqlens, float(dropout))
+        self._layers = layers
         self._slots = list(dict.fromkeys(layer.attached.slot for layer in layers))
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> use:
+        used = self._used
+        if used.dropout:
+            # on the CPU: the same masks on every device
+            drawn = torch.randint(2**62, (len(self._layers), 1))
+            used = used._replace(seeds={layer.attached.name: s for layer, s in zip(self._layers, drawn, strict=True)})
         with ExitStack() as stack:
             for slot in self._slots:
-                stack.enter_context(_Using(slot, self._used))
+                stack.enter_context(_Using(slot, used))
             self._entered.append(stack.pop_all())
         return self
 

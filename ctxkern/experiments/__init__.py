@@ -8,8 +8,10 @@ those of "" are in none.
 EXPERIMENTS = {
     "train": "ctxkern.experiments.multifile.experiment:MultiFileTraining",
     "adapters train": "ctxkern.experiments.adapters.experiment:AdapterTraining",
+    "taskweaver train": "ctxkern.experiments.taskweaver.experiment:TaskWeaverTraining",
 }
 GROUPS = {
     "": ("", "ctxkern.experiments.multifile.commands"),
     "adapters": ("a bank of LoRA adapters on one language model", "ctxkern.experiments.adapters.commands"),
+    "taskweaver": ("LoRA weights from the prompt, by a hypernetwork", "ctxkern.experiments.taskweaver.commands"),
 }

@@ -203,3 +203,67 @@ def test_parts_that_were_attached_to_alone(model):
         ctxkern.detach(model)
     for block in model.blocks:
         assert ctxkern.detach(block) == ["up"]
+
+
+def test_dropout_hides_inputs_of_adapters(model):
+    """Each layer sees a mask of one seed, which the reference makes; dropout 0 is no dropout, bit for bit."""
+    plain = torch.nn.Linear(D, 3).double()
+    lora = {"0": (torch.randn(B, 2, D, dtype=torch.float64), torch.randn(B, 3, 2, dtype=torch.float64))}
+    layer = torch.nn.Sequential(plain)
+    ctxkern.attach_adapters(layer, 0, 2, ["0"], alpha=2)
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    with ctxkern.use(layer, lora=lora):
+        without = layer(x)
+    with ctxkern.use(layer, lora=lora, dropout=0.0):
+        assert torch.equal(layer(x), without)
+    torch.manual_seed(5)
+    with ctxkern.use(layer, lora=lora, dropout=0.3):
+        first, second = layer(x), layer(x)
+    torch.manual_seed(5)
+    mask = ctxkern.reference.lora_dropout_mask(torch.randint(2**62, (1, 1))[0], B * S, D, 0.3).view(B, S, D)
+    (A, B_), base = lora["0"], torch.nn.functional.linear(x, plain.weight, plain.bias)
+    torch.testing.assert_close(first, base + x.where(mask, 0) / 0.7 @ A.mT @ B_.mT)
+    assert torch.equal(first, second)
+    assert 0 < int((~mask).sum()) < mask.numel()
+    assert not torch.equal(first, without)
+
+
+def test_masks_differ_by_block_and_layer(model):
+    with_adapters(model)
+    x, index = torch.randn(B, S, D), torch.tensor([1, 0, 2, 1])
+    block = ctxkern.use(model, adapter_index=index, dropout=0.5)
+    found = []
+    for _ in range(2):
+        with block:
+            found.append(model(x))
+            seeds = list(model.blocks[0].up.attached.slot.used.seeds.values())
+    assert not torch.equal(*found)
+    assert len({int(seed) for seed in seeds}) == 4
+    # without an adapter there is nothing to hide
+    with ctxkern.use(model, dropout=0.5):
+        none = model(x)
+    with ctxkern.use(model):
+        assert torch.equal(model(x), none)
+
+
+@pytest.mark.parametrize("how", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_checkpoints_have_the_masks_of_their_forward(model, how):
+    with_adapters(model)
+    x, index = torch.randn(B, S, D, requires_grad=True), torch.tensor([1, 0, 2, 1])
+    found = []
+    for model.how in (None, how):
+        torch.manual_seed(3)
+        model.zero_grad()
+        with ctxkern.use(model, adapter_index=index, dropout=0.5):
+            loss = model(x).square().sum()
+        torch.manual_seed(4)
+        loss.backward()
+        found.append(gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, True, "0.1"])
+def test_dropout_is_a_share(model, share):
+    with_adapters(model)
+    with pytest.raises(ValueError, match=r"use: dropout is .*; it must be a number of at least 0 and below 1"):
+        ctxkern.use(model, dropout=share)

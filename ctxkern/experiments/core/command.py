@@ -94,7 +94,7 @@ def _read_config(name: str, run_dir: Path) -> dict:
 
 def _check_same_paths(args: argparse.Namespace, files: list[TrainingFile]) -> None:
     where = printable(args.run_dir)
-    if args.paths:
+    if getattr(args, "paths", None):
         given = {os.fsencode(os.path.abspath(path)) for path in find_files(args.paths).files}
         if not {os.fsencode(file.path) for file in files} <= given:
             raise CommandError(f"PATHS: other files than those of the run in {where}; leave them out to resume")
@@ -119,8 +119,7 @@ def _resumed(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:
         elif settings.get(name) != value:
             there = "left out" if settings.get(name) is None else settings[name]
             raise CommandError(f"{kind.flag(name)} is {value}; it must be {there}, as in the run in {where}")
-    if args.experiment.paths_help:
-        _check_same_paths(args, stored["files"])
+    _check_same_paths(args, stored["files"])
     config = kind(**settings)
     if (args.run_dir / LAST).exists():
         done = read_step(args.run_dir / LAST)
@@ -266,7 +265,8 @@ def _finish(args: argparse.Namespace, job: Job, run_dir: Path, result: FitResult
     best = "" if result.best_step is None else f", best.safetensors (step {result.best_step})"
     print(f"\ncheckpoints {printable(run_dir / LAST)}{best}")
     print(f"result      {printable(run_dir / RESULT)}")
-    print(f"logs        {printable(run_dir / METRICS)}; tensorboard --logdir {shell_quote(run_dir / LOGS)}", flush=True)
+    board = job.config.tensorboard_dir or run_dir / LOGS
+    print(f"logs        {printable(run_dir / METRICS)}; tensorboard --logdir {shell_quote(board)}", flush=True)
     if _plot(args, job, run_dir):
         print(f"plot        {printable(run_dir / PLOT)}", flush=True)
     if processes.is_sharded(job.model):

@@ -165,6 +165,8 @@ def train(
         seed=settings.seed,
         grad_clip=None if steers else settings.grad_clip or None,
         accumulate=settings.accumulate,
+        log_every=settings.log_every,
+        board=Path(settings.tensorboard_dir) if settings.tensorboard_dir else None,
         eval_every=settings.eval_every or tenth,
         checkpoint_every=settings.checkpoint_every or tenth,
         patience=settings.patience or None,

@@ -56,6 +56,7 @@ class LoopConfig:
         config: JSON-able; a checkpoint of another `config` is refused.
         resume: continue from the last checkpoint, or from the start where there is none.
         progress: a bar on a terminal, a line per evaluation.
+        board: folder of TensorBoard's events; None: `logs` in `run_dir`.
     """
 
     steps: int
@@ -71,6 +72,7 @@ class LoopConfig:
     config: Mapping = field(default_factory=dict)
     resume: bool = False
     progress: bool = True
+    board: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "eval_every", "checkpoint_every", "patience"):
@@ -346,7 +348,7 @@ class _Run:
         """Train to the end, or to a signal."""
         result = self.result
         tqdm = require("tqdm").tqdm
-        self.log = RunLog(self.run_dir, result.step, write=self.main)
+        self.log = RunLog(self.run_dir, result.step, board=self.config.board, write=self.main)
         self.model.train()
         # None: a bar on terminals only
         disable = None if self.config.progress and self.main else True

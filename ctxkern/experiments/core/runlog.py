@@ -30,10 +30,11 @@ class RunLog:
     Args:
         run_dir: existing folder.
         start_step: steps completed; rows of later steps are dropped, at 0 all rows.
+        board: folder of TensorBoard's events; None: `logs` in the run folder.
         write: False where another process writes; `rows` are kept all the same.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, *, write: bool = True):
+    def __init__(self, run_dir: Path, start_step: int, *, board: Path | None = None, write: bool = True):
         self.rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step] if start_step else []
         self._writes = write
         if not write:
@@ -43,7 +44,7 @@ class RunLog:
         writer = require("torch.utils.tensorboard").SummaryWriter
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(utf8_alias(run_dir))
-            self._board = writer(str(folder / LOGS), purge_step=start_step + 1 if start_step else 0)
+            self._board = writer(str(board or folder / LOGS), purge_step=start_step + 1 if start_step else 0)
             self._alias = stack.pop_all()
 
     def write(self, row: dict, scalars: Mapping[str, float]) -> None:

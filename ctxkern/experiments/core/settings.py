@@ -222,6 +222,10 @@ class RunSettings(Settings):
     )
     device: str = setting("auto", "cpu, cuda, ...; auto is a GPU where there is one", resumable=True)
     seed: int = setting(0, "seed of everything random")
+    log_every: int = setting(10, "steps between writes of the logs", at_least=1, resumable=True)
+    tensorboard_dir: str | None = setting(
+        None, "folder of TensorBoard's events", default_text="logs in the run folder", resumable=True
+    )
     eval_every: int | None = setting(
         None, "steps between validations", at_least=1, default_text="a tenth of the run", resumable=True
     )

@@ -74,6 +74,15 @@ def _said(shapes: dict[str, Any]) -> str:
     return f"width {shapes['lm_hidden']}, {len(shapes['targets'])} target layers with weights {weights}"
 
 
+def load_config(place: Path) -> TaskWeaverConfig:
+    """The settings of a folder of `save_pretrained`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    return _read_config(place)[0]
+
+
 def _read_config(place: Path) -> tuple[TaskWeaverConfig, dict | None]:
     try:
         stored = json.loads((place / CONFIG).read_text(encoding="utf-8"))

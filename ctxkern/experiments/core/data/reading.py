@@ -67,7 +67,7 @@ def chunk_text(text: str, chunk_chars: int = CHUNK_CHARS) -> list[dict]:
     ]
 
 
-def _parse(text: str, line: int = 1) -> object:
+def parse_json(text: str, line: int = 1) -> object:
     """JSON that begins at `line` of its file, or a ValueError that names the line."""
     try:
         return json.loads(text)
@@ -105,7 +105,7 @@ def _note_unused(keys: Iterable[str]) -> list[str]:
 
 
 def _read_json(text: str) -> tuple[list[dict], list[str]]:
-    value = _parse(text)
+    value = parse_json(text)
     tasks = arc_tasks(value)
     if tasks:
         return arc_items(tasks)
@@ -135,12 +135,12 @@ def _read_jsonl(text: str) -> tuple[list[dict], list[str]]:
     # only \n ends a record: JSON strings may hold other line separators
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            records.append((f"line {number}", _parse(line, number)))
+            records.append((f"line {number}", parse_json(line, number)))
     tasks = arc_tasks([record for _, record in records])
     return arc_items(tasks) if tasks else _read_records(records)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{printable(path)}: is a folder; it must be a file")
@@ -167,7 +167,7 @@ def read_file(path: str | os.PathLike, *, chunk_chars: int = CHUNK_CHARS) -> Fil
     else:
         read = lambda text: (chunk_text(text, chunk_chars), [])  # noqa: E731
     try:
-        data = _read_bytes(path)
+        data = read_bytes(path)
         if not data:
             raise ValueError("it is empty")
         text, encoding = decode_text(data)

@@ -1,0 +1,100 @@
+"""`ctxkern taskweaver train`: a hypernetwork that writes LoRA weights from the prompt."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ctxkern.experiments.core.data.paths import fingerprint
+from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
+from ctxkern.experiments.core.loop import FitResult
+from ctxkern.experiments.core.names import join_names, printable
+from ctxkern.experiments.core.runlog import read_metrics
+from ctxkern.experiments.taskweaver.commands import MODEL
+from ctxkern.experiments.taskweaver.config import TaskWeaverSettings
+from ctxkern.experiments.taskweaver.training import TaskWeaverJob
+
+
+class TaskWeaverTraining(Experiment):
+    """A hypernetwork on one frozen language model."""
+
+    settings = TaskWeaverSettings
+    help = "train a hypernetwork that writes LoRA weights for a language model from the prompt"
+    description = (
+        "Train a hypernetwork on a frozen causal language model of transformers: from the embedding of a prompt it\n"
+        "writes LoRA weights, in which the model answers. --dataset_config is a JSON list of datasets, // comments\n"
+        'allowed: [{"name": "gsm8k", "dataset_path": "FILE, FOLDER OR NAME ON THE HUB", "dataset_config": "main",\n'
+        '"split": "train", "num_samples": 1000}]; the name is that of a processor: gsm8k, svamp, bbh, or pairs for\n'
+        "records of any form that ctxkern train reads. Flags may have dashes in place of underscores."
+    )
+    examples: ClassVar = (
+        "--use_default_dataset",
+        "--model_name HuggingFaceTB/SmolLM2-135M --lora_target_layers q_proj,v_proj --dataset_config tasks.json",
+        "--resume --output_dir output",
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--output_dir",
+            "--output-dir",
+            dest="run_dir",
+            type=Path,
+            default=argparse.SUPPRESS,
+            help="the same as --run-dir; the trained model is in its folder model",
+        )
+
+    def prepare(self, config: TaskWeaverSettings, inputs: Inputs) -> TaskWeaverJob:
+        job = TaskWeaverJob(config)
+        inputs.found.notes += job.dataset.notes
+        return job
+
+    def start(self, job: TaskWeaverJob, run_dir: Path) -> None:
+        job.run_dir = run_dir
+
+    def files(self, job: TaskWeaverJob) -> list[TrainingFile]:
+        own = [Path(job.config.dataset_config).absolute()] if job.config.dataset_config else []
+        return [TrainingFile(path, fingerprint(path)) for path in (*own, *job.dataset.files)]
+
+    def describe(self, job: TaskWeaverJob) -> str:
+        weaver, dataset = job.model.weaver, job.dataset
+        counts = weaver.parameter_counts()
+        most = job.config.cached_prompts
+        width = weaver.project.in_features
+        validated = sum(map(len, job.chosen.values()))
+        return "\n".join(
+            (
+                f"datasets    {len(dataset.names)}: {join_names(dataset.names, 20)}",
+                f"examples    {len(dataset):,}, {len(job.train):,} to train on and {validated:,} for validation; "
+                f"{len(job.sampler):,} batches of {job.sampler.batch_size} are an epoch",
+                f"prompts     embedded once each; at most {most:,} are kept, {most * width * 4 / 2**20:,.0f} MiB",
+                f"parameters  {counts['trainable']:,} trained of {counts['total']:,}, which write rank "
+                f"{job.config.lora_rank} for {len(weaver.targets)} layers",
+                f"model       {printable(job.config.model_name)} on {weaver.lm.device}",
+            )
+        )
+
+    def title(self, job: TaskWeaverJob) -> str:
+        return f"TaskWeaver on {len(job.dataset.names)} datasets"
+
+    def report(self, job: TaskWeaverJob, result: FitResult) -> str:
+        # a resumed run has the first ones from its log
+        logged = [row["observed"] for row in read_metrics(job.run_dir or "") if "observed" in row]
+        first, last = (logged[0], logged[-1]) if logged else ({}, {})
+        width = max(map(len, ("dataset", *job.dataset.names)))
+        lines = [f"validation, before and after:\n{'dataset':<{width}}  {'nats per token':>16}  token accuracy"]
+        for name in job.dataset.names:
+            losses = [side.get(name, math.nan) for side in (result.first, result.last)]
+            shares = [side.get(f"token_accuracy/{name}", math.nan) for side in (first, last)]
+            lines.append(f"{name:<{width}}  {losses[0]:>7.4f}  {losses[1]:>7.4f}  {shares[0]:>6.3f}  {shares[1]:>6.3f}")
+        return "\n".join(lines)
+
+    def details(self, job: TaskWeaverJob) -> Mapping[str, Any]:
+        return {"token_accuracy": job.accuracies}
+
+    def finish(self, job: TaskWeaverJob, args: argparse.Namespace) -> None:
+        if job.run_dir is not None:
+            place = job.run_dir / MODEL
+            job.model.weaver.save_pretrained(place)
+            job.tokenizer.save(place)
+            print(f"model       {printable(place)}, for TaskWeaver.from_pretrained and ctxkern taskweaver")
