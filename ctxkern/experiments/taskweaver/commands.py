@@ -11,7 +11,7 @@ from ctxkern.experiments.core.command import CommandError, as_command_errors
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_csv_atomic
 from ctxkern.experiments.core.hub import load_language_model
-from ctxkern.experiments.core.names import group_notes, join_names, printable
+from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.settings import RunSettings
 
 # in a run folder, whose config.json is that of the run
@@ -152,8 +152,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     with as_command_errors():
         weaver, tokenizer = _load(args)
         dataset = create_dataset(args.dataset_config, tokenizer, args.max_length)
-        for note, names in group_notes(dataset.notes).items():
-            print(f"{join_names(names)}: {note}")
+        for name, note in dataset.notes:
+            print(f"cut         {name}: {note}, to fit --max_length")
         total = sum(min(args.examples, dataset.file_ids.count(number)) for number in range(len(dataset.names)))
         bar = require("tqdm").tqdm(total=total * len(ARMS), unit="example", disable=True if args.quiet else None)
         with bar:
