@@ -353,6 +353,8 @@ def test_evaluate(trained, config, tmp_path, capsys):
     bad = ("taskweaver", "evaluate", trained, "--dataset_config", config)
     assert "--out is" in failed(capsys, *bad, "--out", tmp_path / "absent" / "x.csv")
     assert "--examples is 0; it must be at least 1" in failed(capsys, *bad, "--examples", 0)
+    (tmp_path / "bad.json").write_text("[]")
+    assert "must hold a list of objects" in failed(capsys, *bad[:-1], tmp_path / "bad.json")
 
 
 def test_exact_match_counts_whole_answers(monkeypatch):
