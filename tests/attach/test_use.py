@@ -132,8 +132,8 @@ def test_recomputation_that_remembers_nothing_is_noticed(model, reentrant, monke
         loss.backward()
 
 
-@pytest.mark.parametrize("attach", [with_contexts, with_adapters])
-def test_compiles_once_for_all_values(model, attach):
+@pytest.mark.parametrize(("attach", "dropout"), [(with_contexts, 0.0), (with_adapters, 0.0), (with_adapters, 0.5)])
+def test_compiles_once_for_all_values(model, attach, dropout):
     attach(model)
     compiled_graphs = []
 
@@ -148,7 +148,7 @@ def test_compiles_once_for_all_values(model, attach):
         index = torch.randint(N, (B,))
         how = {"context": torch.randn(N, K), "context_index": index}
         how = how if attach is with_contexts else {"adapter_index": index}
-        with ctxkern.use(compiled, **how):
+        with ctxkern.use(compiled, **how, dropout=dropout):
             torch.testing.assert_close(compiled(x), model(x))
     assert len(compiled_graphs) == 1
 

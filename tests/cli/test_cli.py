@@ -1,5 +1,4 @@
 import io
-import re
 import sys
 
 import pytest
@@ -19,9 +18,9 @@ def test_commands_are_asked_for(capsys):
 def test_the_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr()[0]
+    listed = {line.split()[0] for line in out.splitlines() if line.startswith("    ") and line[4] != " "}
     for name in (*EXPERIMENTS, *COMMANDS):
-        # a long name has its line to itself
-        assert re.search(rf"^    {name.partition(' ')[0]}( |$)", out, re.MULTILINE)
+        assert name.partition(" ")[0] in listed
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *COMMANDS])

@@ -85,9 +85,10 @@ def test_presets_and_what_a_resumed_run_may_change():
     with pytest.raises(ValueError, match="preset is 'large'; it must be one of small"):
         Sizes.preset("large")
     assert set(Sizes.names()) - set(Sizes().fixed()) == {
-        "training_steps", "device", "eval_every", "checkpoint_every", "accumulate", "patience", "max_minutes", "kind",
+        "training_steps", "device", "log_every", "tensorboard_dir", "eval_every", "checkpoint_every", "accumulate",
+        "patience", "max_minutes", "kind",
     }  # fmt: skip
     assert set(TrainConfig.names()) - set(TrainConfig().fixed()) == {
-        "training_steps", "device", "num_workers", "eval_every", "checkpoint_every", "accumulate", "patience",
-        "max_minutes",
+        "training_steps", "device", "num_workers", "log_every", "tensorboard_dir", "eval_every", "checkpoint_every",
+        "accumulate", "patience", "max_minutes",
     }  # fmt: skip

@@ -204,8 +204,8 @@ def test_long_texts_are_cut_and_said(tokenizer, tmp_path):
         ("01\n", "abcde"),
     ]
     assert dataset.notes == [
-        ("pairs", "2 prompts cut from the left to fit --max_length"),
-        ("pairs", "2 completions cut to fit --max_length"),
+        ("pairs", "2 of 4 prompts, from the left"),
+        ("pairs", "2 of 4 completions"),
     ]
 
 

@@ -13,6 +13,7 @@ from helpers.runs import KilledError, error_of, failed, finish, start, stop_at, 
 from safetensors.torch import load_file
 
 from ctxkern.cli import build_parser, main
+from ctxkern.experiments.core.checkpoint import read_step
 from ctxkern.experiments.core.runlog import read_metrics
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -166,13 +167,31 @@ def test_flags_have_their_effect(model, config, tmp_path):
     assert dropped[0] == rows[0]
     assert dropped[2] != rows[2]
     board = tmp_path / "board"
-    moved, _ = losses("moved", "--tensorboard_dir", board, "--logging_steps", 1, "--save_steps", 1)
+    moved, _ = losses("moved", "--tensorboard_dir", board)
     assert list(board.glob("events*"))
     assert not (moved / "logs").exists()
-    assert (
-        json.loads((moved / "config.json").read_text())["train"] | {"log_every": 1, "checkpoint_every": 1}
-        == (json.loads((moved / "config.json").read_text())["train"])
-    )
+
+
+def killed(run_dir, model, config, monkeypatch, *more, at):
+    """A run that was killed in the step after `at` steps."""
+    plain = TaskWeaverJob.loss
+    calls = stop_at(lambda job, pair: plain(job, *pair), at)
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskWeaverJob, "loss", lambda job, model, batch: calls(job, (model, batch)))
+        with pytest.raises(KilledError):
+            train(run_dir, model, config, *more, steps=40)
+    return run_dir
+
+
+def test_logs_and_checkpoints_are_written_as_often_as_asked(model, config, tmp_path, monkeypatch):
+    often = ("--eval_every", 40, "--logging_steps", 5, "--save_steps", 3)
+    run_dir = killed(tmp_path / "run", model, config, monkeypatch, *often, at=8)
+    assert read_step(run_dir / "last.safetensors") == 6
+    # a checkpoint writes the logs too
+    assert read_metrics(run_dir)[-1]["step"] == 6
+    run_dir = killed(tmp_path / "other", model, config, monkeypatch, *often[:-1], 40, at=8)
+    assert read_metrics(run_dir)[-1]["step"] == 5
+    assert not (run_dir / "last.safetensors").exists()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -198,13 +217,8 @@ def test_half_precision(model, config, name, dtype):
 
 
 def test_a_kill_and_a_resume_end_in_the_same_bits(trained, model, config, tmp_path, monkeypatch):
-    run_dir = tmp_path / "parts"
-    plain = TaskWeaverJob.loss
-    calls = stop_at(lambda job, pair: plain(job, *pair), 17)
-    monkeypatch.setattr(TaskWeaverJob, "loss", lambda job, model, batch: calls(job, (model, batch)))
-    with pytest.raises(KilledError):
-        train(run_dir, model, config, "--lora_dropout", 0.1, "--save_steps", 5, steps=40)
-    monkeypatch.undo()
+    often = ("--lora_dropout", 0.1, "--save_steps", 5)
+    run_dir = killed(tmp_path / "parts", model, config, monkeypatch, *often, at=17)
     assert not (run_dir / "model").exists()
     assert main(["taskweaver", "train", "--resume", "--output_dir", str(run_dir), "--quiet"]) == 0
     assert same(run_dir / "last.safetensors", trained / "last.safetensors")
@@ -339,6 +353,8 @@ def test_evaluate(trained, config, tmp_path, capsys):
     bad = ("taskweaver", "evaluate", trained, "--dataset_config", config)
     assert "--out is" in failed(capsys, *bad, "--out", tmp_path / "absent" / "x.csv")
     assert "--examples is 0; it must be at least 1" in failed(capsys, *bad, "--examples", 0)
+    (tmp_path / "bad.json").write_text("[]")
+    assert "must hold a list of objects" in failed(capsys, *bad[:-1], tmp_path / "bad.json")
 
 
 def test_exact_match_counts_whole_answers(monkeypatch):

@@ -11,7 +11,7 @@ from ctxkern.experiments.core.command import CommandError, as_command_errors
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_csv_atomic
 from ctxkern.experiments.core.hub import load_language_model
-from ctxkern.experiments.core.names import group_notes, join_names, printable
+from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.settings import RunSettings
 
 # in a run folder, whose config.json is that of the run
@@ -21,7 +21,12 @@ MODEL = "model"
 def add_parsers(subparsers: Any) -> None:
     """Register the commands in the group."""
     generate = subparsers.add_parser("generate", help="continue prompts, each in the weights of its own")
-    generate.add_argument("--prompt", action="append", required=True, help="a text; may be given several times")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        help="a text as its processor ends prompts, in Answer: or a line end; may be given several times",
+    )
     generate.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=100, help="default: 100")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--num_beams", "--num-beams", type=int, default=1, help="default: 1")
@@ -141,6 +146,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from ctxkern.experiments.taskweaver.configs import read_configs
     from ctxkern.experiments.taskweaver.data import create_dataset
     from ctxkern.experiments.taskweaver.evaluation import ARMS, evaluate
 
@@ -150,10 +156,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not out.parent.is_dir():
         raise CommandError(f"--out is {printable(out)}; its folder must exist")
     with as_command_errors():
+        # said before the model is read
+        configs = read_configs(args.dataset_config)
         weaver, tokenizer = _load(args)
-        dataset = create_dataset(args.dataset_config, tokenizer, args.max_length)
-        for note, names in group_notes(dataset.notes).items():
-            print(f"{join_names(names)}: {note}")
+        dataset = create_dataset(configs, tokenizer, args.max_length)
+        for name, note in dataset.notes:
+            print(f"cut         {name}: {note}, to fit --max_length")
         total = sum(min(args.examples, dataset.file_ids.count(number)) for number in range(len(dataset.names)))
         bar = require("tqdm").tqdm(total=total * len(ARMS), unit="example", disable=True if args.quiet else None)
         with bar:

@@ -98,7 +98,8 @@ def read_configs(path: str | Path) -> list[DatasetConfig]:
 
 def _lines_of_entries(text: str) -> Sequence[int]:
     """The line on which each entry of the list begins."""
-    decoder, lines, at = json.JSONDecoder(), [], text.index("[") + 1
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    lines: list[int] = []
     while True:
         at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,"))
         if text[at] == "]":

@@ -83,9 +83,9 @@ class TaskDataset(Dataset):
             self.file_ids.append(len(self.names))
         self.names.append(name)
         self.files += [file for file in files if file not in self.files]
-        for key, what in (("prompt_cut", "prompts cut from the left"), ("completion_cut", "completions cut")):
+        for key, what in (("prompt_cut", "prompts, from the left"), ("completion_cut", "completions")):
             if count := sum(columns.get(key, ())):
-                self.notes.append((name, f"{count} {what} to fit --max_length"))
+                self.notes.append((name, f"{count} of {len(columns[key])} {what}"))
 
     def split(self, val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
         """(train, validation) indices: of each dataset a share is set apart, the same for the same seed and name."""

@@ -45,9 +45,7 @@ class TaskWeaverTraining(Experiment):
         )
 
     def prepare(self, config: TaskWeaverSettings, inputs: Inputs) -> TaskWeaverJob:
-        job = TaskWeaverJob(config)
-        inputs.found.notes += job.dataset.notes
-        return job
+        return TaskWeaverJob(config)
 
     def start(self, job: TaskWeaverJob, run_dir: Path) -> None:
         job.run_dir = run_dir
@@ -67,6 +65,7 @@ class TaskWeaverTraining(Experiment):
                 f"datasets    {len(dataset.names)}: {join_names(dataset.names, 20)}",
                 f"examples    {len(dataset):,}, {len(job.train):,} to train on and {validated:,} for validation; "
                 f"{len(job.sampler):,} batches of {job.sampler.batch_size} are an epoch",
+                *(f"cut         {name}: {note}, to fit --max_length" for name, note in dataset.notes),
                 f"prompts     embedded once each; at most {most:,} are kept, {most * width * 4 / 2**20:,.0f} MiB",
                 f"parameters  {counts['trainable']:,} trained of {counts['total']:,}, which write rank "
                 f"{job.config.lora_rank} for {len(weaver.targets)} layers",
