@@ -117,6 +117,14 @@ def test_arms_differ_in_their_settings_alone(tmp_path):
         assert {"--seed=3", "--patience=0"} <= set(flags[arm][0])
 
 
+def test_what_is_not_tuned_stays_as_it_was_given(tmp_path):
+    one = Study(tmp_path, ["f"], ["a"], {"context_lr_scale": 3.0}, ["film", "added"], 12, 1, 0, 1)
+    for arm in one.arms:
+        ((run, _),) = one.plan("x", arm, 10, 0, **one.tuned[arm])
+        assert "--context-lr-scale=3.0" in run.arguments
+        assert not any(word.startswith("--context-std") for word in run.arguments)
+
+
 def test_a_model_alone_has_the_split_of_all(paths):
     together, alone = prepare(tiny(), paths), prepare(tiny(only="f1.jsonl"), paths)
     held = [
@@ -156,6 +164,7 @@ def test_bad_arms_are_named(paths, tmp_path, capsys):
     assert "--arms has 'lara'; it must be of none, token" in failed(capsys, *flags, "--arms", "lara")
     assert "--seeds is 0; it must be at least 1" in failed(capsys, *flags, "--seeds", 0)
     assert "--form is given; it must be left to the comparison" in failed(capsys, *flags, "--form", "film")
+    assert "--rank is given; it must be left to the comparison" in failed(capsys, *flags, "--rank", 4)
 
 
 def test_a_failed_run_is_said_with_its_last_lines(paths, tmp_path):

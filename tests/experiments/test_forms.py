@@ -157,6 +157,17 @@ def test_a_new_file_leaves_the_others_as_they_are(form):
     assert all(torch.equal(t, after[name][: len(t)]) for name, t in state.items())
 
 
+def test_a_file_that_is_drawn_is_as_those_of_step_0():
+    lora = made("lora")
+    lora.add_file("normal")
+    for A, B in adapters(lora.contexts()[3:], 8, 2):
+        assert A.any()
+        assert not B.any()
+    added = made("added", context_std=0.0)
+    added.add_file("normal")
+    assert not added.contexts()[3].any()
+
+
 def test_rank_is_of_bilinear_tensors():
     with pytest.raises(ValueError, match="rank is 2; it must be None for the form film"):
         MultiFileConfig(11, 3, form="film", rank=2, **SIZES)

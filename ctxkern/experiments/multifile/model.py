@@ -261,7 +261,7 @@ class MultiFileTransformer(nn.Module):
         `context_embeddings.weight` becomes a new parameter: build optimizers afterwards.
 
         Args:
-            init: `"mean"` of the present vectors, `"normal"` for N(0, 1), or a tensor [K].
+            init: `"mean"` of the present vectors, `"normal"` for one drawn as at step 0, or a tensor [K].
 
         Raises:
             ValueError: another `init`.
@@ -277,7 +277,9 @@ class MultiFileTransformer(nn.Module):
         elif init == "mean":
             row = self.contexts().mean(0, keepdim=True).to(old)
         elif init == "normal":
-            row = torch.randn_like(old[:1])
+            c = self.config
+            row = torch.empty_like(old[:1])
+            draw_contexts_(row, c.form, std=c.context_std, d_model=c.d_model, lora_rank=c.lora_rank)
         else:
             raise ValueError(f"init is {init!r}; it must be a tensor or one of {', '.join(ADD_FILE_INITS)}")
         self.context_embeddings = nn.Embedding.from_pretrained(torch.cat([old, row]), freeze=not old.requires_grad)

@@ -29,7 +29,7 @@ _LEGEND = """loss: nats per token at the best step of each run, mean over files 
 file and seed. 95 %: bootstrap over files and their seeds. won: files with a lower loss, mean over seeds.
 parameters: of all models of an arm. MiB: of the whole process."""
 # settings that are an arm's or the comparison's, not shared
-_OWN = ("form", "only", "patience")
+_OWN = ("form", "only", "patience", "rank")
 
 
 def add_parser(subparsers: Any) -> None:

@@ -41,8 +41,9 @@ class Study:
 
     def __post_init__(self) -> None:
         self.config = TrainConfig(**self.shared)
+        # what is not tuned stays as it was given
         self.tuned: dict[str, dict[str, Any]] = {
-            arm: {knob: values[0] for knob, values in ARMS[arm].knobs.items()} for arm in self.arms
+            arm: {knob: values[0] for knob, values in ARMS[arm].knobs.items() if self.tune_steps} for arm in self.arms
         }
 
     @property
