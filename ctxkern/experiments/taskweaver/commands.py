@@ -13,6 +13,7 @@ from ctxkern.experiments.core.files import write_csv_atomic
 from ctxkern.experiments.core.hub import load_language_model
 from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.settings import RunSettings
+from ctxkern.experiments.taskweaver.comparison import commands as compare
 
 # in a run folder, whose config.json is that of the run
 MODEL = "model"
@@ -55,11 +56,13 @@ def add_parsers(subparsers: Any) -> None:
         "--max_new_tokens",
         "--max-new-tokens",
         type=int,
-        help="longest answer; 0: no exact match (default: the longest completion of a batch)",
+        help="longest answer; 0: none is generated, exact match is by likeliest tokens, which is faster (default: the "
+        "longest completion of a batch)",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
     evaluate.add_argument("--out", type=Path, help="CSV file (default: evaluation.csv in MODEL_DIR)")
     evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
+    compare.add_parser(subparsers)
     for parser, run, name in (
         (generate, _generate, "generate"),
         (export, _export, "export"),
@@ -148,7 +151,7 @@ def _export(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from ctxkern.experiments.taskweaver.configs import read_configs
     from ctxkern.experiments.taskweaver.data import create_dataset
-    from ctxkern.experiments.taskweaver.evaluation import ARMS, evaluate
+    from ctxkern.experiments.taskweaver.evaluation import evaluate, prompt_arms, spread
 
     _at_least(args, 1, "examples", "batch_size")
     _at_least(args, 0, "max_new_tokens")
@@ -162,17 +165,18 @@ def _evaluate(args: argparse.Namespace) -> int:
         dataset = create_dataset(configs, tokenizer, args.max_length)
         for name, note in dataset.notes:
             print(f"cut         {name}: {note}, to fit --max_length")
-        total = sum(min(args.examples, dataset.file_ids.count(number)) for number in range(len(dataset.names)))
-        bar = require("tqdm").tqdm(total=total * len(ARMS), unit="example", disable=True if args.quiet else None)
+        chosen = spread(dataset, range(len(dataset)), args.examples)
+        arms = prompt_arms(weaver, tokenizer, dataset, chosen, args.seed)
+        total = len(chosen) * len(arms)
+        bar = require("tqdm").tqdm(total=total, unit="example", disable=True if args.quiet else None)
         with bar:
             rows = evaluate(
-                weaver,
+                arms,
                 tokenizer,
                 dataset,
-                most=args.examples,
+                chosen,
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
-                seed=args.seed,
                 report=bar.update,
             )
         write_csv_atomic(out, rows)
@@ -185,8 +189,7 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     width = max(len(row["dataset"]) for row in rows)
     print(f"{'dataset':<{max(width, 7)}}  weights   examples    loss  token accuracy  exact match")
     for row in rows:
-        exact = "–" if row["exact_match"] != row["exact_match"] else f"{row['exact_match']:.3f}"
         print(
             f"{row['dataset']:<{max(width, 7)}}  {row['weights']:<8}  {row['examples']:>8}  {row['loss']:>6.4f}  "
-            f"{row['token_accuracy']:>14.3f}  {exact:>11}"
+            f"{row['token_accuracy']:>14.3f}  {row['exact_match']:>11.3f}"
         )

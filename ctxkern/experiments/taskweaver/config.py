@@ -16,6 +16,7 @@ _ALSO = {
     "log_every": "logging_steps",
     "training_steps": "steps",
 }
+PROMPT, SHARED, DATASET = WEIGHTS = ("prompt", "shared", "dataset")
 _DEFAULT_DATASET = ("openai/gsm8k", "main")
 
 
@@ -35,6 +36,20 @@ class TaskWeaverSettings(TaskWeaverConfig, RunSettings):
     )
     cached_prompts: int = setting(
         65536, "the most prompts whose embeddings are kept in memory", at_least=0, resumable=True, group="data"
+    )
+    weights: str = setting(
+        PROMPT,
+        "what has LoRA weights: each prompt, by the hypernetwork; or, to compare with, one adapter that is shared, or "
+        "one of each dataset",
+        choices=WEIGHTS,
+        group="hypernetwork",
+    )
+    adapter_rank: int = setting(
+        0,
+        "rank of the adapters that do not depend on the prompt",
+        at_least=0,
+        default_text="together as many parameters as the hypernetwork",
+        group="hypernetwork",
     )
     lora_dropout: float = setting(
         0.0, "share of a target layer's input hidden from its weights", at_least=0, below=1, group="hypernetwork"
@@ -56,6 +71,8 @@ class TaskWeaverSettings(TaskWeaverConfig, RunSettings):
             raise ValueError(f"dataset_config and use_default_dataset: {said}; one of them must be")
         if self.dataset_path and not self.use_default_dataset:
             raise ValueError("dataset_path is given without use_default_dataset; it must be left out")
+        if self.adapter_rank and self.weights == PROMPT:
+            raise ValueError(f"adapter_rank is {self.adapter_rank} and weights {PROMPT!r}; it must be left out")
 
     @classmethod
     @functools.cache

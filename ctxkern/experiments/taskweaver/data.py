@@ -1,6 +1,6 @@
 """Examples of several datasets, and their batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class TaskDataset(Dataset):
         file_ids: the number of each example's dataset.
         files: the local files that were read.
         notes: (dataset, what was cut) pairs.
+        answers: of each dataset, by number, its processor's `answer`.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class TaskDataset(Dataset):
         self.file_ids: list[int] = []
         self.files: list[Path] = []
         self.notes: list[tuple[str, str]] = []
+        self.answers: list[Callable[[str], str]] = []
         self._rows: list[tuple[Tensor, int]] = []
 
     def __len__(self) -> int:
@@ -55,12 +57,18 @@ class TaskDataset(Dataset):
         labels[:length] = IGNORE_INDEX
         return {"input_ids": ids, "labels": labels, "prompt_length": length, "file_id": self.file_ids[idx]}
 
+    def length(self, idx: int) -> int:
+        """The tokens of an example."""
+        return len(self._rows[idx][0])
+
     def prompt(self, idx: int) -> Tensor:
         """The ids [s] of an example's prompt."""
         ids, length = self._rows[idx]
         return ids[:length]
 
-    def add(self, name: str, columns: Columns, files: Sequence[Path] = ()) -> None:
+    def add(
+        self, name: str, columns: Columns, files: Sequence[Path] = (), answer: Callable[[str], str] = str.strip
+    ) -> None:
         """Take the columns of a processor as a further dataset.
 
         Raises:
@@ -82,6 +90,7 @@ class TaskDataset(Dataset):
             self._rows.append((torch.tensor(ids, dtype=torch.int32), int(length)))
             self.file_ids.append(len(self.names))
         self.names.append(name)
+        self.answers.append(answer)
         self.files += [file for file in files if file not in self.files]
         for key, what in (("prompt_cut", "prompts, from the left"), ("completion_cut", "completions")):
             if count := sum(columns.get(key, ())):
@@ -140,7 +149,7 @@ class DatasetCreator:
         processors = [self.processor(c.name, c.place) for c in configs]
         for c, processor, name in zip(configs, processors, display_names(configs), strict=True):
             records = read_records(c)
-            dataset.add(name, _process(processor, records), records.files)
+            dataset.add(name, _process(processor, records), records.files, processor.answer)
         return dataset
 
 

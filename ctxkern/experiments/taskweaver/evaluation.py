@@ -1,16 +1,17 @@
-"""What the weights of a TaskWeaver are worth: those of the prompt, of another task's, of a blank one, and none."""
+"""What weights are worth on examples: those of a prompt, of another task's, of a blank one, of adapters, and none."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import ctxkern
+from ctxkern.experiments.core.data.windows import IGNORE_INDEX
 from ctxkern.experiments.core.seeding import generator
 from ctxkern.experiments.taskweaver.data import Collator, TaskDataset
 from ctxkern.experiments.taskweaver.hypernetwork import TaskWeaver
-from ctxkern.experiments.taskweaver.measure import PromptEmbeddings, Score, TrainedWeaver, score
+from ctxkern.experiments.taskweaver.measure import PromptEmbeddings, Score, TrainedModel, TrainedWeaver, score
 
 # whose weights an example gets
 ALIGNED, SHUFFLED, BLANK, BASE = ARMS = ("aligned", "shuffled", "blank", "base")
@@ -32,99 +33,173 @@ def blank_prompt(tokenizer: Any) -> Tensor:
     return torch.tensor([tokenizer.eos_token_id if first is None else first])
 
 
-def evaluate(
-    weaver: TaskWeaver,
-    tokenizer: Any,
-    dataset: TaskDataset,
-    *,
-    most: int,
-    batch_size: int,
-    max_new_tokens: int | None,
-    seed: int = 0,
-    report: Callable[[int], None] = lambda rows: None,
-) -> list[dict[str, Any]]:
-    """A row for each dataset and arm of `ARMS`.
+@dataclass(frozen=True)
+class Arm:
+    """A way to run the language model on examples.
 
-    Args:
-        weaver: in evaluation mode.
-        tokenizer: of transformers.
-        dataset: any examples, those of datasets that it was not trained on too.
-        most: how many examples of each dataset, evenly spread.
-        batch_size: examples at a time.
-        max_new_tokens: the longest answer, of which exact match is counted; None: as long as the completion, 0: no
-            answers are generated.
-        seed: of the shuffle.
-        report: called with a number of examples that are done in an arm.
-
-    Returns:
-        "dataset", "weights" (the arm), "examples", "loss" (nats per token), "token_accuracy", "exact_match".
+    Attributes:
+        name: for tables.
+        model: what runs.
+        source: of the indices of examples, where their weights come from; None: the language model as it is.
+        shots: for an index, the ids [s] of what is put before its prompt; None: nothing.
     """
+
+    name: str
+    model: TrainedModel
+    source: Callable[[list[int]], Tensor | None] = lambda indices: None
+    shots: Callable[[int], Tensor] | None = None
+
+
+def spread(dataset: TaskDataset, indices: Sequence[int], most: int) -> list[int]:
+    """Of each dataset at most so many of `indices`, evenly spread."""
     chosen: list[int] = []
     for number in range(len(dataset.names)):
-        own = [i for i, file_id in enumerate(dataset.file_ids) if file_id == number]
+        own = [i for i in indices if dataset.file_ids[i] == number]
         count = min(most, len(own))
         chosen += [own[i * len(own) // count] for i in range(count)]
-    other = shuffled(dataset, chosen, seed)
-    blank, embeddings = blank_prompt(tokenizer), PromptEmbeddings(weaver, len(chosen) + 1)
+    return chosen
+
+
+def prompt_arms(
+    weaver: TaskWeaver, tokenizer: Any, dataset: TaskDataset, chosen: Sequence[int], seed: int
+) -> list[Arm]:
+    """The arms `ARMS`: weights of each prompt, of another dataset's prompt, of one without text, and none."""
+    other, blank = shuffled(dataset, chosen, seed), blank_prompt(tokenizer)
+    embeddings = PromptEmbeddings(weaver, len(chosen) + 1)
     prompts: dict[str, Callable[[int], Tensor]] = {
         ALIGNED: dataset.prompt,
         SHUFFLED: lambda i: dataset.prompt(other[i]),
         BLANK: lambda i: blank,
     }
-    model, rows = TrainedWeaver(weaver).eval(), []
+    model = TrainedWeaver(weaver).eval()
+
+    def arm(name: str, prompt: Callable[[int], Tensor]) -> Arm:
+        return Arm(name, model, lambda indices: embeddings([prompt(i) for i in indices]))
+
+    return [*(arm(name, prompt) for name, prompt in prompts.items()), Arm(BASE, model)]
+
+
+def few_shot_arm(
+    model: TrainedModel, tokenizer: Any, dataset: TaskDataset, known: Sequence[int], shots: int, seed: int
+) -> Arm:
+    """The language model alone, each prompt after so many answered ones of its dataset.
+
+    Args:
+        model: whose language model it is.
+        tokenizer: of transformers.
+        dataset: the examples.
+        known: indices of those that may be shown. An example is never shown its own answer.
+        shots: how many are shown, fewer where a dataset has fewer.
+        seed: of which.
+    """
+    gap = torch.tensor(tokenizer.encode("\n\n", add_special_tokens=False), dtype=torch.int32)
+    of_dataset: dict[int, list[int]] = {}
+    for i in known:
+        of_dataset.setdefault(dataset.file_ids[i], []).append(i)
+
+    def before(index: int) -> Tensor:
+        others = [i for i in of_dataset.get(dataset.file_ids[index], ()) if i != index]
+        order = torch.randperm(len(others), generator=generator(seed, "shots", index)).tolist()[:shots]
+        rows = [dataset[others[place]]["input_ids"] for place in order]
+        # the end of text would part them from what follows
+        rows = [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in rows]
+        return torch.cat([part.to(torch.int32) for row in rows for part in (row, gap)] or [gap[:0]])
+
+    return Arm(f"{shots}-shot", model, shots=before)
+
+
+def evaluate(
+    arms: Sequence[Arm],
+    tokenizer: Any,
+    dataset: TaskDataset,
+    chosen: Sequence[int],
+    *,
+    batch_size: int,
+    max_new_tokens: int | None,
+    report: Callable[[int], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """A row for each dataset and arm.
+
+    Args:
+        arms: what is measured.
+        tokenizer: of transformers.
+        dataset: any examples, those of datasets that a model was not trained on too.
+        chosen: indices of examples.
+        batch_size: examples at a time.
+        max_new_tokens: the longest answer, of which exact match is counted; None: as long as the completion. 0: no
+            answers are generated, and a match is a completion whose every token is the likeliest one after those before
+            it: what greedy decoding finds, but not where it says the same in other tokens.
+        report: called with a number of examples that are done in an arm.
+
+    Returns:
+        "dataset", "weights" (the arm), "examples", "loss" (nats per token), "token_accuracy", "exact_match".
+    """
+    rows = []
     for number, name in enumerate(dataset.names):
         own = [i for i in chosen if dataset.file_ids[i] == number]
-        for arm in ARMS:
+        for arm in arms:
             total, exact = Score(), 0
             for start in range(0, len(own), batch_size):
                 part = own[start : start + batch_size]
-                found = embeddings([prompts[arm](i) for i in part]).to(weaver.lm.device) if arm in prompts else None
-                total += _score(model, tokenizer, dataset, part, found)
-                if max_new_tokens != 0:
-                    exact += _exact(weaver, tokenizer, dataset, part, found, max_new_tokens)
+                items = [_after(arm, dataset, i) for i in part]
+                source = arm.source(part)
+                source = None if source is None else source.to(arm.model.lm.device)
+                batch = _collated(arm.model.lm, tokenizer, items, "right")
+                found = score(arm.model, batch if source is None else {**batch, "source": source})
+                total += found
+                if max_new_tokens == 0:
+                    exact += found.exact
+                else:
+                    answer = dataset.answers[number]
+                    exact += _exact(arm.model, tokenizer, items, source, max_new_tokens, answer)
                 report(len(part))
-            rows.append(
-                {
-                    "dataset": name,
-                    "weights": arm,
-                    "examples": len(own),
-                    "loss": total.loss / total.labels,
-                    "token_accuracy": total.right / total.labels,
-                    "exact_match": exact / len(own) if max_new_tokens != 0 else float("nan"),
-                }
-            )
+            if own:
+                rows.append(
+                    {
+                        "dataset": name,
+                        "weights": arm.name,
+                        "examples": len(own),
+                        "loss": total.loss / total.labels,
+                        "token_accuracy": total.right / total.labels,
+                        "exact_match": exact / len(own),
+                    }
+                )
     return rows
 
 
-def _collated(
-    weaver: TaskWeaver, tokenizer: Any, dataset: TaskDataset, part: Sequence[int], side: str
-) -> dict[str, Tensor]:
+def _after(arm: Arm, dataset: TaskDataset, index: int) -> dict[str, Any]:
+    """An example, after what is shown before it."""
+    item = dataset[index]
+    if arm.shots is None:
+        return item
+    before = arm.shots(index)
+    unlabelled = torch.full_like(before, IGNORE_INDEX)
+    return item | {
+        "input_ids": torch.cat([before, item["input_ids"]]),
+        "labels": torch.cat([unlabelled, item["labels"]]),
+        "prompt_length": len(before) + item["prompt_length"],
+    }
+
+
+def _collated(lm: Any, tokenizer: Any, items: Sequence[dict[str, Any]], side: str) -> dict[str, Tensor]:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    batch = Collator(pad, side)([dataset[i] for i in part])
-    return {name: t.to(weaver.lm.device) for name, t in batch.items()}
-
-
-def _score(
-    model: TrainedWeaver, tokenizer: Any, dataset: TaskDataset, part: Sequence[int], found: Tensor | None
-) -> Score:
-    batch = _collated(model.weaver, tokenizer, dataset, part, "right")
-    return score(model, batch if found is None else {**batch, "embeddings": found})
+    return {name: t.to(lm.device) for name, t in Collator(pad, side)(items).items()}
 
 
 @torch.no_grad()
 def _exact(
-    weaver: TaskWeaver,
+    model: TrainedModel,
     tokenizer: Any,
-    dataset: TaskDataset,
-    part: Sequence[int],
-    found: Tensor | None,
+    items: Sequence[dict[str, Any]],
+    source: Tensor | None,
     max_new_tokens: int | None,
+    answer: Callable[[str], str],
 ) -> int:
-    """How many greedy answers are the completion, white space at both ends aside."""
-    batch = _collated(weaver, tokenizer, dataset, part, "left")
-    wanted = [dataset[i]["input_ids"][dataset[i]["prompt_length"] :] for i in part]
-    with ctxkern.use(weaver.lm, lora={} if found is None else weaver.weights(found)):
-        answers = weaver.lm.generate(
+    """How many greedy answers are the completion, by the part that `answer` takes of a text."""
+    batch = _collated(model.lm, tokenizer, items, "left")
+    wanted = [item["input_ids"][item["prompt_length"] :] for item in items]
+    with model.using(source):
+        answers = model.lm.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens or max(map(len, wanted)),
@@ -132,7 +207,8 @@ def _exact(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )[:, batch["input_ids"].shape[1] :]
-    return sum(_text(tokenizer, answer) == _text(tokenizer, want) for answer, want in zip(answers, wanted, strict=True))
+    pairs = zip(answers, wanted, strict=True)
+    return sum(answer(_text(tokenizer, found)) == answer(_text(tokenizer, want)) for found, want in pairs)
 
 
 def _text(tokenizer: Any, ids: Tensor) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ctxkern
 from ctxkern.experiments.core.data.paths import fingerprint
 from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
 from ctxkern.experiments.core.loop import FitResult
@@ -13,6 +14,8 @@ from ctxkern.experiments.core.names import join_names, printable
 from ctxkern.experiments.core.runlog import read_metrics
 from ctxkern.experiments.taskweaver.commands import MODEL
 from ctxkern.experiments.taskweaver.config import TaskWeaverSettings
+from ctxkern.experiments.taskweaver.hypernetwork import parameter_counts
+from ctxkern.experiments.taskweaver.measure import TrainedWeaver
 from ctxkern.experiments.taskweaver.training import TaskWeaverJob
 
 
@@ -55,10 +58,7 @@ class TaskWeaverTraining(Experiment):
         return [TrainingFile(path, fingerprint(path)) for path in (*own, *job.dataset.files)]
 
     def describe(self, job: TaskWeaverJob) -> str:
-        weaver, dataset = job.model.weaver, job.dataset
-        counts = weaver.parameter_counts()
-        most = job.config.cached_prompts
-        width = weaver.project.in_features
+        dataset = job.dataset
         validated = sum(map(len, job.chosen.values()))
         return "\n".join(
             (
@@ -66,10 +66,8 @@ class TaskWeaverTraining(Experiment):
                 f"examples    {len(dataset):,}, {len(job.train):,} to train on and {validated:,} for validation; "
                 f"{len(job.sampler):,} batches of {job.sampler.batch_size} are an epoch",
                 *(f"cut         {name}: {note}, to fit --max_length" for name, note in dataset.notes),
-                f"prompts     embedded once each; at most {most:,} are kept, {most * width * 4 / 2**20:,.0f} MiB",
-                f"parameters  {counts['trainable']:,} trained of {counts['total']:,}, which write rank "
-                f"{job.config.lora_rank} for {len(weaver.targets)} layers",
-                f"model       {printable(job.config.model_name)} on {weaver.lm.device}",
+                *_trained(job),
+                f"model       {printable(job.config.model_name)} on {job.model.lm.device}",
             )
         )
 
@@ -89,11 +87,33 @@ class TaskWeaverTraining(Experiment):
         return "\n".join(lines)
 
     def details(self, job: TaskWeaverJob) -> Mapping[str, Any]:
-        return {"token_accuracy": job.accuracies}
+        return {"token_accuracy": job.accuracies, "trainable": parameter_counts(job.model)["trainable"]}
 
     def finish(self, job: TaskWeaverJob, args: argparse.Namespace) -> None:
-        if job.run_dir is not None:
-            place = job.run_dir / MODEL
-            job.model.weaver.save_pretrained(place)
+        if job.run_dir is None:
+            return
+        place, model = job.run_dir / MODEL, job.model
+        if isinstance(model, TrainedWeaver):
+            model.weaver.save_pretrained(place)
             job.tokenizer.save(place)
             print(f"model       {printable(place)}, for TaskWeaver.from_pretrained and ctxkern taskweaver")
+        else:
+            ctxkern.save_attached(model.lm, place)
+            print(f"adapters    {printable(place)}, for ctxkern.load_attached")
+
+
+def _trained(job: TaskWeaverJob) -> list[str]:
+    """What is trained, for `describe`."""
+    counts, model = parameter_counts(job.model), job.model
+    said = f"parameters  {counts['trainable']:,} trained of {counts['total']:,}, "
+    if not isinstance(model, TrainedWeaver):
+        assert job.bank is not None
+        count = job.bank.count
+        each = "one adapter that all share" if count == 1 else f"{count} adapters, one a dataset"
+        return [f"{said}{each}, of rank {job.bank.rank} for {len(job.bank.targets)} layers"]
+    most, weaver = job.config.cached_prompts, model.weaver
+    size = most * weaver.project.in_features * 4 / 2**20
+    return [
+        f"prompts     embedded once each; at most {most:,} are kept, {size:,.0f} MiB",
+        f"{said}which write rank {job.config.lora_rank} for {len(weaver.targets)} layers",
+    ]

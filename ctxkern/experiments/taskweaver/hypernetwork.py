@@ -154,9 +154,7 @@ class TaskWeaver(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """`trainable` and `total` numbers of parameters; tied ones count once."""
-        everything = list(self.parameters())
-        trainable = sum(p.numel() for p in everything if p.requires_grad)
-        return {"trainable": trainable, "total": sum(p.numel() for p in everything)}
+        return parameter_counts(self)
 
     @torch.no_grad()
     def embed(
@@ -244,6 +242,13 @@ class TaskWeaver(nn.Module):
             how["pad_token_id"] = self.lm.generation_config.eos_token_id
         with ctxkern.use(self.lm, lora=self.weights(self.embed(input_ids, mask))):
             return self.lm.generate(input_ids=input_ids, attention_mask=mask, **how)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """`trainable` and `total` numbers of parameters; tied ones count once."""
+    everything = list(model.parameters())
+    trainable = sum(p.numel() for p in everything if p.requires_grad)
+    return {"trainable": trainable, "total": sum(p.numel() for p in everything)}
 
 
 def _targets(lm: nn.Module, names: Sequence[str]) -> dict[str, Target]:

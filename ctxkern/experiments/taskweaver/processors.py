@@ -42,6 +42,10 @@ class DatasetProcessor:
         """
         raise NotImplementedError(f"{type(self).__name__} must define process(examples)")
 
+    def answer(self, completion: str) -> str:
+        """The part of a completion that exact match compares: all but the white space at both ends."""
+        return completion.strip()
+
     def encode_prompt(self, prompt: str) -> tuple[list[int], bool]:
         """The ids of a prompt, with what the tokenizer puts before a text, and whether it was cut."""
         ids = self.tokenizer.encode(prompt)
@@ -96,7 +100,11 @@ def _fields(record: Any, *names: str) -> dict[str, Any]:
 
 
 class GSM8KProcessor(DatasetProcessor):
-    """Records with question and answer."""
+    """Records with question and answer, whose end after #### is the number."""
+
+    def answer(self, completion: str) -> str:
+        """The number after the last ####, or all of a completion without one."""
+        return completion.rpartition("####")[2].strip()
 
     def process(self, examples: Sequence[Mapping[str, Any]]) -> Columns:
         found = [_fields(example, "question", "answer") for example in examples]

@@ -1,4 +1,4 @@
-"""The job of `ctxkern taskweaver train`: a hypernetwork on several datasets at once."""
+"""The job of `ctxkern taskweaver train`: a hypernetwork, or what it is compared with, on several datasets at once."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,12 +12,15 @@ from ctxkern.experiments.core.batches import Batch
 from ctxkern.experiments.core.data.sampler import MixedFileBatchSampler
 from ctxkern.experiments.core.hub import load_language_model
 from ctxkern.experiments.core.seeding import derive_seed
-from ctxkern.experiments.taskweaver.config import TaskWeaverSettings
+from ctxkern.experiments.taskweaver.adapters import Bank, TrainedAdapters, attach_bank
+from ctxkern.experiments.taskweaver.config import DATASET, PROMPT, TaskWeaverSettings
 from ctxkern.experiments.taskweaver.data import Collator, create_dataset
+from ctxkern.experiments.taskweaver.evaluation import spread
 from ctxkern.experiments.taskweaver.hypernetwork import TaskWeaver
 from ctxkern.experiments.taskweaver.measure import (
     PromptEmbeddings,
     Score,
+    TrainedModel,
     TrainedWeaver,
     count_labels,
     mean_loss,
@@ -37,22 +40,26 @@ class TaskWeaverJob:
         device = config.torch_device()
         lm, self.tokenizer = load_language_model(config.model_name, device, torch.float32)
         self.dataset = create_dataset(datasets, self.tokenizer.plain, config.max_length)
-        train, validation = self.dataset.split(config.val_fraction, config.seed)
-        self.train, self.chosen = train, self._spread(validation, config.eval_examples)
+        self.train, self.validation = self.dataset.split(config.val_fraction, config.seed)
+        chosen = spread(self.dataset, self.validation, config.eval_examples)
+        self.chosen = {
+            name: [i for i in chosen if self.dataset.file_ids[i] == number]
+            for number, name in enumerate(self.dataset.names)
+        }
+        self.embeddings: PromptEmbeddings | None = None
+        self.bank: Bank | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "weights"))
-            weaver = TaskWeaver(lm, config.weaver()).to(device)
-        self.model = TrainedWeaver(weaver, config.lora_dropout, _dtype(config))
+            self.model = self._model(lm, config).to(device)
         self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in weaver.parameters() if parameter.requires_grad],
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
-        self.embeddings = PromptEmbeddings(weaver, config.cached_prompts)
         self.collator = Collator(self.tokenizer.pad_id)
         self.sampler = MixedFileBatchSampler(
-            [self.dataset.file_ids[i] for i in train],
-            min(config.batch_size, len(train)),
+            [self.dataset.file_ids[i] for i in self.train],
+            min(config.batch_size, len(self.train)),
             seed=config.seed,
             drop_last=True,
         )
@@ -62,20 +69,27 @@ class TaskWeaverJob:
         self.accuracies: dict[str, float] = {}
         self.run_dir: Path | None = None
 
-    def _spread(self, indices: list[int], most: int) -> dict[str, list[int]]:
-        """Of each dataset at most so many, evenly spread."""
-        found = {}
-        for number, name in enumerate(self.dataset.names):
-            own = [i for i in indices if self.dataset.file_ids[i] == number]
-            count = min(most, len(own))
-            found[name] = [own[i * len(own) // count] for i in range(count)]
-        return found
+    def _model(self, lm: Any, config: TaskWeaverSettings) -> TrainedModel:
+        if config.weights == PROMPT:
+            weaver = TaskWeaver(lm, config.weaver())
+            self.embeddings = PromptEmbeddings(weaver, config.cached_prompts)
+            return TrainedWeaver(weaver, config.lora_dropout, _dtype(config))
+        count = len(self.dataset.names) if config.weights == DATASET else 1
+        self.bank = attach_bank(lm, count, config.adapter_rank, config.weaver())
+        return TrainedAdapters(lm, config.lora_dropout, _dtype(config))
 
     def batch(self, indices: list[int]) -> Batch:
-        """The examples of these indices, with the embeddings of their prompts."""
+        """The examples of these indices, with where their weights come from: embeddings of prompts, or numbers.
+
+        The longest come last: the parts of a batch, with `--accumulate`, have little padding.
+        """
+        indices = sorted(indices, key=self.dataset.length)
         batch = self.collator([self.dataset[i] for i in indices])
         batch["padding_mask"] = batch["attention_mask"] == 0
-        batch["embeddings"] = self.embeddings([self.dataset.prompt(i) for i in indices])
+        if self.embeddings is not None:
+            batch["source"] = self.embeddings([self.dataset.prompt(i) for i in indices])
+        else:
+            batch["source"] = batch["file_id"] * (self.config.weights == DATASET)
         return batch
 
     def batches(self) -> Callable[[int], Batch]:
@@ -99,7 +113,7 @@ class TaskWeaverJob:
                 total = Score()
                 for start in range(0, len(indices), self.config.batch_size):
                     batch = self.batch(indices[start : start + self.config.batch_size])
-                    device = self.model.weaver.lm.device
+                    device = self.model.lm.device
                     total += score(model, {key: value.to(device) for key, value in batch.items()})
                 losses[name] = total.loss / total.labels if total.labels else math.nan
                 if total.labels:

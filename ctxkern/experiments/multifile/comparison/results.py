@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from ctxkern.experiments.core.files import write_csv_atomic
-from ctxkern.experiments.core.seeding import generator
+from ctxkern.experiments.core.intervals import interval
+from ctxkern.experiments.core.tables import aligned
 from ctxkern.experiments.multifile.comparison.arms import ARMS, BASE
 from ctxkern.experiments.multifile.train import AT
-
-_DRAWS = 10_000
 
 
 @dataclass
@@ -40,24 +39,6 @@ class Summary:
     tuned: Mapping[str, float]
     by_file: Mapping[str, float]
     by_position: Mapping[str, float] = field(default_factory=dict)
-
-
-def interval(differences: torch.Tensor) -> tuple[float, float]:
-    """The 95 % interval of the mean of `differences` [files, seeds], by bootstrap.
-
-    Files are drawn with replacement, and for each one drawn its seeds: the seeds of a file are not independent, so a
-    draw over all pairs would be too narrow. The percentiles 2.5 and 97.5 of 10,000 means; of one file and one seed,
-    both are the mean.
-
-    Source: Davison and Hinkley, Bootstrap Methods and their Application (1997), 3.8 (hierarchical data).
-    """
-    files, seeds = differences.shape
-    rng = generator(0, "bootstrap")
-    rows = torch.randint(files, (_DRAWS, files, 1), generator=rng)
-    columns = torch.randint(seeds, (_DRAWS, files, seeds), generator=rng)
-    means = differences.double()[rows, columns].mean((1, 2))
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]) -> list[Summary]:
@@ -154,15 +135,7 @@ def table(summaries: Sequence[Summary]) -> str:
         cells += [_share(one.exact), _share(one.majority)] if answers else []
         cells += [f"{one.parameters:,}", f"{one.steps:,}", f"{one.step_ms:.1f}", f"{one.peak_mib:.0f}", tuned(one)]
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-    shown = []
-    for cells in [heads, *lines]:
-        padded = [
-            cell.ljust(width) if number in (0, len(heads) - 1) else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        shown.append("  ".join(padded).rstrip())
-    return "\n".join(shown)
+    return aligned([heads, *lines], left=(0, len(heads) - 1))
 
 
 def _share(value: float) -> str:

@@ -1,0 +1,1 @@
+"""`ctxkern taskweaver compare`: a hypernetwork, adapters that do not depend on the prompt, and the model alone."""
