@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctxkern.ops import distributed
+
 
 class AdapterAdamW(torch.optim.Optimizer):
     """AdamW for parameters whose rows are adapters, [n, ...], as `attach_adapters` makes them.
 
     Each adapter has its own learning rate, count of steps, bias correction and largest gradient norm. One without a
     gradient in a step, as no sequence of the batch uses it, is left as it is: no decay, no moment, no step. So a mixed
-    step on several adapters moves each as a step on it alone would.
+    step on several adapters moves each as a step on it alone would. Banks that FSDP2 shards by rows are stepped where
+    they lie: an adapter's rows of all banks are in one process, and its norm needs no message.
 
     Args:
         params: the banks, all with the same number of rows n.
@@ -27,8 +30,8 @@ class AdapterAdamW(torch.optim.Optimizer):
         averaged: over how many adapters the loss was a mean; gradients are multiplied by it. 1 where it was a sum.
 
     Raises:
-        TypeError: sharded parameters. ValueError: banks of different sizes, `lr_scales` that is not [n], a setting
-        below 0.
+        TypeError: banks that are sharded over another dimension, or in several ways. ValueError: banks of different
+        sizes, `lr_scales` that is not [n], a setting below 0.
 
     Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019).
 
@@ -55,13 +58,13 @@ class AdapterAdamW(torch.optim.Optimizer):
         sizes = sorted({len(bank) for bank in banks})
         if len(sizes) != 1:
             raise ValueError(f"AdapterAdamW: params has banks of {sizes or 'no'} adapters; all must have as many")
-        if any(hasattr(bank, "full_tensor") for bank in banks):
-            raise TypeError("AdapterAdamW: params has a DTensor; banks must be whole in each process, as under DDP")
+        self._rows(banks)
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_clip", grad_clip or 0.0)):
             if value < 0:
                 raise ValueError(f"AdapterAdamW: {name} is {value}; it must be at least 0")
         (self.size,) = sizes
         self.averaged = 1
+        self._known: tuple[set[int], Tensor] | None = None
         self.lr_scales = [1.0] * self.size if lr_scales is None else lr_scales
         super().__init__(
             banks,
@@ -80,11 +83,27 @@ class AdapterAdamW(torch.optim.Optimizer):
             raise ValueError(f"AdapterAdamW: lr_scales has shape {list(scales.shape)}; it must be [{self.size}]")
         self._scales = scales
 
+    def _rows(self, banks: Sequence[Tensor]) -> Tensor | None:
+        """The numbers of the adapters of which this process has the rows; None: all.
+
+        Raises:
+            TypeError: banks that are not sharded by rows.
+        """
+        if not distributed(banks):
+            return None
+        # a model may be sharded after its optimizer was made
+        found = {id(bank) for bank in banks}
+        if self._known is None or self._known[0] != found:
+            self._known = found, _own_rows(banks)
+        return self._known[1]
+
     def reset(self, adapter: int) -> None:
         """Forgets the steps and moments of an adapter, whose row is about to become another one."""
+        own = self._rows(self.param_groups[0]["params"])
+        rows = adapter if own is None else own == adapter
         for state in self.state.values():
             for value in state.values():
-                value[adapter] = 0
+                _local(value)[rows] = 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,8 +113,9 @@ class AdapterAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         (group,) = self.param_groups
+        found = [(p, _local(p.grad)) for p in group["params"] if p.grad is not None]
         # moments of halves are kept in float32
-        found = [(p, p.grad.float() if p.dtype.itemsize < 4 else p.grad) for p in group["params"] if p.grad is not None]
+        found = [(p, grad.float() if grad.dtype.itemsize < 4 else grad) for p, grad in found]
         if not found:
             return loss
         norms = torch.stack([grad.flatten(1).square().sum(1) for _, grad in found]).sum(0).sqrt() * self.averaged
@@ -103,7 +123,9 @@ class AdapterAdamW(torch.optim.Optimizer):
         if group["grad_clip"] is not None:
             factor *= (group["grad_clip"] / (norms + 1e-6)).clamp(max=1.0)
         active = (norms > 0).to(norms)
-        rate = self.lr_scales.to(norms) * group["lr"] * active
+        rows = self._rows(group["params"])
+        scales = self.lr_scales if rows is None else self.lr_scales[rows]
+        rate = scales.to(norms) * group["lr"] * active
         for bank, grad in found:
             self._update(group, bank, grad, factor, active, rate)
         return loss
@@ -113,20 +135,43 @@ class AdapterAdamW(torch.optim.Optimizer):
     ) -> None:
         state = self.state[bank]
         if not state:
-            state["steps"] = torch.zeros_like(active)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
-        rows = (-1, *[1] * (grad.dim() - 1))
+            # sharded as the bank is
+            state["steps"] = torch.zeros_like(bank.flatten(1)[:, 0], dtype=active.dtype)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(bank, dtype=grad.dtype)
+        steps, average, square = (_local(state[name]) for name in ("steps", "exp_avg", "exp_avg_sq"))
+        rows = (len(grad), *[1] * (grad.dim() - 1))
         first, second = group["betas"]
-        steps = state["steps"].add_(active)
+        steps.add_(active)
         grad = grad * factor.view(rows)
         # a weight of 0 leaves the moments of an adapter without gradient as they are
-        state["exp_avg"].lerp_(grad, (active * (1 - first)).view(rows))
-        state["exp_avg_sq"].lerp_(grad.square(), (active * (1 - second)).view(rows))
+        average.lerp_(grad, (active * (1 - first)).view(rows))
+        square.lerp_(grad.square(), (active * (1 - second)).view(rows))
         # of steps that none has taken, 1
         counted = steps.clamp(min=1)
         scale = rate / (1 - first**counted)
         spread = (1 - second**counted).sqrt().view(rows)
-        change = state["exp_avg"] / (state["exp_avg_sq"].sqrt() / spread + group["eps"]) * scale.view(rows)
+        change = average / (square.sqrt() / spread + group["eps"]) * scale.view(rows)
+        own = _local(bank)
         if group["weight_decay"]:
-            change += bank * (rate * group["weight_decay"]).view(rows)
-        bank.sub_(change.to(bank.dtype))
+            change += own * (rate * group["weight_decay"]).view(rows)
+        own.sub_(change.to(own.dtype))
+
+
+def _local(t: Any) -> Tensor:
+    """What this process has of a tensor."""
+    return t.to_local() if distributed((t,)) else t
+
+
+def _own_rows(banks: Sequence[Tensor]) -> Tensor:
+    from .placed import rows_of
+
+    ways = {(t.device_mesh, tuple(t.placements)) if distributed((t,)) else None for t in banks}
+    rows = rows_of(banks[0]) if len(ways) == 1 else None
+    if rows is None:
+        found = [list(way[1]) if way else "whole" for way in ways]
+        raise TypeError(
+            f"AdapterAdamW: params has banks that are {' and '.join(map(str, found))}; all must be whole, as under "
+            "DDP, or all sharded by rows, as FSDP2 does"
+        )
+    return rows

@@ -82,6 +82,28 @@ def sharded_like(t: Any, whole: Tensor) -> Tensor:
     return distribute_tensor(whole.to(t.device), t.device_mesh, t.placements, src_data_rank=None)
 
 
+def rows_of(t: Any) -> Tensor | None:
+    """The numbers of the rows of t that this process has; None where t is not sharded by rows."""
+    if not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in t.placements):
+        return None
+    return sharded_like(t, torch.arange(len(t))).to_local().cpu()
+
+
+def local_row(t: Any, row: int) -> Tensor | None:
+    """A row of t, to write to; None where another process has it.
+
+    Raises:
+        TypeError: t is not sharded by rows.
+    """
+    if not isinstance(t, DTensor):
+        return t[row]
+    rows = rows_of(t)
+    if rows is None:
+        raise TypeError(f"t is placed as {list(t.placements)}; it must be sharded by rows")
+    found = (rows == row).nonzero().flatten().tolist()
+    return t.to_local()[found[0]] if found else None
+
+
 def gather(named: dict[str, Tensor]) -> tuple[dict[str, Tensor] | None, DeviceMesh]:
     """(the tensors, whole and on the CPU, for the first process of their mesh, None for the others; the mesh)."""
     mesh = next(t.device_mesh for t in named.values() if isinstance(t, DTensor))

@@ -117,6 +117,36 @@ def fully_sharded(rank, world, _folder):
             assert torch.equal(full(scale), torch.full((N,), 3 / R))
 
 
+def each_adapter(model, rank=0, world=1, **how):
+    """A model after steps by AdapterAdamW; the second adapter waits for the third step, then is forgotten."""
+    banks = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ctxkern.AdapterAdamW(banks, lr=0.05, lr_scales=[1.0, 0.5, 2.0], grad_clip=0.3, weight_decay=0.1, **how)
+    for index in ([0, 2, -1, 2], [2, 0, 0, -1], [1, 0, 1, 2], [1, 1, 2, 0]):
+        optimizer.zero_grad()
+        with ctxkern.use(model, adapter_index=share(torch.tensor(index), rank, world)):
+            y = model(share(X, rank, world))
+        (y - share(DY, rank, world)).square().sum().mul(world).backward()
+        optimizer.step()
+        if index[0] == 1:
+            optimizer.reset(1)
+    return {name: full(p).detach() for name, p in model.named_parameters()}, optimizer
+
+
+def adapters_are_stepped_where_they_lie(rank, world, _folder):
+    want, whole = each_adapter(attached("adapters"))
+    got, optimizer = each_adapter(sharded("adapters"), rank, world)
+    torch.testing.assert_close(got, want)
+    for (_, own), (_, other) in zip(optimizer.state.items(), whole.state.items(), strict=True):
+        torch.testing.assert_close({n: full(t) for n, t in own.items()}, dict(other))
+        assert own["exp_avg"].to_local().numel() < other["exp_avg"].numel()
+    model = sharded("adapters")
+    banks = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(TypeError, match=r"sharded by rows, as FSDP2 does"):
+        ctxkern.AdapterAdamW([banks[0], banks[1].full_tensor()])
+    with pytest.raises(TypeError, match=r"banks that are \[Shard\(dim=1\)\]; all must"):
+        ctxkern.AdapterAdamW([banks[0].redistribute(placements=[Shard(1)])])
+
+
 def fully_sharded_in_halves(rank, world, _folder):
     """bfloat16 parameters with sums in float32, beside tables in float32: within the einsum's budget in bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -11,14 +11,14 @@ import ctxkern
 
 B = 12
 INDEX = torch.tensor([0, 1, -1, 2, 1, 1, 0, 0, -1, 2, 2, 1])
-KINDS = ("contexts", "factors", "adapters")
+KINDS = ("contexts", "factors", "adapters", "each adapter")
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
 def new(kind, world, std):
     torch.manual_seed(0)
     model = Model().double()
-    if kind == "adapters":
+    if "adapter" in kind:
         ctxkern.attach_adapters(model, N, R, ["up", "down"], alpha=3)
     else:
         ctxkern.attach_contexts(model, K, ["up", "down"], rank=R if kind == "factors" else None)
@@ -27,7 +27,10 @@ def new(kind, world, std):
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    own = [p for p in model.parameters() if p.requires_grad]
+    if kind == "each adapter":
+        return model, ctxkern.AdapterAdamW(own, lr=0.05, lr_scales=[1.0, 0.5, 2.0])
+    return model, torch.optim.AdamW(own, lr=0.05)
 
 
 def train(model, optimizer, kind, steps, rank=0, world=1):
@@ -35,7 +38,7 @@ def train(model, optimizer, kind, steps, rank=0, world=1):
         x, dy = (share(same_on_all(B, S, d, seed=10 * step + d), rank, world) for d in (D, 3))
         index = share(INDEX.roll(step), rank, world)
         how = {"adapter_index": index}
-        if kind != "adapters":
+        if "adapter" not in kind:
             how = {"context": same_on_all(N, K, seed=7), "context_index": index.clamp(min=0)}
         with ctxkern.use(model, **how):
             y = model(x)

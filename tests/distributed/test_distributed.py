@@ -15,6 +15,7 @@ TWO = (
     "dtensors.halves_beside_float32",
     "attached.data_parallel",
     "attached.fully_sharded",
+    "attached.adapters_are_stepped_where_they_lie",
     "attached.fully_sharded_in_halves",
     "attached.bases_in_halves",
     "attached.in_files",

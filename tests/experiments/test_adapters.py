@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers.runs import KilledError, error_of, failed, finish, start, stop_at, wait_for_step
+from helpers.runs import SHARDED, KilledError, error_of, failed, finish, start, stop_at, wait_for_step
 from safetensors.torch import load_file
 
 import ctxkern
@@ -243,3 +243,17 @@ def test_two_processes_train_what_one_does(trained, model, data, tmp_path):
     finish(start(*flags, program=program))
     for name in NAMES:
         torch.testing.assert_close(exported(tmp_path / "run", name), exported(trained, name))
+
+
+@pytest.mark.slow
+def test_a_sharded_bank_trains_as_a_whole_one(trained, model, data, tmp_path):
+    """FSDP2 on two processes; the run then goes on as one, which writes the adapters."""
+    script, run_dir = tmp_path / "sharded.py", tmp_path / "run"
+    script.write_text(SHARDED)
+    flags = ["--model", model, "--data", data, "--steps", 12, "--run-dir", run_dir, *SIZES]
+    program = ("-m", "torch.distributed.run", "--nproc-per-node", "2", script, "adapters", "train")
+    out = finish(start(*flags, program=program))
+    assert "the model is sharded" in out
+    resume(run_dir)
+    for name in NAMES:
+        torch.testing.assert_close(exported(run_dir, name), exported(trained, name))

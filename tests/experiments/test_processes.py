@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from helpers.runs import SIZES, finish, start, wait_for_step
+from helpers.runs import SHARDED, SIZES, finish, start, wait_for_step
 from safetensors.torch import load_file
 
 from ctxkern.experiments.core.runlog import read_metrics
@@ -14,29 +14,6 @@ from ctxkern.experiments.multifile.config import TrainConfig
 SETTINGS = SIZES | {"batch_size": 5, "dropout": 0.0, "dtype": "float64", "schedule": "constant", "device": "cpu"}
 FLAGS = [part for name, value in SETTINGS.items() for part in (TrainConfig.flag(name), str(value))]
 FLAGS += ["--no-compare-einsum", "--quiet"]
-# accelerate has FSDP for accelerators alone: its state is told so
-SHARDED = """
-import sys, torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from ctxkern.experiments.core import loop, processes
-from ctxkern.cli import main
-
-plain, sharded = processes.accelerator, []
-
-def accelerator(device):
-    made = plain(device)
-    made.state.distributed_type = DistributedType.FSDP
-    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    return made
-
-def step(run, batch, plain=loop._Run._step):
-    plain(run, batch)
-    sharded.append(all(hasattr(parameter, "full_tensor") for parameter in run.model.parameters()))
-
-processes.accelerator, loop._Run._step = accelerator, step
-status = main(sys.argv[1:])
-sys.exit(status if sharded and all(sharded) else "not sharded")
-"""
 
 
 @pytest.fixture

@@ -18,6 +18,30 @@ TINY = [*(part for name, value in SIZES.items() for part in (TrainConfig.flag(na
 PACKAGE = Path(ctxkern.__file__).parent.parent
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
+# accelerate has FSDP for accelerators alone: its state is told so
+SHARDED = """
+import sys, torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from ctxkern.experiments.core import loop, processes
+from ctxkern.cli import main
+
+plain, sharded = processes.accelerator, []
+
+def accelerator(device):
+    made = plain(device)
+    made.state.distributed_type = DistributedType.FSDP
+    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    return made
+
+def step(run, batch, plain=loop._Run._step):
+    plain(run, batch)
+    sharded.append(all(hasattr(parameter, "full_tensor") for parameter in run.model.parameters()))
+
+processes.accelerator, loop._Run._step = accelerator, step
+status = main(sys.argv[1:])
+sys.exit(status if sharded and all(sharded) else "not sharded")
+"""
+
 
 class KilledError(Exception):
     """Stands for a kill."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ctxkern
 from ctxkern.attach.layers import AdapterLayer
+from ctxkern.attach.placed import local_row
 from ctxkern.attach.targets import is_linear
 from ctxkern.experiments.adapters.roster import Roster
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX
@@ -60,8 +61,10 @@ class AdapterBank(nn.Module):
         for layer in self.layers:
             drawn = torch.empty(layer.lora_A.shape[1:])
             nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=rng)
-            layer.lora_A[slot] = drawn
-            layer.lora_B[slot] = 0
+            for bank, value in ((layer.lora_A, drawn), (layer.lora_B, 0.0)):
+                own = local_row(bank, slot)
+                if own is not None:
+                    own.copy_(torch.as_tensor(value))
 
     def forward(self, tokens: Tensor, adapter: Tensor, keep: Tensor) -> Tensor:
         """Logits [B, s, V] at the positions `keep` [s] of tokens [B, S], row by row with the adapters [B]."""

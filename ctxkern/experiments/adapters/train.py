@@ -190,7 +190,8 @@ class AdapterJob:
     def export(self, member: Member) -> Path:
         """PEFT's files of an adapter, in the run folder."""
         where = (self.run_dir or Path()) / EXPORTED / member.name
-        if processes.is_main():
+        # of a sharded bank all bring their parts
+        if processes.is_main() or processes.is_sharded(self.model):
             ctxkern.export_adapter(self.model.lm, member.row, where)
         return where
 
