@@ -58,13 +58,13 @@ class AdapterAdamW(torch.optim.Optimizer):
         sizes = sorted({len(bank) for bank in banks})
         if len(sizes) != 1:
             raise ValueError(f"AdapterAdamW: params has banks of {sizes or 'no'} adapters; all must have as many")
+        self._known: tuple[set[int], Tensor] | None = None
         self._rows(banks)
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_clip", grad_clip or 0.0)):
             if value < 0:
                 raise ValueError(f"AdapterAdamW: {name} is {value}; it must be at least 0")
         (self.size,) = sizes
         self.averaged = 1
-        self._known: tuple[set[int], Tensor] | None = None
         self.lr_scales = [1.0] * self.size if lr_scales is None else lr_scales
         super().__init__(
             banks,
