@@ -157,6 +157,10 @@ def test_matches_by_likeliest_tokens():
     assert [(row["dataset"], row["examples"]) for row in rows] == [("a", 3), ("b", 1)]
     assert [row["exact_match"] for row in rows] == [2 / 3, 0.0]
     assert [row["token_accuracy"] for row in rows] == [4 / 5, 0.0]
+    # of a, the answers 4 5 and 8 are as frequent as 4 6; of the second alone it is the only one
+    assert [row["majority"] for row in rows] == [1 / 3, 1.0]
+    (row,) = evaluate([arm], Words, dataset, [0, 2], batch_size=2, max_new_tokens=0, known=[1])
+    assert row["majority"] == 0.0
     row = {"input_ids": [[3, 4]], "attention_mask": [[1, 1]], "labels": [[-100, 4]]}
     found = score(arm.model, {name: torch.tensor(value) for name, value in row.items()})
     assert (found.exact, found.right, found.labels) == (1, 1, 1)
@@ -174,7 +178,7 @@ def test_shots_are_of_the_dataset_and_not_the_example(model):
 
 
 def row(weights, dataset, seed, loss, group="trained"):
-    more = {"token_accuracy": loss / 10, "exact_match": 0.5}
+    more = {"token_accuracy": loss / 10, "exact_match": 0.5, "majority": 0.25}
     return {"group": group, "weights": weights, "dataset": dataset, "seed": seed, "loss": loss, **more}
 
 

@@ -187,9 +187,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     width = max(len(row["dataset"]) for row in rows)
-    print(f"{'dataset':<{max(width, 7)}}  weights   examples    loss  token accuracy  exact match")
+    print(f"{'dataset':<{max(width, 7)}}  weights   examples    loss  token accuracy  exact match  majority")
     for row in rows:
         print(
             f"{row['dataset']:<{max(width, 7)}}  {row['weights']:<8}  {row['examples']:>8}  {row['loss']:>6.4f}  "
-            f"{row['token_accuracy']:>14.3f}  {row['exact_match']:>11.3f}"
+            f"{row['token_accuracy']:>14.3f}  {row['exact_match']:>11.3f}  {row['majority']:>8.3f}"
         )

@@ -1,5 +1,6 @@
 """What weights are worth on examples: those of a prompt, of another task's, of a blank one, of adapters, and none."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,7 @@ def evaluate(
     *,
     batch_size: int,
     max_new_tokens: int | None,
+    known: Sequence[int] | None = None,
     report: Callable[[int], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """A row for each dataset and arm.
@@ -129,14 +131,17 @@ def evaluate(
         max_new_tokens: the longest answer, of which exact match is counted; None: as long as the completion. 0: no
             answers are generated, and a match is a completion whose every token is the likeliest one after those before
             it: what greedy decoding finds, but not where it says the same in other tokens.
+        known: indices of the examples whose most frequent answer is compared with; None: all of the dataset.
         report: called with a number of examples that are done in an arm.
 
     Returns:
-        "dataset", "weights" (the arm), "examples", "loss" (nats per token), "token_accuracy", "exact_match".
+        "dataset", "weights" (the arm), "examples", "loss" (nats per token), "token_accuracy", "exact_match", and
+        "majority", the share of the examples that the most frequent answer of the dataset is right for.
     """
     rows = []
     for number, name in enumerate(dataset.names):
         own = [i for i in chosen if dataset.file_ids[i] == number]
+        majority = _majority(dataset, number, own, range(len(dataset)) if known is None else known)
         for arm in arms:
             total, exact = Score(), 0
             for start in range(0, len(own), batch_size):
@@ -162,9 +167,24 @@ def evaluate(
                         "loss": total.loss / total.labels,
                         "token_accuracy": total.right / total.labels,
                         "exact_match": exact / len(own),
+                        "majority": majority,
                     }
                 )
     return rows
+
+
+def _majority(dataset: TaskDataset, number: int, chosen: Sequence[int], known: Sequence[int]) -> float:
+    """The share of `chosen` whose answer is the most frequent one of a dataset among `known`."""
+
+    def completion(i: int) -> tuple[int, ...]:
+        item = dataset[i]
+        return tuple(item["input_ids"][item["prompt_length"] :].tolist())
+
+    counts = Counter(completion(i) for i in known if dataset.file_ids[i] == number)
+    if not counts or not chosen:
+        return 0.0
+    ((answer, _),) = counts.most_common(1)
+    return sum(completion(i) == answer for i in chosen) / len(chosen)
 
 
 def _after(arm: Arm, dataset: TaskDataset, index: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ _EXAMPLES = """examples:
 
 A command that was stopped or killed goes on where it was when it is given again."""
 _LEGEND = """loss: nats per token of answers, mean over datasets and seeds. Δ: minus that with weights of the prompt,
-paired by dataset and seed. 95 %: bootstrap over datasets and their seeds. worse: datasets with a higher loss."""
+paired by dataset and seed. 95 %: bootstrap over datasets and their seeds. worse: datasets with a higher loss.
+majority: what the most frequent answer of each dataset would match."""
 # settings that are the comparison's
 _OWN = ("weights", "adapter_rank", "learning_rate")
 

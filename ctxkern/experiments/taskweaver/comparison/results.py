@@ -19,7 +19,8 @@ class Summary:
 
     `delta` is the loss minus that of weights of the prompt, paired by dataset and seed, `low` and `high` bound its 95 %
     interval; `worse` datasets of `datasets` have a higher loss than with weights of the prompt, mean over seeds;
-    `by_dataset` are their differences.
+    `majority` is the share of examples that the most frequent answer of each dataset is right for; `by_dataset` are the
+    differences of datasets.
     """
 
     group: str
@@ -32,6 +33,7 @@ class Summary:
     datasets: int
     token_accuracy: float
     exact_match: float
+    majority: float
     by_dataset: Mapping[str, float]
 
 
@@ -71,6 +73,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
                     len(datasets),
                     float(values(arm, "token_accuracy").mean()),
                     float(values(arm, "exact_match").mean()),
+                    float(values(arm, "majority").mean()),
                     dict(zip(datasets, by_dataset.tolist(), strict=True)),
                 )
             )
@@ -83,7 +86,8 @@ def table(summaries: Sequence[Summary]) -> str:
     parts = []
     for group in dict.fromkeys(one.group for one in summaries):
         of_group = [one for one in summaries if one.group == group]
-        heads = [f"{group}, {of_group[0].datasets}", "loss", "Δ", "95 %", "worse", "token accuracy", "exact match"]
+        what = f"{group}, {of_group[0].datasets}"
+        heads = [what, "loss", "Δ", "95 %", "worse", "token accuracy", "exact match", "majority"]
         lines = [heads]
         for one in of_group:
             own = one.arm == ALIGNED
@@ -96,6 +100,7 @@ def table(summaries: Sequence[Summary]) -> str:
                     "" if own else f"{one.worse}/{one.datasets}",
                     f"{one.token_accuracy:.3f}",
                     f"{one.exact_match:.3f}",
+                    f"{one.majority:.3f}",
                 ]
             )
         parts.append(aligned(lines))

@@ -168,7 +168,7 @@ class _Loaded:
                 done += examples
                 report(name, done, total)
 
-            for group, dataset, chosen, arms in planned:
+            for (group, dataset, shown, _), (_, _, chosen, arms) in zip(groups, planned, strict=True):
                 found = evaluate(
                     arms,
                     self.tokenizer,
@@ -176,6 +176,7 @@ class _Loaded:
                     chosen,
                     batch_size=self.measure.batch_size,
                     max_new_tokens=self.measure.max_new_tokens,
+                    known=shown,
                     report=count,
                 )
                 rows += [{"group": group, **row} for row in found]
