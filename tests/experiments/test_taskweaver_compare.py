@@ -198,7 +198,15 @@ def test_differences_are_paired_with_weights_of_the_prompt():
 
 def test_compare(model, configs, tmp_path, capsys):
     run_dir = tmp_path / "runs"
-    more = ("--seeds=1", "--shots=2", "--examples=4", "--max_new_tokens=0", "--rates=0.01,0.001", "--tune_steps=1")
+    more = (
+        "--seeds=1",
+        "--shots=2",
+        "--examples=4",
+        "--max_new_tokens=0",
+        "--rates=0.01,0.001",
+        "--adapter-rates=0.02",
+        "--tune_steps=1",
+    )
     argv = command(run_dir, model, configs, *more)
     assert main(argv) == 0
     out = capsys.readouterr().out
@@ -215,7 +223,15 @@ def test_compare(model, configs, tmp_path, capsys):
     assert (run_dir / "compare.png").stat().st_size > 0
     reported = {name for name in json.loads((run_dir / PLAN).read_text()) if not name.startswith("tune")}
     assert reported == {"dataset-seed0", "prompt-seed0", "shared-seed0"}
-    assert len(list(run_dir.glob("tune-*"))) == 6
+    assert {path.name for path in run_dir.glob("tune-*")} == {"tune-prompt-0.01", "tune-prompt-0.001"}
+    with (run_dir / "runs.csv").open() as file:
+        rates = {one["weights"]: float(one["learning_rate"]) for one in csv.DictReader(file)}
+    assert rates["shared"] == rates["dataset"] == 0.02
+    losses = {
+        rate: json.loads((run_dir / f"tune-prompt-{rate}" / "result.json").read_text())["last"]
+        for rate in (0.01, 0.001)
+    }
+    assert rates["prompt"] == min(losses, key=lambda rate: sum(losses[rate].values()))
     # again: nothing is run, nothing is measured
     for path in run_dir.glob("*-seed0/model/*.safetensors"):
         path.unlink()
@@ -231,6 +247,7 @@ def test_compare(model, configs, tmp_path, capsys):
         (("--learning_rate", "0.1"), "--learning_rate is given; it must be left to the comparison"),
         (("--rates", "0.1,x"), "--rates has 'x'; it must have numbers above 0, with commas between"),
         (("--rates", ""), "--rates is empty; it must have at least one number"),
+        (("--adapter_rates", "-1"), "--adapter_rates has '-1'; it must have numbers above 0, with commas between"),
         (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
         (("--max_new_tokens", "-1"), "--max_new_tokens is -1; it must be at least 0"),
     ],

@@ -44,7 +44,8 @@ def add_parser(subparsers: Any) -> None:
     for flag, kind, default, text in (
         ("--held_out_config", Path, None, "JSON file that lists datasets to measure on alone"),
         ("--seeds", int, 3, "how many, from --seed on (default: 3)"),
-        ("--rates", str, "1e-3", "learning rates that each way of training tries, with commas (default: 1e-3)"),
+        ("--rates", str, "1e-3", "learning rates that the hypernetwork tries, with commas (default: 1e-3)"),
+        ("--adapter_rates", str, None, "learning rates that both kinds of adapters try (default: as --rates)"),
         ("--tune_steps", int, None, "of each run that tries one (default: a third of the steps)"),
         ("--workers", int, 1, "runs at a time (default: 1)"),
         ("--examples", int, 64, "the most of each dataset to measure on (default: 64)"),
@@ -123,18 +124,10 @@ def _study(args: argparse.Namespace) -> Any:
             raise CommandError(f"--{name} is {value}; it must be at least {least}")
     if args.max_new_tokens is not None and args.max_new_tokens < 0:
         raise CommandError(f"--max_new_tokens is {args.max_new_tokens}; it must be at least 0")
-    rates = []
-    for text in filter(None, args.rates.split(",")):
-        try:
-            rates.append(float(text))
-        except ValueError:
-            rates.append(0.0)
-        if not 0 < rates[-1] < float("inf"):
-            raise CommandError(f"--rates has {text!r}; it must have numbers above 0, with commas between")
-    if not rates:
-        raise CommandError("--rates is empty; it must have at least one number")
+    own = _rates("--rates", args.rates)
+    others = own if args.adapter_rates is None else _rates("--adapter_rates", args.adapter_rates)
     config = TaskWeaverSettings(**shared)
-    if len(rates) > 1 and not args.tune_steps and not config.training_steps:
+    if max(len(own), len(others)) > 1 and not args.tune_steps and not config.training_steps:
         raise CommandError("--tune_steps is left out; it must be given where --steps is not")
     # said before the first run
     config.datasets()
@@ -144,15 +137,30 @@ def _study(args: argparse.Namespace) -> Any:
         shared=shared,
         held_out=held_out,
         seeds=args.seeds,
-        rates=rates,
+        rates={weights: own if weights == PROMPT else others for weights in WEIGHTS},
         tune_steps=args.tune_steps or max(1, config.training_steps // 3),
         measure=Measure(args.examples, args.shots, args.max_new_tokens, config.batch_size),
         workers=args.workers,
     )
 
 
+def _rates(flag: str, given: str) -> list[float]:
+    rates = []
+    for text in filter(None, given.split(",")):
+        try:
+            rates.append(float(text))
+        except ValueError:
+            rates.append(0.0)
+        if not 0 < rates[-1] < float("inf"):
+            raise CommandError(f"{flag} has {text!r}; it must have numbers above 0, with commas between")
+    if not rates:
+        raise CommandError(f"{flag} is empty; it must have at least one number")
+    return rates
+
+
 def _describe(study: Any) -> str:
-    tuned = f"; each way tries {len(study.rates)} rates in {study.tune_steps:,} steps" if len(study.rates) > 1 else ""
+    tried = sum(len(rates) for rates in study.rates.values() if len(rates) > 1)
+    tuned = f"; {tried} more of {study.tune_steps:,} steps choose learning rates" if tried else ""
     ways = {PROMPT: "weights of each prompt, by a hypernetwork", SHARED: "one adapter", DATASET: "one a dataset"}
     return (
         f"trained     {'; '.join(ways.values())}\n"

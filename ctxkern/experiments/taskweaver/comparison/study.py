@@ -46,7 +46,7 @@ class Study:
         shared: settings of all runs.
         held_out: datasets that no run is trained on.
         seeds: how many.
-        rates: learning rates that each way of training tries.
+        rates: learning rates that each way of training tries, of `WEIGHTS`.
         tune_steps: of a run that tries one.
         measure: how runs are measured.
         workers: runs at a time.
@@ -56,7 +56,7 @@ class Study:
     shared: Mapping[str, Any]
     held_out: Sequence[DatasetConfig]
     seeds: int
-    rates: Sequence[float]
+    rates: Mapping[str, Sequence[float]]
     tune_steps: int
     measure: Measure
     workers: int
@@ -64,26 +64,26 @@ class Study:
 
     def __post_init__(self) -> None:
         self.config = TaskWeaverSettings(**self.shared)
-        self.tuned = dict.fromkeys(WEIGHTS, self.rates[0])
+        self.tuned = {weights: rates[0] for weights, rates in self.rates.items()}
 
     def _planned(self, name: str, **changes: Any) -> PlannedRun:
         flags = TaskWeaverSettings.arguments({**self.shared, **changes})
         return PlannedRun(name, ["taskweaver", "train", *flags, "--quiet"])
 
     def tune(self) -> None:
-        """Choose the learning rate of each way, by the mean validation loss at a seed that is not reported."""
-        if len(self.rates) < 2:
-            return
+        """Choose the learning rate of each way that tries several, by the mean validation loss at a seed that is not
+        reported."""
         seed = self.config.seed + _TUNING_SEED
-        names = {(weights, rate): f"tune-{weights}-{rate:g}" for weights in WEIGHTS for rate in self.rates}
+        tried = {weights: rates for weights, rates in self.rates.items() if len(rates) > 1}
+        names = {(weights, rate): f"tune-{weights}-{rate:g}" for weights, rates in tried.items() for rate in rates}
         runs = [
             self._planned(name, weights=weights, learning_rate=rate, seed=seed, training_steps=self.tune_steps)
             for (weights, rate), name in names.items()
         ]
-        results = run_all(runs, self.folder, workers=self.workers)
-        for weights in WEIGHTS:
-            losses = [_mean(results[names[weights, rate]]["last"].values()) for rate in self.rates]
-            self.tuned[weights] = self.rates[losses.index(min(losses))]
+        results = run_all(runs, self.folder, workers=self.workers) if runs else {}
+        for weights, rates in tried.items():
+            losses = [_mean(results[names[weights, rate]]["last"].values()) for rate in rates]
+            self.tuned[weights] = rates[losses.index(min(losses))]
 
     def train(self) -> dict[tuple[str, int], dict[str, Any]]:
         """`result.json` of each way and seed, with the name of its run."""
