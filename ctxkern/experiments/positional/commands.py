@@ -1,7 +1,6 @@
 """`ctxkern positional ...`: sweeps, the figures, theory, cross-validation and concentration."""
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -256,7 +255,7 @@ def _concentration(args: argparse.Namespace, settings: ConcentrationSettings) ->
         rows = run_sweep(one, args.run_dir / f"d-{width}", kind="sweep", progress=not args.quiet)
         summaries += [{"d": width} | row for row in summarise(rows, results.MEASURED)]
     write_csv_atomic(args.run_dir / "summary.csv", summaries)
-    theory = _theory_rows(args, dataclasses.replace(settings), settings.points, settings.rank)
+    theory = _theory_rows(args, settings, settings.points, settings.rank)
     _table(summaries, ["train_error", "test_error", "m", "theta"])
     figures.plot_concentration(summaries, theory, args.run_dir / "concentration.png")
     _files(args, picture="concentration.png", summary="summary.csv")

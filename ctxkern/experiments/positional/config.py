@@ -91,7 +91,7 @@ class SweepSettings(TaskSettings):
     linear_ridge: float = setting(1e-4, "weight decay of the linear baseline", at_least=0, group="student")
     dtype: str = setting("float32", "of the descent", choices=DTYPES)
     device: str = setting("cpu", "cpu, cuda, ...; auto is a GPU where there is one", resumable=True)
-    seeds_at_once: int = setting(4, "seeds of one batch; memory is 16·α·d² bytes for each", at_least=1)
+    seeds_at_once: int = setting(4, "seeds of one batch; each takes 24·α·d² bytes of memory", at_least=1)
     checkpoint_every: int = setting(500, "steps between checkpoints", at_least=1, resumable=True)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class MapSettings(CurveSettings):
     alphas: str = setting("0.2,0.4,0.6,0.8,1.0,1.2,1.4,1.6,1.8,2.0", "training samples divided by d", group="task")
     omegas: str = setting("0.0,0.1,0.2,0.3,0.4,0.5", "weight of A in the teacher", group="task")
     seeds: int = setting(4, "how many data sets and teachers, from --seed on", at_least=1, resumable=True)
-    seeds_at_once: int = setting(1, "seeds of one batch; memory is 16·α·d² bytes for each", at_least=1)
+    seeds_at_once: int = setting(1, "seeds of one batch; each takes 24·α·d² bytes of memory", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -162,7 +162,7 @@ class CrossSettings(SweepSettings):
     ridges: str = setting("0.001,0.003,0.01,0.03,0.1", "weight decays λ to choose from", group="task")
     folds: int = setting(5, "parts, each held out once", at_least=2, group="student")
     seeds: int = setting(4, "how many data sets and teachers, from --seed on", at_least=1, resumable=True)
-    seeds_at_once: int = setting(1, "seeds of one batch; memory is 16·α·d² bytes for each", at_least=1)
+    seeds_at_once: int = setting(1, "seeds of one batch; each takes 24·α·d² bytes of memory", at_least=1)
 
 
 @dataclass(kw_only=True)

@@ -11,13 +11,13 @@ computed once:
 
 A step is two products with the data u [2 n, d] and some twenty elementwise operations on [2 n]. Experiments that share
 data are rows of one factor, so that the data is read for all of them together: initialisations, λ, ω (which changes
-b alone) and α, since the samples at a smaller α are the first ones of those at a larger one. Seeds, which share nothing,
-are the batch of the products.
+b alone) and α, since the samples at a smaller α are the first ones of those at a larger one. Seeds, which share
+nothing, are the batch of the products.
 
-Count for one seed, C columns (experiments times rank) at each of the α's, n_α = α d samples: 16 C d Σ_α n_α operations in
-the products and 8 n_max d bytes of float32 data a step, as the second product finds a block in the cache. One experiment
-alone has 16 n d operations for 8 n d bytes (16 n d where n is too large for the cache): 2 operations a byte, which
-memory limits; the 26 columns of the figure at ω = 0.3 have 28.
+Count for one seed with C columns (experiments times rank) at each α and n_α = α d samples: the products take
+16 C d Σ_α n_α operations a step, on 8 n_max d bytes of float32 data, as the second product finds a block in the cache.
+One experiment alone has 16 n d operations for at least 8 n d bytes: 2 a byte, which memory limits. The 26 columns of
+the figure at ω = 0.3 have 28 a byte.
 """
 
 from collections.abc import Sequence
@@ -221,7 +221,7 @@ class Descent:
 
 
 def fit_linear(blocks: Sequence[tuple[int, Block, Targets]], groups: int, ridge: float) -> Tensor:
-    """The linear baseline: B [S, G, W, 2, 2] minimises Σ ‖y − B x‖² / (2 d) + ridge / 2 ‖B‖², on x without positions."""
+    """The linear baseline B [S, G, W, 2, 2] on x without positions: least Σ ‖y − B x‖² / (2 d) + ridge / 2 ‖B‖²."""
     _, block, targets = blocks[0]
     seeds, width = len(block.gate), targets.first.shape[2]
     like = {"dtype": torch.float64, "device": block.gate.device}

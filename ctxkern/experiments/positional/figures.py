@@ -181,8 +181,8 @@ def plot_concentration(summaries: Sequence[Mapping], theory: Sequence[Row], path
                     axes.axhline(limit[column], color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
             for column, marker in ((name, "o"), ("test_error", "s")):
                 spread = [row[f"{column}_sd"] / row[column] for row in mine]
-                right.plot(widths, spread, color=colour, marker=marker, markersize=3.5, linewidth=0.9,
-                           label=f"{init}: {'test error' if column == 'test_error' else _OVERLAPS[name][0]}")  # fmt: skip
+                text = f"{init}: {'test error' if column == 'test_error' else _OVERLAPS[name][0]}"
+                right.plot(widths, spread, color=colour, marker=marker, markersize=3.5, linewidth=0.9, label=text)
         first = max(row["test_error_sd"] / row["test_error"] for row in summaries if row["d"] == widths[0])
         right.plot(widths, [first * (widths[0] / width) ** 0.5 for width in widths], color=MUTED, linestyle=(0, (1, 2)),
                    label="∝ d^−1/2")  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxkern.experiments.core.checkpoint import load_checkpoint, read_step, save_checkpoint
+from ctxkern.experiments.core.checkpoint import load_checkpoint, save_checkpoint
 from ctxkern.experiments.core.command import CommandError
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers, write_csv_atomic, write_json_atomic
@@ -197,16 +197,11 @@ def run_part(settings: SweepSettings, part: Part, folder: Path, report: Callable
         report(settings.steps)
         state.unlink(missing_ok=True)
         return read_rows(table)
-    config = {name: value for name, value in settings.fixed().items() if name != "steps"} | {
-        "seeds": list(part.seeds),
-        "alphas": list(part.alphas),
-        "steps": settings.steps,
-    }
+    config = settings.fixed() | {"part": part.name}
     program = Program(settings, part)
     module, done = _State(program.descent.query), 0
     if state.exists():
-        load_checkpoint(state, module, config=config)
-        done = read_step(state)
+        done = load_checkpoint(state, module, config=config).step
         report(done)
     while done < settings.steps:
         program.descent.step()
