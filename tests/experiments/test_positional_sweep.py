@@ -14,6 +14,7 @@ from ctxkern.cli import main
 from ctxkern.experiments.positional import results, sweep
 from ctxkern.experiments.positional.config import SweepSettings
 from ctxkern.experiments.positional.sweep import Part, make_parts, run_part, run_sweep
+from ctxkern.experiments.positional.theory import Overlaps, Solution
 
 TINY = {"d": 16, "alphas": "0.5,2", "steps": 12, "test_samples": 40, "checkpoint_every": 5}
 FLAGS = ["--quiet", *(part for name, value in TINY.items() for part in (SweepSettings.flag(name), str(value)))]
@@ -104,13 +105,30 @@ def test_a_descent_that_diverges_is_said(tmp_path, capsys):
     assert "lr is 1e+30; it must be lower" in words
 
 
-def test_figure2_writes_its_files(tmp_path, capsys):
-    assert main(command("figure2", tmp_path, "--alphas", "0.5,1.5", "--seeds", "2", "--points", "16")) == 0
+def solved(theory, branch, alphas, report):
+    """Instead of solutions: gaps of −0.5 and 0.5, and no semantic branch at the least α of three."""
+    at = Overlaps(-0.2, 0.01, 0.2, 9.0) if branch == "positional" else Overlaps(0.0, 0.4, 0.3, 9.0)
+    found = []
+    for number, alpha in enumerate(alphas):
+        report()
+        train = 1.0 if branch == "semantic" else 0.5 + (number >= len(alphas) - 1)
+        found.append(Solution(alpha, at, train, 0.003))
+    if branch == "semantic" and len(alphas) == 3:
+        found[0] = None
+    return found
+
+
+def test_figure2_writes_its_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "follow", solved)
+    argv = command("figure2", tmp_path, "--alphas", "0.5,1,1.5", "--seeds", "2", "--points", "16")
+    assert main(argv) == 0
     out = capsys.readouterr().out
     assert "alpha_c_theory" in out
+    (crossed,) = read(tmp_path / "transitions.csv")
+    assert float(crossed["alpha_c_theory"]) == pytest.approx(1.25)
     assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
     experiments, summary, gaps = (read(tmp_path / f"{name}.csv") for name in ("experiments", "summary", "gaps"))
-    assert len(experiments) == 2 * 2 * 2
+    assert len(experiments) == 3 * 2 * 2
     mine = [float(row["theta"]) for row in experiments if row["alpha"] == "0.5" and row["init"] == "semantic"]
     row = next(row for row in summary if row["alpha"] == "0.5" and row["init"] == "semantic")
     assert float(row["theta"]) == pytest.approx(sum(mine) / 2)
@@ -118,7 +136,13 @@ def test_figure2_writes_its_files(tmp_path, capsys):
     errors = {r["init"]: float(r["train_error"]) for r in experiments if (r["alpha"], r["seed"]) == ("0.5", "1")}
     gap = next(float(row["gap"]) for row in gaps if (row["alpha"], row["seed"]) == ("0.5", "1"))
     assert gap == pytest.approx(errors["positional"] - errors["semantic"])
-    assert {row["init"] for row in read(tmp_path / "theory.csv")} == {"semantic", "positional"}
+    theory = {(row["init"], row["alpha"]): row for row in read(tmp_path / "theory.csv")}
+    assert len(theory) == 6
+    assert theory["semantic", "0.5"]["theta"] == ""
+    assert theory["positional", "0.5"]["m"] == "0.2"
+    # a second call reads the curves
+    monkeypatch.setattr(results, "follow", None)
+    assert main(argv) == 0
 
 
 def test_figure3_writes_its_files(tmp_path, capsys):

@@ -133,7 +133,9 @@ class SweepSettings(TaskSettings):
 class CurveSettings(SweepSettings):
     """A grid with theory curves through it."""
 
-    points: int = setting(2048, "of the sequence behind theory's expectations; 0: no theory", at_least=0, group="run")
+    points: int = setting(
+        2048, "of the sequence behind theory's expectations; 0: no theory", at_least=0, resumable=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,4 +201,4 @@ class TheorySettings(TaskSettings):
     alphas: str = setting(
         "0.4,0.6,0.8,1.0,1.1,1.2,1.3,1.4,1.5,1.6,1.8,2.0", "training samples divided by d", group="task"
     )
-    points: int = setting(2048, "of the quasi-random sequence behind expectations", at_least=16)
+    points: int = setting(2048, "of the quasi-random sequence behind expectations", at_least=16, resumable=True)
