@@ -2,9 +2,9 @@
 
 batched: a step of all experiments as one tensor program; loop: the same closed form, one experiment at a time;
 autograd: the definition, one experiment at a time, by `loss.backward()`. A step of each in turns, medians. Default: the
-10 α × 2 initialisations × 4 seeds of Figure 2 at d = 1000. The batched step counts 16 d C Σ n_α operations for each seed in its
-two products; the loop counts as many, each experiment with its own pass over the data. Students that differ after a few
-steps fail before anything is timed. Rows go to bench/results/positional-<device>.csv.
+10 α × 2 initialisations × 4 seeds of Figure 2 at d = 1000. The two products of a batched step are 16 d C Σ n_α
+operations for each seed; the loop does as many, with a pass over the data for each experiment. Students that differ
+after a few steps fail before anything is timed. Rows go to bench/results/positional-<device>.csv.
 """
 
 import argparse
