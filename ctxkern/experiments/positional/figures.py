@@ -12,6 +12,8 @@ from ctxkern.experiments.positional.sweep import Row
 
 COLOURS = {"semantic": ORANGE, "positional": BLUE, "random": INK}
 _OVERLAPS = {"m": "m, along the positions", "theta": "θ, along the teacher"}
+# labels of a logarithmic axis, which are mathematical notation otherwise
+_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _DOTS = {"linestyle": "none", "marker": "o", "markersize": 3.5, "capsize": 2, "elinewidth": 0.9}
 
 
@@ -136,26 +138,29 @@ def plot_maps(gap_rows: Sequence[Row], theory: Sequence[Row], path: Path, title:
 
 
 def plot_ridges(summaries: Sequence[Mapping], path: Path) -> None:
-    """Held-out error (dots) and test error (lines) against λ: a panel for each α, a colour for each initialisation."""
+    """Held-out error (dots) and test error (lines) by λ: a panel for each α, a colour for each initialisation."""
     alphas = sorted({row["alpha"] for row in summaries})
+    ridges = sorted({row["ridge"] for row in summaries})
 
     def draw(figure: Any) -> None:
-        for axes, alpha in zip(figure.subplots(1, len(alphas), sharey=True, squeeze=False)[0], alphas, strict=True):
+        panels = figure.subplots(1, len(alphas), sharey=True, squeeze=False)[0]
+        for axes, alpha in zip(panels, alphas, strict=True):
             for init, colour in COLOURS.items():
                 mine = [row for row in summaries if row["init"] == init and row["alpha"] == alpha]
                 if not mine:
                     continue
-                ridges = [row["ridge"] for row in mine]
-                _dots(axes, ridges, *([row[f"held_error{end}"] for row in mine] for end in ("", "_sd")), color=colour,
-                      label=f"{init}, held out")  # fmt: skip
-                axes.plot(ridges, [row["test_error"] for row in mine], color=colour, label=f"{init}, test set")
-            axes.set_xscale("symlog" if any(row["ridge"] == 0 for row in summaries) else "log")
+                places = [ridges.index(row["ridge"]) for row in mine]
+                held = ([row[f"held_error{end}"] for row in mine] for end in ("", "_sd"))
+                _dots(axes, places, *held, color=colour, label=f"{init}, held out")
+                axes.plot(places, [row["test_error"] for row in mine], color=colour, label=f"{init}, test set")
+            # 0 may be among them
+            axes.set_xticks(range(len(ridges)), [f"{ridge:g}" for ridge in ridges])
             axes.set_title(f"α = {alpha:g}")
             axes.set_xlabel("weight decay λ")
-        figure.axes[0].set_ylabel("error of a sample")
-        figure.axes[0].legend(fontsize=7.5)
+        panels[0].set_ylabel("error of a sample")
+        figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7.5, loc="outside lower center", ncols=4)
 
-    save_figure(draw, path, (2.9 * len(alphas) + 0.6, 3.2))
+    save_figure(draw, path, (max(6.0, 2.9 * len(alphas) + 0.6), 3.5))
 
 
 def plot_concentration(summaries: Sequence[Mapping], theory: Sequence[Row], path: Path) -> None:
@@ -187,9 +192,12 @@ def plot_concentration(summaries: Sequence[Mapping], theory: Sequence[Row], path
         right.plot(widths, [first * (widths[0] / width) ** 0.5 for width in widths], color=MUTED, linestyle=(0, (1, 2)),
                    label="∝ d^−1/2")  # fmt: skip
         right.set_yscale("log")
-        left.set_title("overlaps; dashed: the limit in theory")
+        low, high = right.get_ylim()
+        ticks = [tick for tick in _TICKS if low <= tick <= high]
+        right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        left.set_title("overlaps; dashed: theory" if theory else "overlaps")
         middle.set_title("test error")
-        right.set_title("standard deviation / mean over seeds")
+        right.set_title("spread over seeds / mean")
         for axes in (left, middle, right):
             axes.set_xscale("log")
             axes.set_xticks(widths, [str(width) for width in widths])
