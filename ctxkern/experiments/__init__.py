@@ -13,5 +13,9 @@ EXPERIMENTS = {
 GROUPS = {
     "": ("", "ctxkern.experiments.multifile.commands"),
     "adapters": ("a bank of LoRA adapters on one language model", "ctxkern.experiments.adapters.commands"),
+    "positional": (
+        "positional and semantic learning: many students of one attention layer at a time, and theory",
+        "ctxkern.experiments.positional.commands",
+    ),
     "taskweaver": ("LoRA weights from the prompt, by a hypernetwork", "ctxkern.experiments.taskweaver.commands"),
 }
