@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from ctxkern.experiments.core import checkpoint as ckpt
 from ctxkern.experiments.core.batches import LoaderBatches
-from ctxkern.experiments.core.loop import LoopConfig, Next, TrainingError, fit, warmup_cosine
+from ctxkern.experiments.core.loop import LoopConfig, Next, TrainingError, fit
 from ctxkern.experiments.core.runlog import read_metrics
+from ctxkern.experiments.core.schedule import warmup_cosine
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.testing.oracle import assert_same_bits
 
