@@ -109,7 +109,10 @@ class Alphabet(CharTokenizer):
 
     def write(self, path: str | os.PathLike) -> None:
         """Write the characters one after another as a UTF-8 text, whole or not at all."""
-        write_atomic(path, lambda temporary: temporary.write_bytes("".join(self.characters).encode()))
+        text = "".join(self.characters)
+        # a byte order mark that is a character follows one that is none
+        data = text.encode("utf-8-sig" if text[0] == "\ufeff" else "utf-8")
+        write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the characters of `text`."""
