@@ -55,11 +55,11 @@ def _generate(args: argparse.Namespace) -> int:
         run = load_run(args.run_dir, checkpoint=args.checkpoint, device=device)
         unknown = run.tokenizer.unknown(args.prompt)
         ids = run.tokenizer.encode(args.prompt)
+        if not ids:
+            raise CommandError(f"--prompt is {args.prompt!r}; it must have a character of the run's vocabulary")
         if unknown:
             which = join_names([repr(character) for character in unknown], 12)
             print(f"ctxkern gpt generate: the vocabulary lacks {which} of --prompt", file=sys.stderr)
-        if not ids:
-            raise CommandError(f"--prompt is {args.prompt!r}; it must have a character of the run's vocabulary")
         tokens = generate(
             run.model,
             torch.tensor([ids], device=device),

@@ -57,11 +57,11 @@ class Point:
 def _compare(args: argparse.Namespace) -> int:
     points: list[Point] = []
 
-    def plan() -> list[PlannedRun]:
-        points.extend(_points(args, [Path(os.path.abspath(path)) for path in expand_paths(args.paths)]))
+    def runs() -> list[PlannedRun]:
+        points.extend(plan(args, [Path(os.path.abspath(path)) for path in expand_paths(args.paths)]))
         return [point.run for point in points]
 
-    found = run_set(plan, args)
+    found = run_set(runs, args)
     rows = results(points, found)
     with as_command_errors():
         if not rows:
@@ -74,7 +74,12 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _points(args: argparse.Namespace, paths: Sequence[Path]) -> list[Point]:
+def plan(args: argparse.Namespace, paths: Sequence[Path]) -> list[Point]:
+    """The runs that flags ask for on the texts of `paths`.
+
+    Raises:
+        CommandError, ValueError: a flag or setting that does not fit.
+    """
     ways = list(dict.fromkeys(word.strip() for word in args.ways.split(",")))
     for way in ways:
         if way not in WAYS:
@@ -147,9 +152,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             columns[heads[-1]].append(_mean(pairs))
     for i, text in enumerate([*texts, "mean over texts"]):
         values = [columns[head][i] if i < len(texts) else _mean(columns[head]) for head in heads]
+        signs = ["+" if head == heads[-1] and both else "" for head in heads]
         cells = [
-            f"{value:>{max(10, len(head) + 2)}{'+' if head == 'contexts − shared' else ''}.4f}"
-            for head, value in zip(heads, values, strict=True)
+            f"{value:>{sign}{max(10, len(head) + 2)}.4f}"
+            for head, value, sign in zip(heads, values, signs, strict=True)
         ]
         lines.append(f"{text:<{width}}" + "".join(cells))
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +75,25 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Point:
+    """A run: its rung and seed."""
+
+    rung: str
+    seed: int
+    run: PlannedRun
+
+
 def _climb(args: argparse.Namespace) -> int:
-    points: dict[str, tuple[str, int]] = {}
+    points: list[Point] = []
 
-    def plan() -> list[PlannedRun]:
-        paths = expand_paths(args.paths) if args.paths else standard_library_files()
-        given, runs = LadderSettings.given(args), []
-        rungs = (given.pop("rung"),) if "rung" in given else tuple(RUNGS)
-        for seed in range(given.get("seed", 0), given.get("seed", 0) + args.seeds):
-            for rung in rungs:
-                settings = given | {"rung": rung, "seed": seed}
-                # raises for a value that does not fit
-                LadderSettings(**settings)
-                points[f"{rung}-seed-{seed}"] = rung, seed
-                argv = ["ladder", "train", *(os.path.abspath(path) for path in paths)]
-                runs.append(PlannedRun(f"{rung}-seed-{seed}", [*argv, *LadderSettings.arguments(settings), "--quiet"]))
-        return runs
+    def runs() -> list[PlannedRun]:
+        points.extend(plan(args))
+        return [point.run for point in points]
 
-    found = run_set(plan, args)
+    found = run_set(runs, args)
+    rows = results(points, found)
     with as_command_errors():
-        rows = results(points, found)
         write_csv_atomic(args.run_dir / "ladder.csv", rows)
         plot(rows, args.run_dir / "ladder.png")
     print(table(rows))
@@ -102,17 +102,36 @@ def _climb(args: argparse.Namespace) -> int:
     return 0
 
 
-def results(points: Mapping[str, tuple[str, int]], found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def plan(args: argparse.Namespace) -> list[Point]:
+    """The runs that flags ask for.
+
+    Raises:
+        ValueError: a setting or path that does not fit.
+    """
+    paths = expand_paths(args.paths) if args.paths else standard_library_files()
+    given, points = LadderSettings.given(args), []
+    rungs = (given.pop("rung"),) if "rung" in given else tuple(RUNGS)
+    for seed in range(given.get("seed", 0), given.get("seed", 0) + args.seeds):
+        for rung in rungs:
+            settings = given | {"rung": rung, "seed": seed}
+            # raises for a value that does not fit
+            LadderSettings(**settings)
+            argv = ["ladder", "train", *map(os.path.abspath, paths), *LadderSettings.arguments(settings), "--quiet"]
+            points.append(Point(rung, seed, PlannedRun(f"{rung}-seed-{seed}", argv)))
+    return points
+
+
+def results(points: Sequence[Point], found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each run: the loss of the whole validation texts at the last step, a mean over texts, in nats a
     character."""
     rows = []
-    for name, (rung, seed) in points.items():
-        result = found[name]
+    for point in points:
+        result = found[point.run.name]
         known = [loss for loss in result["details"]["whole"].values() if loss is not None]
         rows.append(
             {
-                "rung": rung,
-                "seed": seed,
+                "rung": point.rung,
+                "seed": point.seed,
                 "loss": sum(known) / len(known) if known else math.nan,
                 "steps": result["step"],
                 "parameters": result["details"]["parameters"],
