@@ -26,7 +26,7 @@ class LadderSettings(TextSettings):
     n_heads: int = setting(4, "heads from the rung of several on, a divisor of the width", at_least=1, group="model")
     n_layers: int = setting(3, "blocks from the rung with residual connections on", at_least=1, group="model")
     block_size: int = setting(8, "characters that a model sees at once", at_least=1, group="model")
-    init_std: float = setting(0.1, "standard deviation of weights at step 0", above=0, group="model")
+    init_std: float = setting(0.2, "standard deviation of weights at step 0", above=0, group="model")
     batch_size: int = setting(32, "windows of a step", at_least=1)
     training_steps: int = setting(
         5000, "training steps", at_least=1, flags=("--steps", "--training-steps"), resumable=True
