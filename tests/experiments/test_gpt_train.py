@@ -255,6 +255,7 @@ def test_ways_are_compared_at_equal_steps(texts, tmp_path, capsys):
     assert (place / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "mean over texts" in capsys.readouterr().out
     assert "--ways has 'one'; it must be one of alone, shared, contexts" in failed(capsys, *argv, "--ways", "one")
+    assert "--val-file is given; it must be left out" in failed(capsys, *argv, "--val-file", texts[0])
     assert "holds 'contexts-seed-1' with other settings" in failed(capsys, *argv, "--lr", "0.1", "--ways", "contexts")
 
 

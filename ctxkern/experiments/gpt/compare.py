@@ -85,6 +85,8 @@ def plan(args: argparse.Namespace, paths: Sequence[Path]) -> list[Point]:
         if way not in WAYS:
             raise CommandError(f"--ways has {way!r}; it must be one of {', '.join(WAYS)}")
     given, names, points = GPTSettings.given(args), display_names(paths), []
+    if "val_file" in given:
+        raise CommandError("--val-file is given; it must be left out: every text is validated on its own end")
     for seed in range(given.get("seed", 0), given.get("seed", 0) + args.seeds):
         for way in ways:
             own = {name: value for name, value in given.items() if way == "contexts" or name not in _CONTEXTS}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ctxkern.experiments.core import processes
 from ctxkern.experiments.core.data.paths import fingerprint, standard_library_files
 from ctxkern.experiments.core.experiment import Experiment, Inputs, TrainingFile
 from ctxkern.experiments.core.files import write_json_atomic
@@ -60,8 +61,8 @@ class CharTraining(Experiment):
         return "\n".join(lines)
 
     def details(self, job: CharJob) -> Mapping[str, Any]:
-        """Sizes, and the loss of each whole validation text at the last step."""
-        job.whole = job.whole_losses(job.model)
+        """Sizes, and the loss of each whole validation text at the last step, which a sharded model cannot say here."""
+        job.whole = {} if processes.is_sharded(job.model) else job.whole_losses(job.model)
         return {
             "parameters": _parameters(job),
             "vocabulary": job.data.tokenizer.vocab_size,
