@@ -99,6 +99,12 @@ def test_estimates_are_of_the_same_batches_and_without_dropout(texts):
     assert job_of(texts, val_fraction=0.0).evaluator() is None
 
 
+def test_another_text_may_be_validated_on(texts):
+    job = job_of(texts[:1], val_file=str(texts[1]))
+    assert job.whole_losses(job.model).keys() == job.evaluator()(job.model).keys() == {"dove.txt"}
+    assert len(job.data.spans["train"][0]) == texts[0].stat().st_size
+
+
 def test_every_size_reaches_the_model(texts):
     job = job_of(
         texts, n_layers=3, n_heads=4, d_model=8, block_size=5, mlp_ratio=2.0, norm="post", activation="relu",
