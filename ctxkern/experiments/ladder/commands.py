@@ -186,6 +186,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.margins(x=0.06, y=0.14)
         axes.grid(axis="x", visible=False)
         seeds = max(map(len, rungs.values()))
-        axes.set_title(f"from bigrams to a transformer, {rows[0]['steps']:,} steps each, {seeds} seeds")
+        axes.set_title(
+            f"from bigrams to a transformer, {rows[0]['steps']:,} steps each, {seeds} seed{'s'[: seeds > 1]}"
+        )
 
     save_figure(draw, path, (7.5, 3.6))
