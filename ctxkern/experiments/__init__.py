@@ -9,6 +9,8 @@ EXPERIMENTS = {
     "train": "ctxkern.experiments.multifile.experiment:MultiFileTraining",
     "adapters train": "ctxkern.experiments.adapters.experiment:AdapterTraining",
     "taskweaver train": "ctxkern.experiments.taskweaver.experiment:TaskWeaverTraining",
+    "gpt train": "ctxkern.experiments.gpt.experiment:GPTTraining",
+    "ladder train": "ctxkern.experiments.ladder.experiment:LadderTraining",
 }
 GROUPS = {
     "": ("", "ctxkern.experiments.multifile.commands"),
@@ -18,4 +20,6 @@ GROUPS = {
         "ctxkern.experiments.positional.commands",
     ),
     "taskweaver": ("LoRA weights from the prompt, by a hypernetwork", "ctxkern.experiments.taskweaver.commands"),
+    "gpt": ("a GPT on the characters of texts", "ctxkern.experiments.gpt.commands"),
+    "ladder": ("from averaging to attention, one part at a time", "ctxkern.experiments.ladder.commands"),
 }

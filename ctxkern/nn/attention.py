@@ -34,6 +34,7 @@ class ContextAttention(nn.Module):
         n_kv_heads: int | None = None,
         bias: bool = False,
         out_proj: bool = True,
+        out_bias: bool | None = None,
         is_causal: bool = False,
         dropout: float = 0.0,
         rank: int | None = None,
@@ -70,7 +71,8 @@ class ContextAttention(nn.Module):
         self.bilinear_q = bilinear_parameter(d_model, d_model, context_dim, rank, init, device, dtype)
         self.bilinear_k = bilinear_parameter(d_model, kv_dim, context_dim, rank, init, device, dtype)
         self.bilinear_v = bilinear_parameter(d_model, kv_dim, context_dim, rank, init, device, dtype)
-        self.W_o = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype) if out_proj else None
+        out_bias = bias if out_bias is None else out_bias
+        self.W_o = nn.Linear(d_model, d_model, bias=out_bias, device=device, dtype=dtype) if out_proj else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -225,6 +227,7 @@ class ContextModulatedAttention(ContextAttention):
         n_kv_heads: number of key and value heads (grouped-query attention); it must divide n_heads. None: n_heads.
         bias: whether to add W_q_base.bias and so on, which all contexts share.
         out_proj: whether there is an output projection `W_o`.
+        out_bias: whether it has a bias. None: as `bias`.
         is_causal: whether later tokens are masked.
         dropout: probability of dropping an attention weight, in training only.
         rank: R, where bilinear tensors are kept by CP factors of that rank, as in `ModulatedLinear`; None: whole.

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from ctxkern.experiments.core import checkpoint as ckpt
 from ctxkern.experiments.core.batches import LoaderBatches
-from ctxkern.experiments.core.loop import LoopConfig, Next, TrainingError, fit, warmup_cosine
+from ctxkern.experiments.core.loop import LoopConfig, Next, TrainingError, fit
 from ctxkern.experiments.core.runlog import read_metrics
+from ctxkern.experiments.core.schedule import Plateau, warmup_cosine, without_improvement
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.testing.oracle import assert_same_bits
 
@@ -207,6 +208,68 @@ def test_patience_ends_a_run(tmp_path):
     assert (result.step, result.best_step, result.best, result.last) == (10, 6, {"a": 1.9}, {"a": 2.2})
     assert result.ended == "the mean validation loss was not lower in 2 evaluations"
     assert [row["observed"] for row in read_metrics(tmp_path) if "mean" in row] == [{"norm": 1.5}] * 6
+
+
+def fit_means(run_dir, means, **changes):
+    """A run of an evaluation for each step, which gives `means`."""
+    model, found = make_net(), iter(means)
+    settings = {"eval_every": 1, "checkpoint_every": 1, "progress": False} | changes
+    return fit(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), batch_at, LoopConfig(len(means) - 1, run_dir, **settings),
+        loss_fn=net_loss, evaluate=lambda model: {"a": next(found)},
+    )  # fmt: skip
+
+
+def test_a_lower_mean_must_be_low_enough(tmp_path):
+    means = [4.0, 3.0, 2.9, 2.8, 2.69, 2.6, 2.5, 2.4]
+    result = fit_means(tmp_path, means, patience=3, min_improvement=0.1)
+    # 2.69 is a tenth below 3, and 2.4 below that
+    assert (result.step, result.ended, result.best_step) == (7, None, 7)
+    result = fit_means(tmp_path / "two", means, patience=2, min_improvement=0.1)
+    assert result.step == 3
+    assert result.ended == "the mean validation loss was not lower by 0.1 of it in 2 evaluations"
+    assert without_improvement([None, 2.0, 1.0, None, 1.0, 1.5]) == 2
+
+
+PLATEAU = [4.0, 3.0, 3.1, 3.2, 2.0, 2.5, 2.5, 2.5, 2.5, 1.0, 0.5]
+
+
+def plateau_rates(run_dir):
+    return [row["lr"] for row in read_metrics(run_dir) if "lr" in row]
+
+
+def test_the_learning_rate_falls_where_the_mean_does_not(tmp_path):
+    fit_means(tmp_path, PLATEAU, plateau_patience=1, plateau_factor=0.5)
+    # a mean may pass; the second without improvement halves it, from the next step on
+    assert plateau_rates(tmp_path) == [0.1 * 0.5**times for times in (0, 0, 0, 1, 1, 1, 2, 2, 3, 3)]
+    fit_means(tmp_path / "none", PLATEAU, plateau_factor=0.5)
+    assert plateau_rates(tmp_path / "none") == [0.1] * 10
+
+
+def test_a_plateau_is_that_of_torch():
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=1.0)
+    expected = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=1, threshold=0.2)
+    plateau = Plateau(1, 0.3, 0.2)
+    for mean in PLATEAU:
+        expected.step(mean)
+        plateau.add(mean)
+        plateau.add(None)
+        assert plateau.factor == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_a_resumed_run_has_the_learning_rate_of_its_plateaus(tmp_path, stop):
+    how = {"plateau_patience": 1, "plateau_factor": 0.5}
+    fit_means(tmp_path / "whole", PLATEAU, **how)
+    fit_means(tmp_path / "parts", PLATEAU[: stop + 1], **how)
+    model = make_net()
+    found = iter(PLATEAU[stop + 1 :])
+    config = LoopConfig(10, tmp_path / "parts", eval_every=1, checkpoint_every=1, progress=False, resume=True, **how)
+    fit(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), batch_at, config,
+        loss_fn=net_loss, evaluate=lambda model: {"a": next(found)},
+    )  # fmt: skip
+    assert read_metrics(tmp_path / "parts") == read_metrics(tmp_path / "whole")
 
 
 def test_max_minutes_ends_a_run_that_can_go_on(tmp_path):

@@ -86,9 +86,9 @@ def test_presets_and_what_a_resumed_run_may_change():
         Sizes.preset("large")
     assert set(Sizes.names()) - set(Sizes().fixed()) == {
         "training_steps", "device", "log_every", "tensorboard_dir", "eval_every", "checkpoint_every", "accumulate",
-        "patience", "max_minutes", "kind",
+        "patience", "min_improvement", "plateau_patience", "plateau_factor", "max_minutes", "kind",
     }  # fmt: skip
     assert set(TrainConfig.names()) - set(TrainConfig().fixed()) == {
         "training_steps", "device", "num_workers", "log_every", "tensorboard_dir", "eval_every", "checkpoint_every",
-        "accumulate", "patience", "max_minutes",
+        "accumulate", "patience", "min_improvement", "plateau_patience", "plateau_factor", "max_minutes",
     }  # fmt: skip

@@ -20,8 +20,9 @@ from ctxkern.experiments.core.batches import Batch
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX, Collator
 from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.hub import load_language_model
-from ctxkern.experiments.core.loop import Next, warmup_cosine
+from ctxkern.experiments.core.loop import Next
 from ctxkern.experiments.core.names import one_line, printable
+from ctxkern.experiments.core.schedule import warmup_cosine
 
 ROSTER, EXPORTED = "adapters.json", "adapters"
 _SPARE = 8

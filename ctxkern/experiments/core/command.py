@@ -40,7 +40,7 @@ from ctxkern.testing.measure import provenance
 CONFIG, RESULT, PLOT = "config.json", "result.json", "loss.png"
 # left out for one reason
 _MOST_NAMES = 20
-_EXTRAS = ("accelerate", "numpy", "safetensors.torch", "tqdm", "torch.utils.tensorboard")
+EXTRAS = ("accelerate", "numpy", "safetensors.torch", "tqdm", "torch.utils.tensorboard")
 
 
 class CommandError(Exception):
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         CommandError: settings or files that do not fit.
         MissingExtraError: a package is missing; said before the work, not after it.
     """
-    for module in _EXTRAS:
+    for module in EXTRAS:
         require(module)
     require_matplotlib()
     experiment = args.experiment

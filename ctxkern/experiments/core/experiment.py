@@ -17,7 +17,8 @@ from torch import nn
 
 from ctxkern.experiments.core.batches import Batch, BatchSource, count_rows
 from ctxkern.experiments.core.data.paths import FoundFiles
-from ctxkern.experiments.core.loop import FitResult, LoopConfig, fit, warmup_cosine
+from ctxkern.experiments.core.loop import FitResult, LoopConfig, fit
+from ctxkern.experiments.core.schedule import warmup_cosine
 from ctxkern.experiments.core.settings import RunSettings
 
 Evaluate = Callable[[Any], Mapping[str, float]]
@@ -170,6 +171,9 @@ def train(
         eval_every=settings.eval_every or tenth,
         checkpoint_every=settings.checkpoint_every or tenth,
         patience=settings.patience or None,
+        min_improvement=settings.min_improvement,
+        plateau_patience=settings.plateau_patience if settings.schedule == "plateau" and not steers else None,
+        plateau_factor=settings.plateau_factor,
         max_minutes=settings.max_minutes,
         config={**settings.fixed(), **(config or {})},
         resume=resume,
@@ -179,7 +183,7 @@ def train(
     def lr_factor(step: int) -> float:
         if steers:
             return 1.0
-        if settings.schedule == "constant":
+        if settings.schedule != "cosine":
             return min(1.0, (step + 1) / max(1, settings.warmup_steps))
         return warmup_cosine(step, steps, settings.warmup_steps)
 

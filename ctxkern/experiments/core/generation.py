@@ -70,10 +70,12 @@ def generate_tokens(
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    keep: int | None = None,
 ) -> torch.Tensor:
     """Continue `inputs` token by token.
 
-    When the window of `seq_len` tokens is full, its last half is read again and the rest is forgotten.
+    When the window of `seq_len` tokens is full, its last `keep` tokens are read again, from position 0 on, and the rest
+    is forgotten: keys of absolute positions cannot be moved.
 
     Args:
         forward: the model, in eval mode: `(tokens [B, s], caches, start)` to logits [B, s, V], where `start` tokens
@@ -85,21 +87,26 @@ def generate_tokens(
         temperature, top_k, top_p, generator: see `choose_tokens`.
         eos_id: a row that has produced it repeats it; the call ends when all rows have.
         use_cache: False computes every position again for each token: same tokens, for tests.
+        keep: 1 to `seq_len`; None is half of it. With `seq_len` every token from then on sees as many as there can be,
+            and is computed without a cache.
 
     Returns:
         [B, S + n] int64, n ≤ `max_new_tokens`.
 
     Raises:
-        ValueError: an empty prompt, or from `choose_tokens`.
+        ValueError: an empty prompt, a `keep` outside its range, or from `choose_tokens`.
     """
     if inputs.dim() != 2 or inputs.shape[1] == 0:
         raise ValueError(f"inputs has the shape {list(inputs.shape)}; it must be [B, S] with S at least 1")
     check_sampling(temperature, top_k, top_p)
+    keep = max(1, seq_len // 2) if keep is None else keep
+    if not 1 <= keep <= seq_len:
+        raise ValueError(f"keep is {keep}; it must be from 1 to seq_len = {seq_len}, or None")
     tokens, finished = inputs, torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
     caches, first, read = None, max(0, inputs.shape[1] - seq_len), 0
     for _ in range(max_new_tokens):
         if tokens.shape[1] - first > seq_len:
-            first, caches = tokens.shape[1] - max(1, seq_len // 2), None
+            first, caches = tokens.shape[1] - keep, None
         if caches is None or not use_cache:
             caches, read = [KVCache() for _ in range(num_layers)], first
         logits = forward(tokens[:, read:], caches, read - first)[:, -1]

@@ -27,6 +27,7 @@ from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers
 from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.runlog import RunLog
+from ctxkern.experiments.core.schedule import Plateau, without_improvement
 from ctxkern.experiments.core.seeding import derive_seed
 
 
@@ -52,6 +53,11 @@ class LoopConfig:
         accumulate: into how many parts the rows of a batch are dealt in each process, one backward each.
         log_every, eval_every, checkpoint_every: steps between; None: at the end only.
         patience: evaluations in a row without a lower mean that end the run; None: none do.
+        min_improvement: the share by which a mean must be below the lowest to count as lower, for `patience` and
+            `plateau_patience`.
+        plateau_patience: evaluations in a row without a lower mean after which, at the next one without, the learning
+            rate is multiplied by `plateau_factor`, as by torch's `ReduceLROnPlateau`; None: never.
+        plateau_factor: above 0 and below 1.
         max_minutes: ends the run when so many have passed since its start or resume; None: no limit.
         config: JSON-able; a checkpoint of another `config` is refused.
         resume: continue from the last checkpoint, or from the start where there is none.
@@ -68,6 +74,9 @@ class LoopConfig:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     patience: int | None = None
+    min_improvement: float = 0.0
+    plateau_patience: int | None = None
+    plateau_factor: float = 0.1
     max_minutes: float | None = None
     config: Mapping = field(default_factory=dict)
     resume: bool = False
@@ -105,14 +114,6 @@ class FitResult:
     last: dict[str, float] = field(default_factory=dict)
     observed: dict[str, float] = field(default_factory=dict)
     step_seconds: float | None = field(default=None, compare=False)
-
-
-def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
-    """Factor of the learning rate at `step`: linear over `warmup` steps, then a half cosine down to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class _Signals:
@@ -170,6 +171,7 @@ class _Run:
         self.agreed: signal.Signals | None = None
         self.latest_loss = math.nan
         self.durations: list[float] = []
+        self.plateau = Plateau(config.plateau_patience, config.plateau_factor, config.min_improvement)
         if self.main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.run_dir)
@@ -245,6 +247,8 @@ class _Run:
             )
         if mean is not None and self.config.progress and self.main:
             self.bar.write(f"step {result.step}: mean validation loss {mean:.4f}")
+        if self.plateau.add(mean) and self.config.progress and self.main:
+            self.bar.write(f"step {result.step}: the learning rate is multiplied by {self.config.plateau_factor:g}")
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of the mean loss of a batch; returns what this process adds to the loss."""
@@ -273,7 +277,7 @@ class _Run:
 
     def _step(self, batch: Batch) -> None:
         result = self.result
-        factor = self.lr_factor(result.step)
+        factor = self.lr_factor(result.step) * self.plateau.factor
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
         self.stepper.zero_grad(set_to_none=True)
@@ -318,10 +322,11 @@ class _Run:
 
     def _loses_patience(self) -> None:
         """End the run where the last evaluations brought no lower mean."""
-        patience, best = self.config.patience, self.result.best_step
-        later = sum(best is not None and row["step"] > best for row in self.log.rows if row.get("mean") is not None)
-        if patience is not None and later >= patience:
-            self.result.ended = f"the mean validation loss was not lower in {patience} evaluations"
+        config = self.config
+        later = without_improvement((row.get("mean") for row in self.log.rows), config.min_improvement)
+        if config.patience is not None and later >= config.patience:
+            by = f" by {config.min_improvement:g} of it" if config.min_improvement else ""
+            self.result.ended = f"the mean validation loss was not lower{by} in {config.patience} evaluations"
 
     def _train(self, signals: _Signals) -> None:
         config, result = self.config, self.result
@@ -349,6 +354,8 @@ class _Run:
         result = self.result
         tqdm = require("tqdm").tqdm
         self.log = RunLog(self.run_dir, result.step, board=self.config.board, write=self.main)
+        for row in self.log.rows:
+            self.plateau.add(row.get("mean"))
         self.model.train()
         # None: a bar on terminals only
         disable = None if self.config.progress and self.main else True

@@ -1,5 +1,6 @@
 """Sets of runs: many runs of an experiment, one process each, some at a time, and a set that was killed goes on."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -7,18 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import torch
 
-from ctxkern.experiments.core.command import CONFIG, RESULT, CommandError
+from ctxkern.experiments.core.command import CONFIG, EXTRAS, RESULT, CommandError, as_command_errors
 from ctxkern.experiments.core.extras import require
-from ctxkern.experiments.core.files import write_json_atomic
+from ctxkern.experiments.core.files import remove_leftovers, write_json_atomic
 from ctxkern.experiments.core.names import join_names, printable
+from ctxkern.experiments.core.plots import require_matplotlib
 
+RUNS = "runs"
 PLAN, OUTPUT, LOCK = "runs.json", "output.txt", "lock"
 _POLL_SECONDS = 0.1
 _TAIL = 6
@@ -39,6 +42,38 @@ def read_result(run_dir: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return result if result["interrupted"] is None else None
+
+
+def add_set_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `run_set` reads."""
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the runs and of what they give")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind, of --seed and the next (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time; more than 1 disturb times (default: 1)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run_set(plan: Callable[[], Sequence[PlannedRun]], args: argparse.Namespace) -> dict[str, dict]:
+    """`run_all` of what `plan` gives in the folder `runs` of --run-dir, as flags say; then remove leftovers there.
+
+    Raises:
+        CommandError: a flag or the plan does not fit, or a run failed. MissingExtraError: a package is missing.
+        KeyboardInterrupt: as `run_all`.
+    """
+    for module in EXTRAS:
+        require(module)
+    require_matplotlib()
+    with as_command_errors():
+        for flag, count in (("--seeds", args.seeds), ("--workers", args.workers)):
+            if count < 1:
+                raise CommandError(f"{flag} is {count}; it must be at least 1")
+        runs = plan()
+        args.run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(args.run_dir)
+    try:
+        return run_all(runs, args.run_dir / RUNS, workers=args.workers, progress=not args.quiet)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", flush=True)
+        raise
 
 
 def run_all(runs: Sequence[PlannedRun], folder: Path, *, workers: int = 1, progress: bool = True) -> dict[str, dict]:

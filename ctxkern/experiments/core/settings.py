@@ -235,14 +235,36 @@ class RunSettings(Settings):
     patience: int = setting(
         0, "evaluations without a lower mean that end the run; 0 for none", at_least=0, resumable=True
     )
+    min_improvement: float = setting(
+        0.0,
+        "share by which a mean must be lower to count for --patience and --plateau-patience",
+        at_least=0,
+        below=1,
+        resumable=True,
+    )
     max_minutes: float | None = setting(
         None, "end the run after so many minutes", above=0, default_text="no limit", resumable=True
     )
     schedule: str = setting(
         "cosine",
-        "learning rate after the warmup: cosine falls to a tenth",
-        choices=("cosine", "constant"),
+        "learning rate after the warmup: cosine falls to a tenth, plateau falls where validation does not",
+        choices=("cosine", "constant", "plateau"),
         group="optimizer",
+    )
+    plateau_patience: int = setting(
+        10,
+        "evaluations without a lower mean that the plateau schedule lets pass",
+        at_least=0,
+        group="optimizer",
+        resumable=True,
+    )
+    plateau_factor: float = setting(
+        0.1,
+        "of the learning rate, after more of them",
+        above=0,
+        below=1,
+        group="optimizer",
+        resumable=True,
     )
     warmup_steps: int = setting(20, "steps of linear warmup", at_least=0, group="optimizer")
     accumulate: int = setting(

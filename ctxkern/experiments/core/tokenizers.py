@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ctxkern.experiments.core.files import write_text_atomic
+from ctxkern.experiments.core.files import write_atomic, write_text_atomic
+from ctxkern.experiments.core.names import printable
 
 
 class CharTokenizer:
@@ -71,6 +72,58 @@ class CharTokenizer:
         return isinstance(other, CharTokenizer) and self.characters == other.characters
 
     __hash__ = None
+
+
+class Alphabet(CharTokenizer):
+    """A `CharTokenizer` without specials: ids 0 to V − 1 are the characters in code point order.
+
+    A character outside it is encoded as U+FFFD where that is one of the characters, and left out otherwise; `unknown`
+    says which ones these are.
+
+    Raises:
+        ValueError: no characters. TypeError: as `CharTokenizer`.
+    """
+
+    specials = ()
+    pad_id = sep_id = eos_id = unk_id = None
+
+    def __init__(self, characters: Iterable[str]):
+        super().__init__(characters)
+        if not self.characters:
+            raise ValueError("characters is empty; it must have at least one character")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Alphabet":
+        """The distinct characters of a UTF-8 text, such as `write` leaves; carriage returns are not among them.
+
+        Raises:
+            OSError: it cannot be read. ValueError: it is not UTF-8, or has no characters.
+        """
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{printable(path)}: byte {error.start} is not UTF-8") from error
+        if not text.strip("\r"):
+            raise ValueError(f"{printable(path)} has no characters; it must have at least one")
+        return cls(text.replace("\r", ""))
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write the characters one after another as a UTF-8 text, whole or not at all."""
+        text = "".join(self.characters)
+        # a byte order mark that is a character follows one that is none
+        data = text.encode("utf-8-sig" if text[0] == "\ufeff" else "utf-8")
+        write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the characters of `text`."""
+        ids = self._ids
+        unknown = ids.get("\ufffd")
+        found = (ids.get(character, unknown) for character in text)
+        return [i for i in found if i is not None]
+
+    def unknown(self, text: Iterable[str]) -> list[str]:
+        """The distinct characters of `text` that are not in the vocabulary, in code point order."""
+        return sorted(set(text) - self._ids.keys())
 
 
 class ByteTokenizer:

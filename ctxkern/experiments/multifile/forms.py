@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import ctxkern
-from ctxkern.nn.attention import QKV, ContextAttention, ContextModulatedAttention, EinsumContextModulatedAttention
+from ctxkern.nn.attention import QKV, ContextModulatedAttention, EinsumContextModulatedAttention
+from ctxkern.nn.shared import SharedAttention
 
 ATTENTION = {"fused": ContextModulatedAttention, "einsum": EinsumContextModulatedAttention}
 FORMS = {
@@ -56,34 +57,6 @@ def adapters(table: torch.Tensor, d_model: int, rank: int) -> Iterator[tuple[tor
     for part in table.split(2 * rank * d_model, 1):
         A, B = part.split(rank * d_model, 1)
         yield A.unflatten(1, (rank, d_model)), B.unflatten(1, (d_model, rank))
-
-
-class SharedAttention(ContextAttention):
-    """Attention whose weights are those of all files; the context is not used."""
-
-    def __init__(
-        self,
-        d_model: int,
-        context_dim: int,
-        n_heads: int = 1,
-        *,
-        rank: int | None = None,
-        init: str = "",
-        **kwargs: Any,
-    ):
-        super().__init__(d_model, 0, n_heads, **kwargs)
-        self.context_dim = context_dim
-        for name in ("bilinear_q", "bilinear_k", "bilinear_v"):
-            delattr(self, name)
-
-    def reset_parameters(self) -> None:
-        """Draws all parameters again, as at construction."""
-        for layer in (self.W_q_base, self.W_k_base, self.W_v_base, self.W_o):
-            if layer is not None:
-                layer.reset_parameters()
-
-    def qkv(self, x: torch.Tensor, context: torch.Tensor, context_index: torch.Tensor | None) -> QKV:
-        return x @ self.W_q_base.weight, x @ self.W_k_base.weight, x @ self.W_v_base.weight
 
 
 class LoraAttention(SharedAttention):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ctxkern.experiments.core.groups import is_bilinear
 from ctxkern.experiments.core.settings import Settings, setting
 from ctxkern.experiments.multifile.forms import (
     ATTENTION,
@@ -301,8 +302,3 @@ class MultiFileTransformer(nn.Module):
         weight = self.token_embeddings.weight
         copy.to(device=weight.device, dtype=weight.dtype).load_state_dict(self.state_dict())
         return copy.train(self.training)
-
-
-def is_bilinear(name: str) -> bool:
-    """Whether a parameter of this name is one of the bilinear tensors, or a factor of one."""
-    return any(part.startswith("bilinear_") for part in name.split("."))

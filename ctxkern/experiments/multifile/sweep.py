@@ -11,11 +11,10 @@ from typing import Any
 
 from ctxkern.experiments.core.command import CommandError, as_command_errors
 from ctxkern.experiments.core.data.paths import expand_paths
-from ctxkern.experiments.core.extras import require
-from ctxkern.experiments.core.files import remove_leftovers, write_csv_atomic, write_json_atomic
+from ctxkern.experiments.core.files import write_csv_atomic, write_json_atomic
 from ctxkern.experiments.core.names import path_to_json, printable
-from ctxkern.experiments.core.plots import BLUE, FAINT, ORANGE, require_matplotlib, save_figure
-from ctxkern.experiments.core.runs import PlannedRun, run_all
+from ctxkern.experiments.core.plots import BLUE, FAINT, ORANGE, save_figure
+from ctxkern.experiments.core.runs import RUNS, PlannedRun, add_set_flags, run_set
 from ctxkern.experiments.core.seeding import generator
 from ctxkern.experiments.multifile.analysis.families import find_families, read_families
 from ctxkern.experiments.multifile.analysis.measures import Neighbours, cosines, numbered, permuted
@@ -23,7 +22,7 @@ from ctxkern.experiments.multifile.config import TrainConfig
 from ctxkern.experiments.multifile.model import INITS
 from ctxkern.experiments.multifile.run import Run, load_run, source_paths
 
-SWEEP, RUNS = "sweep.json", "runs"
+SWEEP = "sweep.json"
 _PERMUTATIONS = 200
 
 
@@ -61,12 +60,9 @@ def add_parsers(subparsers: Any) -> None:
     )
     parser.add_argument("what", choices=tuple(AXES), metavar="WHAT", help=f"one of {', '.join(AXES)}")
     parser.add_argument("paths", nargs="+", metavar="PATHS", help="files, folders or glob patterns, as for train")
-    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--values", help="with commas between (default: by WHAT)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each value, of --seed and the next (default: 1)")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time; more than 1 disturb times (default: 1)")
+    add_set_flags(parser)
     parser.add_argument("--families", type=Path, metavar="FILE.csv", help="as for report")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     TrainConfig.add_flags(parser)
     parser.set_defaults(run=_sweep, command="sweep")
 
@@ -79,23 +75,15 @@ class _Point:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    for module in ("accelerate", "numpy", "safetensors.torch", "tqdm", "torch.utils.tensorboard"):
-        require(module)
-    require_matplotlib()
-    with as_command_errors():
-        for flag, count in (("--seeds", args.seeds), ("--workers", args.workers)):
-            if count < 1:
-                raise CommandError(f"{flag} is {count}; it must be at least 1")
+    points: list[_Point] = []
+
+    def plan() -> list[PlannedRun]:
         paths = [Path(os.path.abspath(path)) for path in expand_paths(args.paths)]
-        points = _points(args, paths)
+        points.extend(_points(args, paths))
         _begin(args, paths)
-    try:
-        found = run_all(
-            [point.run for point in points], args.run_dir / RUNS, workers=args.workers, progress=not args.quiet
-        )
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", flush=True)
-        raise
+        return [point.run for point in points]
+
+    found = run_set(plan, args)
     with as_command_errors():
         _write(args, results(points, found, args.run_dir / RUNS, args.families))
     return 0
@@ -152,7 +140,6 @@ def _begin(args: argparse.Namespace, paths: Sequence[Path]) -> None:
                     "or values and seeds alone may differ"
                 )
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(args.run_dir)
     write_json_atomic(place, stored)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader
 
 from ctxkern.experiments.core.batches import Batch, BatchSource, LoaderBatches
@@ -21,12 +20,13 @@ from ctxkern.experiments.core.data.reading import BadFile
 from ctxkern.experiments.core.data.sampler import MixedFileBatchSampler
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX, Collator, EncodedDataset
 from ctxkern.experiments.core.experiment import train as train
+from ctxkern.experiments.core.groups import modulated_groups
 from ctxkern.experiments.core.memory import build_model
 from ctxkern.experiments.core.plots import BY_TOKEN
 from ctxkern.experiments.core.seeding import derive_seed
 from ctxkern.experiments.core.tokenizers import Tokenizer, build_tokenizer
 from ctxkern.experiments.multifile.config import TrainConfig
-from ctxkern.experiments.multifile.model import MultiFileConfig, MultiFileTransformer, is_bilinear
+from ctxkern.experiments.multifile.model import MultiFileConfig, MultiFileTransformer
 from ctxkern.experiments.multifile.modulation import movement, penalty
 
 # a chunk of a text fills this many windows
@@ -81,26 +81,15 @@ def parameter_groups(
         weight_decay: of matrices.
         bilinear_weight_decay: of bilinear tensors; None is `weight_decay`.
     """
-    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "bilinear": [], "context": [], "plain": []}
-    for name, parameter in model.named_parameters():
-        if is_bilinear(name):
-            kinds["bilinear"].append(parameter)
-        elif name.startswith("context_embeddings"):
-            kinds["context"].append(parameter)
-        elif parameter.dim() >= 2 and "embeddings" not in name:
-            kinds["matrix"].append(parameter)
-        else:
-            kinds["plain"].append(parameter)
     usual = 1 / model.config.context_dim if model.config.rank is None else 1.0
-    scale = usual if bilinear_lr_scale is None else bilinear_lr_scale
-    decay = weight_decay if bilinear_weight_decay is None else bilinear_weight_decay
-    settings = {
-        "matrix": {"lr": lr, "weight_decay": weight_decay},
-        "bilinear": {"lr": lr * scale, "weight_decay": decay},
-        "context": {"lr": lr * context_lr_scale, "weight_decay": 0.0},
-        "plain": {"lr": lr, "weight_decay": 0.0},
-    }
-    return [{"params": params, **settings[kind]} for kind, params in kinds.items() if params]
+    return modulated_groups(
+        model,
+        lr=lr,
+        context_lr=lr * context_lr_scale,
+        bilinear_lr=lr * (usual if bilinear_lr_scale is None else bilinear_lr_scale),
+        weight_decay=weight_decay,
+        bilinear_weight_decay=weight_decay if bilinear_weight_decay is None else bilinear_weight_decay,
+    )
 
 
 def build_optimizer(model: MultiFileTransformer, config: TrainConfig) -> torch.optim.Optimizer:

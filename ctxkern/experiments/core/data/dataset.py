@@ -15,8 +15,8 @@ from ctxkern.experiments.core.seeding import generator
 SPLITS = ("train", "validation")
 
 
-def _display_names(paths: Sequence[Path]) -> list[str]:
-    # as many trailing folders as it takes to tell them apart
+def display_names(paths: Sequence[Path]) -> list[str]:
+    """Printable names of files, with as many of their last folders as it takes to tell them apart."""
     # decoded alike under any locale: a resumed run knows files by these names
     resolved = [Path(path_to_json(os.path.abspath(path))) for path in paths]
     for depth in range(1, 1 + max((len(path.parts) for path in resolved), default=0)):
@@ -75,7 +75,7 @@ class MultiFileDataset(Dataset):
             file_paths, chunk_chars=chunk_chars, limit=limit, skip_bad=skip_bad, bad=bad
         )
         self.file_paths = [content.path for content in contents]
-        self.file_names = _display_names(self.file_paths)
+        self.file_names = display_names(self.file_paths)
         self.checksums = [content.sha256 for content in contents]
         self.notes = [content.notes for content in contents]
         self.data: list[dict] = []
