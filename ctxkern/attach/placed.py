@@ -95,8 +95,6 @@ def local_row(t: Any, row: int) -> Tensor | None:
     Raises:
         TypeError: t is not sharded by rows.
     """
-    if not isinstance(t, DTensor):
-        return t[row]
     rows = rows_of(t)
     if rows is None:
         raise TypeError(f"t is placed as {list(t.placements)}; it must be sharded by rows")

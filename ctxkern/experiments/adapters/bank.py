@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import ctxkern
 from ctxkern.attach.layers import AdapterLayer
-from ctxkern.attach.placed import local_row
 from ctxkern.attach.targets import is_linear
 from ctxkern.experiments.adapters.roster import Roster
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX
 from ctxkern.experiments.core.seeding import generator
+from ctxkern.ops import distributed
 
 
 def attention_targets(model: nn.Module) -> list[str]:
@@ -61,10 +61,10 @@ class AdapterBank(nn.Module):
         for layer in self.layers:
             drawn = torch.empty(layer.lora_A.shape[1:])
             nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=rng)
-            for bank, value in ((layer.lora_A, drawn), (layer.lora_B, 0.0)):
-                own = local_row(bank, slot)
+            for bank, value in ((layer.lora_A, drawn), (layer.lora_B, torch.zeros(()))):
+                own = _row(bank, slot)
                 if own is not None:
-                    own.copy_(torch.as_tensor(value))
+                    own.copy_(value)
 
     def forward(self, tokens: Tensor, adapter: Tensor, keep: Tensor) -> Tensor:
         """Logits [B, s, V] at the positions `keep` [s] of tokens [B, S], row by row with the adapters [B]."""
@@ -99,3 +99,12 @@ class AdapterBank(nn.Module):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Read the roster."""
         self.roster.update(state)
+
+
+def _row(bank: Tensor, slot: int) -> Tensor | None:
+    """A row of a bank, to write to; None where another process has it."""
+    if not distributed((bank,)):
+        return bank[slot]
+    from ctxkern.attach.placed import local_row
+
+    return local_row(bank, slot)
