@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import ctxkern
 from ctxkern.cli import main
@@ -89,8 +90,9 @@ def failed(capsys, *argv):
 
 
 def start(*argv, program=("-m", "ctxkern", "train"), **env):
-    """The process of `ctxkern train`, or of another program."""
-    env = os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"} | env
+    """The process of `ctxkern train`, or of another program, with as many threads as this one: bits depend on them."""
+    threads = str(torch.get_num_threads())
+    env = os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | env
     command = [
         sys.executable,
         *program,
