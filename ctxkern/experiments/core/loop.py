@@ -11,7 +11,6 @@ import enum
 import math
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,10 +24,12 @@ from ctxkern.experiments.core import processes
 from ctxkern.experiments.core.batches import Batch, BatchSource, StepBatches, count_rows, count_tokens, deal
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers
+from ctxkern.experiments.core.modes import eval_mode
 from ctxkern.experiments.core.names import printable
 from ctxkern.experiments.core.runlog import RunLog
 from ctxkern.experiments.core.schedule import Plateau, without_improvement
 from ctxkern.experiments.core.seeding import derive_seed
+from ctxkern.experiments.core.signals import Signals
 
 
 class TrainingError(RuntimeError):
@@ -116,27 +117,6 @@ class FitResult:
     step_seconds: float | None = field(default=None, compare=False)
 
 
-class _Signals:
-    """Remembers the first SIGINT or SIGTERM; a second one acts as if unhandled."""
-
-    def __enter__(self) -> "_Signals":
-        self.received: signal.Signals | None = None
-        self._before = {}
-        # handlers can be set in the main thread only
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, _frame) -> None:
-        self.received = signal.Signals(number)
-        self.__exit__()
-
-    def __exit__(self, *_) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-
 class _Run:
     """One call of `fit`: its arguments, its logs, and how far it is."""
 
@@ -222,12 +202,10 @@ class _Run:
         if self.evaluate_fn is None:
             return
         self._flush()
-        result, training = self.result, self.model.training
-        self.model.eval()
-        with torch.no_grad():
+        result = self.result
+        with eval_mode(self.model), torch.no_grad():
             losses = processes.from_main(self.evaluate_fn(self.model))
             observed = dict(self.observe(self.model)) if self.observe else {}
-        self.model.train(training)
         # JSON has no nan
         values = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
         finite = [loss for loss in values.values() if loss is not None]
@@ -293,7 +271,7 @@ class _Run:
         step = self.result.step
         return step == self.config.steps or (every is not None and step % every == 0)
 
-    def _ends(self, signals: _Signals) -> bool:
+    def _ends(self, signals: Signals) -> bool:
         """Whether a signal, or `before_step`, ends the run here."""
         step = self.result.step
         if processes.count() > 1:
@@ -328,7 +306,7 @@ class _Run:
             by = f" by {config.min_improvement:g} of it" if config.min_improvement else ""
             self.result.ended = f"the mean validation loss was not lower{by} in {config.patience} evaluations"
 
-    def _train(self, signals: _Signals) -> None:
+    def _train(self, signals: Signals) -> None:
         config, result = self.config, self.result
         tokens, began = 0, time.perf_counter()
         source = self.batches.iterate(result.step)
@@ -361,7 +339,7 @@ class _Run:
         disable = None if self.config.progress and self.main else True
         self.bar = tqdm(total=result.steps, initial=result.step, unit="step", dynamic_ncols=True, disable=disable)
         try:
-            with self.bar, _Signals() as signals:
+            with self.bar, Signals() as signals:
                 if result.step == 0:
                     self._evaluate()
                 self._train(signals)

@@ -11,6 +11,7 @@ import torch
 from ctxkern.experiments.core.checkpoint import BEST, LAST, load_checkpoint
 from ctxkern.experiments.core.command import CONFIG
 from ctxkern.experiments.core.generation import generate_tokens
+from ctxkern.experiments.core.modes import eval_mode
 from ctxkern.experiments.core.names import join_names, printable
 from ctxkern.experiments.core.tokenizers import Alphabet
 from ctxkern.experiments.gpt.config import GPTSettings
@@ -105,13 +106,9 @@ def generate(
     def forward(tokens: torch.Tensor, caches: Sequence[KVCache], start: int) -> torch.Tensor:
         return model(tokens, contexts=contexts, caches=caches, start=start)
 
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         return generate_tokens(
             forward, inputs,
             num_layers=len(model.blocks), seq_len=model.config.block_size, max_new_tokens=max_new_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, use_cache=use_cache, keep=keep,
         )  # fmt: skip
-    finally:
-        model.train(training)

@@ -13,6 +13,7 @@ from ctxkern.experiments.core.data.windows import IGNORE_INDEX
 from ctxkern.experiments.core.experiment import Inputs
 from ctxkern.experiments.core.groups import modulated_groups
 from ctxkern.experiments.core.memory import build_model
+from ctxkern.experiments.core.modes import eval_mode
 from ctxkern.experiments.core.plots import BY_TOKEN
 from ctxkern.experiments.core.seeding import derive_seed, generator
 from ctxkern.experiments.gpt.config import GPTSettings, TextSettings
@@ -34,17 +35,14 @@ def criterion(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
     """The mean over all targets of batches, in eval mode, and how many there are; nan where there are none."""
     device = next(model.parameters()).device
-    training, total, labels = model.training, 0.0, 0
-    model.eval()
-    try:
+    total, labels = 0.0, 0
+    with eval_mode(model):
         for batch in batches:
             count = count_labels(batch)
             if count:
                 batch = {name: value.to(device) for name, value in batch.items()}
                 loss = criterion(model(batch["input"], file_ids=batch["file_id"]), batch["target"])
                 total, labels = total + loss.item() * count, labels + count
-    finally:
-        model.train(training)
     return total / labels if labels else math.nan, labels
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch.func import functional_call
 
+from ctxkern.experiments.core.modes import eval_mode
 from ctxkern.experiments.multifile.model import MultiFileTransformer
 from ctxkern.experiments.multifile.train import criterion
 
@@ -42,24 +43,24 @@ def adapt_file(
     vector = weight[file_id : file_id + 1].detach().clone().requires_grad_()
     optimizer = torch.optim.AdamW([vector], lr=lr, weight_decay=weight_decay)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training, losses = model.training, []
-    model.eval().requires_grad_(False)
+    losses = []
+    model.requires_grad_(False)
     try:
-        for batch in batches:
-            inputs = batch["input"].to(weight.device)
-            kwargs = {"file_ids": torch.zeros(len(inputs), dtype=torch.int64, device=weight.device)}
-            if batch.get("padding_mask") is not None:
-                kwargs["padding_mask"] = batch["padding_mask"].to(weight.device)
-            outputs = functional_call(model, {_CONTEXT: vector}, (inputs,), kwargs)
-            loss = criterion(outputs, batch["target"].to(weight.device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        with eval_mode(model):
+            for batch in batches:
+                inputs = batch["input"].to(weight.device)
+                kwargs = {"file_ids": torch.zeros(len(inputs), dtype=torch.int64, device=weight.device)}
+                if batch.get("padding_mask") is not None:
+                    kwargs["padding_mask"] = batch["padding_mask"].to(weight.device)
+                outputs = functional_call(model, {_CONTEXT: vector}, (inputs,), kwargs)
+                loss = criterion(outputs, batch["target"].to(weight.device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
         with torch.no_grad():
             weight[file_id] = vector[0]
     finally:
-        model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
     return losses

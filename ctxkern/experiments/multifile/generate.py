@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ctxkern.experiments.core.generation import generate_answers, generate_tokens
+from ctxkern.experiments.core.modes import eval_mode
 from ctxkern.experiments.core.tokenizers import Tokenizer
 from ctxkern.experiments.multifile.model import MultiFileTransformer
 
@@ -30,16 +31,12 @@ def generate(
     def forward(tokens: torch.Tensor, caches: Sequence, start: int) -> torch.Tensor:
         return model(tokens, file_ids=file_ids, caches=caches, start=start)
 
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         return generate_tokens(
             forward, inputs,
             num_layers=len(model.blocks), seq_len=model.config.seq_len, max_new_tokens=max_new_tokens,
             temperature=temperature, top_k=top_k, top_p=top_p, eos_id=eos_id, generator=generator, use_cache=use_cache,
         )  # fmt: skip
-    finally:
-        model.train(training)
 
 
 def generate_text(
