@@ -149,6 +149,7 @@ def test_the_whole_of_a_text_has_each_target_once(tmp_path):
     targets = [i for batch in batches for i in batch["target"].flatten().tolist() if i != -100]
     assert data.tokenizer.decode(targets) == part[1:]
     assert len(list(data.whole(0, 4, 3, 1))) == 1
+    assert sum(count_labels(batch) for batch in data.whole(0, 4, 3, 9)) == 12
 
 
 def test_a_vocabulary_of_another_text_and_what_it_lacks(tmp_path):
@@ -157,19 +158,36 @@ def test_a_vocabulary_of_another_text_and_what_it_lacks(tmp_path):
     data = CharData(texts, vocab=vocab)
     assert data.tokenizer.characters == ["\n", "a", "b", "c"]
     assert data.notes == [
-        ("a.txt", "6 characters that the vocabulary lacks: 'é'"),
-        ("b.txt", "5 bytes that are not UTF-8"),
+        ("a.txt", "6 characters that the vocabulary lacks, left out: 'é'"),
+        ("b.txt", "5 bytes that are not UTF-8, left out"),
     ]
     assert data.tokenizer.decode(data.tokenizer.encode("xaéb")) == "ab"
     write(tmp_path, "vocab.txt", "abc\ufffd")
-    assert CharData(texts, vocab=vocab).tokenizer.encode("xa") == [3, 0]
+    data = CharData(texts, vocab=vocab)
+    assert data.tokenizer.encode("xa") == [3, 0]
+    assert ("a.txt", "9 characters that the vocabulary lacks, read as U+FFFD: '\\n', 'é'") in data.notes
+
+
+@pytest.mark.parametrize("chunk_windows", [1, 4])
+def test_every_window_has_something_to_predict(tmp_path, chunk_windows):
+    vocab, text = write(tmp_path, "vocab.txt", "ab"), write(tmp_path, "a.txt", "ж" * 400 + "ab" * 30 + "ж" * 400)
+    data = CharData([text], vocab=vocab)
+    assert data.sizes["validation"] == [0]
+    generator = rng()
+    for _ in range(20):
+        batch = data.get_batch("train", 4, 6, generator, chunk_windows=chunk_windows)
+        assert (batch["target"] != -100).any(1).all()
+    # two that no window has both of
+    lonely = CharData([write(tmp_path, "b.txt", "a" + "ж" * 99 + "b" + "ж" * 99)], vocab=vocab)
+    with pytest.raises(ValueError, match="1000 random windows in a row have fewer than two characters"):
+        lonely.get_batch("train", 4, 6, rng())
 
 
 def test_texts_to_validate_on(tmp_path):
     own, other = write(tmp_path, "a.txt", "abab" * 9), write(tmp_path, "v.txt", "bbbb?")
     data = CharData([own], val_file=other)
     assert (data.names, data.validated, data.tokenizer.characters) == (["a.txt"], ["v.txt"], ["a", "b"])
-    assert data.notes == [("v.txt", "1 characters that the vocabulary lacks: '?'")]
+    assert data.notes == [("v.txt", "1 characters that the vocabulary lacks, left out: '?'")]
     assert set(data.get_batch("validation", 8, 3, rng())["input"].flatten().tolist()) == {1}
     assert len(data.spans["train"][0]) == 36
 
@@ -183,8 +201,11 @@ def test_bad_texts_are_named_all_at_once(tmp_path):
     assert (data.names, data.notes) == (["g"], [(str(empty), "it is empty")])
     with pytest.raises(ValueError, match="fewer than two characters of the vocabulary"):
         CharData([good], vocab=write(tmp_path, "v", "xyz"))
-    with pytest.raises(ValueError, match="g has fewer than two characters to train on; lower val_fraction"):
+    with pytest.raises(BadFilesError, match="g: .*fewer than two characters .* to train on; lower val_fraction"):
         CharData([good], val_fraction=0.9)
+    tiny = write(tmp_path, "tiny", "ab")
+    data = CharData([good, tiny], skip_bad=True)
+    assert (data.names, data.notes[0][0]) == (["g"], str(tiny))
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.text(st.characters(exclude_categories=["Cs"])))

@@ -204,12 +204,37 @@ def test_what_is_left_out_is_said(texts, tmp_path, capsys):
     run_dir = run_train(tmp_path / "run", *texts, "--vocab", vocab, "--steps", 2)
     out = capsys.readouterr().out
     assert "vocabulary  7 characters" in out
-    assert "left out    cat.txt: 120 characters that the vocabulary lacks: 'f', 'o'" in out
-    assert "left out    dove.txt: 480 characters that the vocabulary lacks: 'd', 'f', 'o', 'v'" in out
+    assert "note        cat.txt: 120 characters that the vocabulary lacks, left out: 'f', 'o'" in out
+    assert "note        dove.txt: 480 characters that the vocabulary lacks, left out: 'd', 'f', 'o', 'v'" in out
     # a run goes on with the vocabulary that it began with
     vocab.write_text("other")
     assert main(["gpt", "train", "--resume", "--quiet", "--run-dir", str(run_dir), "--steps", "3"]) == 0
     assert load_run(run_dir).tokenizer.characters == sorted("the ca\n")
+
+
+def test_a_text_to_validate_on_is_part_of_the_run(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = write(tmp_path, "val.txt", "the cat of dove\n" * 20)
+    run_dir = run_train(tmp_path / "run", *texts, "--val-file", "val.txt", "--steps", 2)
+    resume = ["--resume", "--quiet", "--run-dir", str(run_dir)]
+    # given as before, from the folder of before
+    assert main(["gpt", "train", *resume, "--steps", "3", "--val-file", "val.txt"]) == 0
+    assert main(["gpt", "train", *map(str, texts), *resume, "--steps", "4"]) == 0
+    other.write_text("the dove of cat\n" * 20)
+    assert "val.txt has changed since the run" in failed(capsys, "gpt", "train", *resume, "--steps", "5")
+
+
+def test_texts_of_other_characters_and_without_validation(texts, tmp_path, capsys):
+    vocab = write(tmp_path, "vocab.txt", "the cat\n")
+    mixed = write(tmp_path, "mixed.txt", ("ж" * 50 + "the cat\n" * 2) * 20)
+    run_dir = run_train(tmp_path / "run", mixed, "--vocab", vocab, "--steps", 6, "--accumulate", 4)
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(run_dir) if "loss" in row)
+    for flags, words in (
+        (("--patience", 1), "patience is 1; it must be 0 where no text is left to validate on"),
+        (("--schedule", "plateau"), "schedule is 'plateau'; it must be 'cosine' where no text is left"),
+    ):
+        argv = ["gpt", "train", *texts, "--run-dir", tmp_path / "none", "--val-fraction", 0, *flags]
+        assert words in failed(capsys, *argv)
 
 
 def test_generate(trained, tmp_path, capsys):
@@ -226,6 +251,7 @@ def test_generate(trained, tmp_path, capsys):
     assert said("--prompt", "the c", "--no-cache").out == out
     assert said("--prompt", "the c", "--seed", "1").out != out
     greedy = said("--prompt", "the", "--temperature", "0").out
+    assert said("--prompt", "the", "--temperature", "1e-60", "--seed", "9" * 30).out == greedy
     assert said("--prompt", "the", "--top-k", "1").out == said("--prompt", "the", "--top-p", "1e-9").out == greedy
     unknown = said("--prompt", "théX c")
     assert unknown.out == said("--prompt", "th c").out
@@ -261,6 +287,7 @@ def test_ways_are_compared_at_equal_steps(texts, tmp_path, capsys):
     assert (place / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "mean over texts" in capsys.readouterr().out
     assert "--ways has 'one'; it must be one of alone, shared, contexts" in failed(capsys, *argv, "--ways", "one")
+    assert "--context-dim is 0; it must be at least 1 here" in failed(capsys, *argv, "--context-dim", "0")
     assert "--val-file is given; it must be left out" in failed(capsys, *argv, "--val-file", texts[0])
     assert "holds 'contexts-seed-1' with other settings" in failed(capsys, *argv, "--lr", "0.1", "--ways", "contexts")
 

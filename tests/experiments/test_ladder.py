@@ -195,6 +195,12 @@ def test_a_climb_is_run_and_drawn(text, tmp_path, capsys):
     assert (place / "ladder.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     assert "n_heads is 3; it must be a divisor of d_model = 8" in failed(capsys, *argv, "--n-heads", "3")
+    before = text.read_bytes()
+    try:
+        text.write_text("another text\n" * 40)
+        assert "text.txt, which has changed since; name another folder" in failed(capsys, *argv)
+    finally:
+        text.write_bytes(before)
 
 
 def test_the_table_says_what_each_rung_brings(tmp_path):

@@ -21,7 +21,9 @@ FLAGS = ["--quiet", *(part for name, value in TINY.items() for part in (SweepSet
 
 
 def command(name, place, *flags):
-    return ["positional", name, "--run-dir", str(place), *FLAGS, *flags]
+    # which has --widths
+    own = FLAGS[:1] + FLAGS[3:] if name == "concentration" else FLAGS
+    return ["positional", name, "--run-dir", str(place), *own, *flags]
 
 
 def read(path):
@@ -84,6 +86,9 @@ def test_other_settings_are_refused(tmp_path, capsys):
     words = failed(capsys, *command("sweep", place, "--seeds", "1", "--lr", "0.2"))
     assert "holds a sweep where --lr is 0.15, not 0.2; name another folder" in words
     assert "where the command is 'sweep', not 'figure2'" in failed(capsys, *command("figure2", place))
+    for text in ("[1]", '{"kind": "sw'):
+        (place / "sweep.json").write_text(text)
+        assert "sweep.json is no record of a sweep" in failed(capsys, *command("sweep", place, "--seeds", "1"))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +177,9 @@ def test_concentration_writes_its_files(tmp_path, capsys):
     assert (tmp_path / "concentration.png").read_bytes().startswith(b"\x89PNG")
     assert [row["d"] for row in read(tmp_path / "summary.csv")] == ["8", "8", "16", "16"]
     assert "± " in capsys.readouterr().out
+    for flag in ("--d", "--folds"):
+        words = failed(capsys, *command("concentration", tmp_path, *flags, flag, "4"))
+        assert f"{flag} is given; it must be left out" in words
 
 
 def test_theory_is_left_out_for_higher_ranks(tmp_path, capsys):

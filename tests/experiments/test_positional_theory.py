@@ -141,6 +141,19 @@ def test_a_branch_is_followed_as_far_as_it_goes(monkeypatch):
     assert asked[:5] == [0.9, 0.8, 0.73, 0.75, 0.73]
 
 
+def test_a_branch_begins_at_the_first_solution(monkeypatch):
+    def solve(self, alpha, start):
+        if alpha < 0.2:
+            raise module.NoSolutionError
+        return module.Solution(alpha, Overlaps(0.3 if alpha > 0.25 else 0.0, 0, 0.3, 9.0), 1.0, 0.1)
+
+    monkeypatch.setattr(Theory, "solve", solve)
+    reports = []
+    found = follow(Theory(TASK, 4), "positional", (0.1, 0.22, 0.3, 0.35), lambda: reports.append(1))
+    assert [None if one is None else one.alpha for one in found] == [None, None, 0.3, 0.35]
+    assert len(reports) == 4
+
+
 @pytest.mark.parametrize("omega", sorted(LINEAR_ERRORS))
 def test_the_linear_error_is_the_published_one(omega):
     theory = Theory(Task(omega, 0.01, 0.5, MATRIX), 4096)

@@ -13,7 +13,7 @@ class AdapterSettings(RunSettings):
 
     model: str = setting("", "folder or hub name of a causal language model", default_text="must be given")
     data: str = setting(
-        "", "folder with a file or a folder for each adapter", default_text="must be given", group="data"
+        "", "folder with a file or a folder for each adapter", default_text="must be given", group="data", is_path=True
     )
     seq_len: int = setting(256, "longest sequence in tokens; longer ones are cut", at_least=2, group="data")
     val_fraction: float = setting(0.1, "share of each adapter's examples set apart", at_least=0, below=1, group="data")

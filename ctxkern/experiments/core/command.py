@@ -79,7 +79,10 @@ def _read_config(name: str, run_dir: Path) -> dict:
     path = run_dir / CONFIG
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        files = [TrainingFile(path_from_json(entry["path"]), entry["sha256"]) for entry in stored["files"]]
+        files = [
+            TrainingFile(path_from_json(entry["path"]), entry["sha256"], entry.get("of_paths", True))
+            for entry in stored["files"]
+        ]
         stored = {"train": dict(stored["train"]), "files": files, "experiment": stored.get("experiment", name)}
     except FileNotFoundError:
         raise CommandError(
@@ -96,11 +99,11 @@ def _check_same_paths(args: argparse.Namespace, files: list[TrainingFile]) -> No
     where = printable(args.run_dir)
     if getattr(args, "paths", None):
         given = {os.fsencode(os.path.abspath(path)) for path in find_files(args.paths).files}
-        if not {os.fsencode(file.path) for file in files} <= given:
+        if not {os.fsencode(file.path) for file in files if file.of_paths} <= given:
             raise CommandError(f"PATHS: other files than those of the run in {where}; leave them out to resume")
     for file in files:
         if not file.path.is_file():
-            raise CommandError(f"--resume: {printable(file.path)} is gone; the run in {where} trains on it")
+            raise CommandError(f"--resume: {printable(file.path)} is gone; the run in {where} reads it")
         if fingerprint(file.path) != file.sha256:
             raise CommandError(f"--resume: {printable(file.path)} has changed since the run in {where} began")
 
@@ -126,7 +129,7 @@ def _resumed(args: argparse.Namespace) -> tuple[RunSettings, Inputs, Path]:
         if config.training_steps < done:
             flag, steps = kind.flag("training_steps"), config.training_steps
             raise CommandError(f"{flag} is {steps}; it must be at least {done}, the step of the run in {where}")
-    found = FoundFiles([file.path for file in stored["files"]])
+    found = FoundFiles([file.path for file in stored["files"] if file.of_paths])
     return config, Inputs(found, resumed=args.run_dir), args.run_dir
 
 
@@ -215,7 +218,9 @@ def _write_start(args: argparse.Namespace, job: Job, files: list[TrainingFile], 
         {
             "experiment": args.command,
             "train": asdict(job.config),
-            "files": [{"path": path_to_json(file.path), "sha256": file.sha256} for file in files],
+            "files": [
+                {"path": path_to_json(file.path), "sha256": file.sha256, "of_paths": file.of_paths} for file in files
+            ],
             "started": {"command": shlex.join(sys.argv), "ctxkern": ctxkern.__version__, **provenance()},
         },
     )

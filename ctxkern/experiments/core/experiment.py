@@ -55,10 +55,11 @@ class Job(Protocol):
 
 @dataclass
 class TrainingFile:
-    """A file that a run trains on, as the run's `config.json` records it."""
+    """A file that a run reads, as the run's `config.json` records it: one of PATHS, or one that a setting names."""
 
     path: Path
     sha256: str
+    of_paths: bool = True
 
 
 @dataclass

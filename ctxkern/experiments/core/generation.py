@@ -44,7 +44,10 @@ def choose_tokens(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = torch.sort(logits.float() / temperature, dim=-1, descending=True, stable=True)
+    # no temperature may make the likeliest infinite, or nan
+    below = logits.float() - logits.float().amax(-1, keepdim=True)
+    scaled = below / max(temperature, torch.finfo(torch.float32).tiny)
+    ordered, tokens = torch.sort(scaled, dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     if top_k is not None:
         probabilities[:, top_k:] = 0

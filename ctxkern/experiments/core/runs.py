@@ -16,9 +16,10 @@ from typing import IO
 import torch
 
 from ctxkern.experiments.core.command import CONFIG, EXTRAS, RESULT, CommandError, as_command_errors
+from ctxkern.experiments.core.data.paths import fingerprint
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers, write_json_atomic
-from ctxkern.experiments.core.names import join_names, printable
+from ctxkern.experiments.core.names import join_names, path_from_json, printable
 from ctxkern.experiments.core.plots import require_matplotlib
 
 RUNS = "runs"
@@ -91,12 +92,14 @@ def run_all(runs: Sequence[PlannedRun], folder: Path, *, workers: int = 1, progr
         progress: a bar on a terminal.
 
     Raises:
-        CommandError: a run failed, or a run of that name in the folder has other arguments.
+        CommandError: a run failed, or a run of that name in the folder has other arguments, or has read files that have
+            changed since.
         KeyboardInterrupt: SIGINT or SIGTERM; the runs have written a checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _record(runs, folder)
     waiting = [run for run in runs if read_result(folder / run.name) is None]
+    _check_files([folder / run.name for run in runs if run not in waiting])
     active: list[_Child] = []
     bar = require("tqdm").tqdm(
         total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None if progress else True
@@ -134,6 +137,22 @@ def _record(runs: Sequence[PlannedRun], folder: Path) -> None:
                 "name another folder, or give the settings of before"
             )
     write_json_atomic(folder / PLAN, plan)
+
+
+def _check_files(run_dirs: Sequence[Path]) -> None:
+    """Raise where a file that finished runs have read has changed since; one that is gone cannot tell."""
+    now: dict[Path, str] = {}
+    for run_dir in run_dirs:
+        stored = json.loads((run_dir / CONFIG).read_text(encoding="utf-8"))
+        for entry in stored.get("files", ()):
+            path = path_from_json(entry["path"])
+            if path not in now:
+                now[path] = fingerprint(path) if path.is_file() else ""
+            if now[path] not in ("", entry["sha256"]):
+                raise CommandError(
+                    f"--run-dir: {printable(run_dir)} holds a run on {printable(path)}, which has changed since; name "
+                    "another folder"
+                )
 
 
 @contextlib.contextmanager

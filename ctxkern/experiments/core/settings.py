@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ class Rule:
     flags: tuple[str, ...] = ()
     default: str = ""
     resumable: bool = False
+    is_path: bool = False
     kind: type = str
     optional: bool = False
 
@@ -66,6 +68,10 @@ class Rule:
             and (self.below is None or value < self.below)
         )
 
+    def keep(self, value: Any) -> Any:
+        """An accepted value as settings have it."""
+        return os.path.abspath(value) if self.is_path and value else self.kind(value)
+
     def takes(self) -> str:
         """What it accepts, to follow "it must be"."""
         if self.choices:
@@ -89,6 +95,7 @@ def setting(
     flags: tuple[str, ...] = (),
     default_text: str = "",
     resumable: bool = False,
+    is_path: bool = False,
 ) -> Any:
     """A field of a `Settings` class.
 
@@ -102,8 +109,9 @@ def setting(
         flags: in place of `--name-with-dashes`.
         default_text: what the help says of a default that is None.
         resumable: whether a resumed run may have another value.
+        is_path: a path, kept absolute, as a run may be resumed in another folder.
     """
-    rule = Rule(help, group, tuple(choices), at_least, above, below, tuple(flags), default_text, resumable)
+    rule = Rule(help, group, tuple(choices), at_least, above, below, tuple(flags), default_text, resumable, is_path)
     return dataclasses.field(default=default, metadata={_KEY: rule})
 
 
@@ -123,7 +131,7 @@ class Settings:
             if not rule.accepts(value):
                 raise ValueError(f"{name} is {value!r}; it must be {rule.takes()}")
             if value is not None:
-                setattr(self, name, rule.kind(value))
+                setattr(self, name, rule.keep(value))
 
     @classmethod
     @functools.cache
@@ -209,8 +217,10 @@ class Settings:
 
     @classmethod
     def given(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """The settings whose flags were given, by name."""
-        return {name: getattr(args, name) for name in cls.names() if hasattr(args, name)}
+        """The settings whose flags were given, by name, paths absolute."""
+        found = {name: getattr(args, name) for name in cls.names() if hasattr(args, name)}
+        rules = cls.rules()
+        return {name: rules[name].keep(value) if rules[name].is_path else value for name, value in found.items()}
 
 
 @dataclass(kw_only=True)
@@ -224,7 +234,7 @@ class RunSettings(Settings):
     seed: int = setting(0, "seed of everything random")
     log_every: int = setting(10, "steps between writes of the logs", at_least=1, resumable=True)
     tensorboard_dir: str | None = setting(
-        None, "folder of TensorBoard's events", default_text="logs in the run folder", resumable=True
+        None, "folder of TensorBoard's events", default_text="logs in the run folder", resumable=True, is_path=True
     )
     eval_every: int | None = setting(
         None, "steps between validations", at_least=1, default_text="a tenth of the run", resumable=True

@@ -68,7 +68,7 @@ def _generate(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            generator=torch.Generator(device).manual_seed(args.seed),
+            generator=torch.Generator(device).manual_seed(args.seed % 2**63),
             use_cache=args.cache,
             keep=args.keep,
         )

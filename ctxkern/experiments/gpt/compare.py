@@ -87,6 +87,8 @@ def plan(args: argparse.Namespace, paths: Sequence[Path]) -> list[Point]:
     given, names, points = GPTSettings.given(args), display_names(paths), []
     if "val_file" in given:
         raise CommandError("--val-file is given; it must be left out: every text is validated on its own end")
+    if given.get("context_dim") == 0:
+        raise CommandError("--context-dim is 0; it must be at least 1 here, as one of the ways has contexts")
     for seed in range(given.get("seed", 0), given.get("seed", 0) + args.seeds):
         for way in ways:
             own = {name: value for name, value in given.items() if way == "contexts" or name not in _CONTEXTS}

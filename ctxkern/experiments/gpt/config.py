@@ -1,6 +1,5 @@
 """Settings of a character GPT and of a run that trains it."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar
@@ -93,28 +92,24 @@ class TextSettings(RunSettings):
     """
 
     vocab: str | None = setting(
-        None, "text whose characters are the vocabulary", default_text="those of PATHS", group="data"
+        None, "text whose characters are the vocabulary", default_text="those of PATHS", group="data", is_path=True
     )
     val_fraction: float = setting(0.1, "share of each text set apart, its end", at_least=0, below=1, group="data")
-    val_file: str | None = setting(None, "text to validate on", default_text="the ends of PATHS", group="data")
+    val_file: str | None = setting(
+        None, "text to validate on", default_text="the ends of PATHS", group="data", is_path=True
+    )
     balanced: bool = setting(False, "draw all files equally often, rather than by their sizes", group="data")
     chunk_windows: int = setting(
         1, "windows of a batch that are drawn from one chunk of a text, as many windows long", at_least=1, group="data"
     )
     batch_size: int = setting(12, "windows of a step", at_least=1)
     eval_iters: int = setting(20, "batches of an estimate of a loss", at_least=1)
-    final_windows: int = setting(
-        10_000, "the most windows of a file's validation text for the loss at the end, its first", at_least=1
+    final_characters: int = setting(
+        2_000_000, "the most characters of a validation text for the loss at the end, its first", at_least=2
     )
     lr: float = setting(1e-3, "peak learning rate", above=0, group="optimizer")
     beta2: float = setting(0.99, "AdamW's second decay", at_least=0, below=1, group="optimizer")
     weight_decay: float = setting(0.1, "of weight matrices", at_least=0, group="optimizer")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.val_file is not None:
-            # a run may be resumed in another folder
-            self.val_file = os.path.abspath(self.val_file)
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,8 @@ from ctxkern.experiments.core.names import join_names, one_line, printable
 from ctxkern.experiments.core.tokenizers import Alphabet
 
 _MOST_NAMED = 12
+# draws of windows in a row that have nothing to predict
+_MOST_EMPTY = 1000
 
 
 class CharData:
@@ -31,6 +33,7 @@ class CharData:
 
     Attributes:
         files, names: the texts and what they are called; `validated` are the names of what there is to validate on.
+        spans, sizes: by split, the part of each text and its bytes, 0 where it has nothing to predict.
         tokenizer: of all texts.
         notes: (name, note) on what of a text is not used.
 
@@ -53,11 +56,17 @@ class CharData:
         self.files: list[TextFile] = []
         self.notes: list[tuple[str, str]] = []
         surveys: list[tuple[Counter[str], int]] = []
+        train: list[Span] = []
         bad = list(bad)
         for path in map(Path, paths):
             try:
-                surveys.append(_survey(file := TextFile(path), known))
+                survey = _survey(file := TextFile(path), known)
+                span = Span(file, file.start, file.stop if val_file else file.cut(1 - val_fraction))
+                if not _has_labels(span, known):
+                    raise ValueError("has fewer than two characters of the vocabulary to train on; lower val_fraction")
+                surveys.append(survey)
                 self.files.append(file)
+                train.append(span)
             except OSError as error:
                 bad.append(BadFile(path, error.strerror or one_line(error)))
             except ValueError as error:
@@ -67,11 +76,9 @@ class CharData:
         self.notes += [(printable(one.path), one.reason) for one in bad]
         self.names = display_names([file.path for file in self.files])
         self.tokenizer = known or Alphabet(set().union(*(counts for counts, _ in surveys)))
-        cuts = [file.stop if val_file else file.cut(1 - val_fraction) for file in self.files]
-        pairs = list(zip(self.files, cuts, strict=True))
         self.spans = {
-            "train": [Span(file, file.start, cut) for file, cut in pairs],
-            "validation": [Span(file, cut, file.stop) for file, cut in pairs],
+            "train": train,
+            "validation": [Span(span.file, span.stop, span.file.stop) for span in train],
         }
         self.validated = self.names
         if val_file is not None:
@@ -81,18 +88,21 @@ class CharData:
             self.files.append(file)
         for name, (counts, wrong) in zip([*self.names, *self.validated], surveys, strict=False):
             self._note(name, counts, wrong)
-        for name, span in zip(self.names, self.spans["train"], strict=True):
-            if len(span.read(span.start, 2)) < 2:
-                raise ValueError(f"{name} has fewer than two characters to train on; lower val_fraction")
+        # bytes, or 0 where there is nothing to predict
+        self.sizes = {
+            split: [len(span) if _has_labels(span, self.tokenizer) else 0 for span in spans]
+            for split, spans in self.spans.items()
+        }
 
     def _note(self, name: str, counts: Counter[str], wrong: int) -> None:
         if wrong:
-            self.notes.append((name, f"{wrong:,} bytes that are not UTF-8"))
+            self.notes.append((name, f"{wrong:,} bytes that are not UTF-8, left out"))
         unknown = self.tokenizer.unknown(counts)
         if unknown:
             total = sum(counts[character] for character in unknown)
             which = join_names([repr(character) for character in unknown], _MOST_NAMED)
-            self.notes.append((name, f"{total:,} characters that the vocabulary lacks: {which}"))
+            how = "read as U+FFFD" if "\ufffd" in self.tokenizer.characters else "left out"
+            self.notes.append((name, f"{total:,} characters that the vocabulary lacks, {how}: {which}"))
 
     def get_batch(
         self,
@@ -120,17 +130,30 @@ class CharData:
             `{"input": [B, S] int64, "target": [B, S] int64, "file_id": [B] int64}`, where the target of a character is
             the next one, S is block_size or what the longest text has, and the targets after a shorter text's end are
             -100.
+
+        Raises:
+            ValueError: no such split, or no window with something to predict was found.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        spans = self.spans[split]
-        weights = torch.tensor([bool(len(span)) if balanced else len(span) for span in spans], dtype=torch.float64)
+        spans, sizes = self.spans[split], self.sizes[split]
+        weights = torch.tensor([bool(size) if balanced else size for size in sizes], dtype=torch.float64)
         rows: list[list[int]] = []
         files: list[int] = []
+        empty = 0
         while len(rows) < batch_size:
+            if empty == _MOST_EMPTY:
+                raise ValueError(
+                    f"{_MOST_EMPTY} random windows in a row have fewer than two characters of the vocabulary; it must "
+                    "be that of the texts"
+                )
             chosen = int(torch.multinomial(weights, 1, generator=generator)) if file_id is None else file_id
             count = min(chunk_windows, batch_size - len(rows))
             ids = self.tokenizer.encode(spans[chosen].chunk(max(block_size + 1, count * block_size), generator))
+            if len(ids) < 2:
+                empty += 1
+                continue
+            empty = 0
             places = max(1, len(ids) - block_size)
             for start in torch.randint(places, (count,), generator=generator).tolist():
                 rows.append(ids[start : start + block_size + 1])
@@ -138,10 +161,10 @@ class CharData:
         return _collated(rows, files)
 
     def whole(self, file_id: int, block_size: int, batch_size: int, most: int) -> Iterator[Batch]:
-        """The validation text of a file from its start, each character a target once, in at most `most` windows."""
+        """The validation text of a file from its start, each character a target once, about `most` at most."""
         rows: list[list[int]] = []
         for number, piece in enumerate(self.spans["validation"][file_id].pieces(block_size + 1)):
-            if number == most:
+            if number * block_size >= most:
                 break
             rows.append(self.tokenizer.encode(piece))
             if len(rows) == batch_size:
@@ -157,6 +180,16 @@ def _survey(file: TextFile, known: Alphabet | None) -> tuple[Counter[str], int]:
     if sum(count for character, count in counts.items() if character not in unknown) < 2:
         raise ValueError(f"{printable(file.path)}: has fewer than two characters of the vocabulary")
     return counts, wrong
+
+
+def _has_labels(span: Span, known: Alphabet | None) -> bool:
+    """Whether a text has two characters of a vocabulary, or of any at all."""
+    count = 0
+    for text, _ in span.file.parts(span.start, span.stop):
+        count += len(text if known is None else known.encode(text))
+        if count > 1:
+            return True
+    return False
 
 
 def _collated(rows: Sequence[list[int]], files: Sequence[int]) -> Batch:

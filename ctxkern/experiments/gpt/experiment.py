@@ -27,8 +27,11 @@ class CharTraining(Experiment):
         return standard_library_files()
 
     def files(self, job: CharJob) -> list[TrainingFile]:
-        own = [file.path for file in job.data.files[: len(job.data.names)]]
-        return [TrainingFile(path, fingerprint(path)) for path in own]
+        number = len(job.data.names)
+        return [
+            TrainingFile(file.path, fingerprint(file.path), of_paths=i < number)
+            for i, file in enumerate(job.data.files)
+        ]
 
     def save(self, job: CharJob, run_dir: Path) -> None:
         job.data.tokenizer.write(run_dir / VOCAB)
@@ -42,7 +45,7 @@ class CharTraining(Experiment):
                 f"texts       {len(data.names)}: {join_names(data.names, _MOST_NAMES)}",
                 f"bytes       {sizes[0]:,} to train on, {sizes[1]:,} for validation",
                 f"vocabulary  {data.tokenizer.vocab_size} characters",
-                *(f"left out    {join_names(names)}: {note}" for note, names in group_notes(data.notes).items()),
+                *(f"note        {join_names(names)}: {note}" for note, names in group_notes(data.notes).items()),
                 f"parameters  {_parameters(job):,}",
             )
         )
@@ -58,6 +61,9 @@ class CharTraining(Experiment):
         for name in job.data.validated:
             losses = [side.get(name, math.nan) for side in (result.first, result.last, job.whole)]
             lines.append(f"{name:<{width}}" + "".join(f"  {loss:>7.4f}" for loss in losses))
+        most = job.config.final_characters
+        if max(job.data.sizes["validation"]) > most:
+            lines.append(f"whole: of the first {most:,} characters at most (--final-characters)")
         return "\n".join(lines)
 
     def details(self, job: CharJob) -> Mapping[str, Any]:

@@ -70,6 +70,11 @@ class CharJob:
         self._estimates: dict[str, float] = {}
         # of `whole_losses`, at the end
         self.whole: dict[str, float] = {}
+        if not any(data.sizes["validation"]):
+            for name, idle in (("patience", 0), ("schedule", "cosine")):
+                value = getattr(config, name)
+                if value == "plateau" or (name == "patience" and value):
+                    raise ValueError(f"{name} is {value!r}; it must be {idle!r} where no text is left to validate on")
 
     def _batch(self, split: str, rng: torch.Generator, **how: Any) -> Batch:
         c = self.config
@@ -104,7 +109,7 @@ class CharJob:
 
     def evaluator(self) -> Callable[[Any], Mapping[str, float]] | None:
         """Estimates of the loss of each validation text, by name; None where there is none."""
-        lengths = [len(span) for span in self.data.spans["validation"]]
+        lengths = self.data.sizes["validation"]
         if not any(lengths):
             return None
 
@@ -131,7 +136,7 @@ class CharJob:
         """The loss of each whole validation text by name, each character predicted once; nan where there is none."""
         c = self.config
         return {
-            name: mean_loss(model, self.data.whole(file_id, self.block_size, 64, c.final_windows))[0]
+            name: mean_loss(model, self.data.whole(file_id, self.block_size, 64, c.final_characters))[0]
             for file_id, name in enumerate(self.data.validated)
         }
 

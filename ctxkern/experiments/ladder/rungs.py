@@ -31,24 +31,22 @@ class Bigram(nn.Module):
 
 @dataclass(frozen=True)
 class Rung:
-    """A model: what is new in it, what it leaves out of a `GPTConfig` (None for `Bigram`), and the validation loss on
-    tiny Shakespeare that the same part brought in a well-known lecture, where it is known."""
+    """A model: what is new in it, and what it leaves out of a `GPTConfig` (None for `Bigram`)."""
 
     new: str
     without: Mapping[str, Any] | None
-    known: float | None = None
 
 
 _PLAIN = {"norm": "none", "residual": False, "out_proj": False, "n_layers": 1}
 RUNGS = {
     "bigram": Rung("a table of what follows each character", None),
     "head": Rung(
-        "characters and positions embedded, and one head of attention", {**_PLAIN, "mlp_ratio": 0, "n_heads": 1}, 2.5
+        "characters and positions embedded, and one head of attention", {**_PLAIN, "mlp_ratio": 0, "n_heads": 1}
     ),
-    "heads": Rung("several narrower heads of the same width together", {**_PLAIN, "mlp_ratio": 0}, 2.28),
-    "feed-forward": Rung("an MLP after attention", _PLAIN, 2.24),
+    "heads": Rung("several narrower heads of the same width together", {**_PLAIN, "mlp_ratio": 0}),
+    "feed-forward": Rung("an MLP after attention", _PLAIN),
     "residual": Rung("several blocks, with residual connections and output projections", {"norm": "none"}),
-    "norm": Rung("a norm in front of attention and MLP, and of the head: a transformer", {}, 2.06),
+    "norm": Rung("a norm in front of attention and MLP, and of the head: a transformer", {}),
 }
 
 

@@ -63,7 +63,7 @@ def generate_text(
             f"file_ids has {len(file_ids)} entries; it must have one for each of the {len(prompts)} prompts"
         )
     device = model.token_embeddings.weight.device
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(seed % 2**63)
 
     def run(inputs: torch.Tensor, rows: list[int]) -> torch.Tensor:
         files = torch.tensor([file_ids[i] for i in rows], device=device)

@@ -135,7 +135,8 @@ def _files(args: argparse.Namespace, **names: str) -> None:
 def _table(summaries: Sequence[Mapping], columns: Sequence[str]) -> None:
     """Means over seeds on the terminal."""
     places = [name for name in ("d", "alpha", "omega", "ridge") if len({row.get(name) for row in summaries}) > 1]
-    print("".join(f"{name:>10}" for name in (*places, "init")) + "".join(f"{name:>18}" for name in columns))
+    heads = "".join(f"{name:>10}" for name in places) + f"{'init':>12}"
+    print(heads + "".join(f"{name:>20}" for name in columns))
     for row in summaries:
         cells = []
         for name in columns:
@@ -247,6 +248,9 @@ def _cross_validate(args: argparse.Namespace, settings: CrossSettings) -> None:
 
 
 def _concentration(args: argparse.Namespace, settings: ConcentrationSettings) -> None:
+    for name, instead in (("d", "--widths says which"), ("folds", "nothing is held out here")):
+        if name in settings.given(args):
+            raise CommandError(f"{settings.flag(name)} is given; it must be left out: {instead}")
     begin(args.run_dir, settings, args.kind)
     values = {name: value for name, value in asdict(settings).items() if name not in ("points", "widths")}
     summaries: list[Row] = []

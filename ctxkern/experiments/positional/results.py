@@ -18,8 +18,8 @@ MEASURED = ("test_error", "train_error", "train_loss", "m", "theta", "norm", "li
 
 
 def gaps(rows: Sequence[Row]) -> list[Row]:
-    """For each α, ω and seed: `gap`, the training error of the positional student less that of the semantic one, and
-    `linear_gap`, the test error of the one of lower training error less that of the linear baseline."""
+    """For each α, ω and seed: `gap` and `test_gap`, training and test error of the positional student less those of the
+    semantic one, and `linear_gap`, the test error of the better one in training less that of the linear baseline."""
     pairs: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         pairs.setdefault((row["omega"], row["alpha"], row["seed"]), {})[row["init"]] = row
@@ -34,6 +34,7 @@ def gaps(rows: Sequence[Row]) -> list[Row]:
                 "alpha": alpha,
                 "seed": seed,
                 "gap": gap,
+                "test_gap": positional["test_error"] - semantic["test_error"],
                 "linear_gap": better["test_error"] - better["linear_test_error"],
                 "lean": better["theta"] - better["m"],
             }

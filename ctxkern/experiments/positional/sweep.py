@@ -17,7 +17,7 @@ from ctxkern.experiments.core.command import CommandError
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import remove_leftovers, write_csv_atomic, write_json_atomic
 from ctxkern.experiments.core.memory import free_bytes
-from ctxkern.experiments.core.names import printable
+from ctxkern.experiments.core.names import one_line, printable
 from ctxkern.experiments.positional.config import SweepSettings
 from ctxkern.experiments.positional.data import draw_samples, draw_student, draw_teacher, draw_tests
 from ctxkern.experiments.positional.descent import (
@@ -235,7 +235,10 @@ def begin(folder: Path, settings: SweepSettings, kind: str) -> None:
     """
     place, stored = folder / SETTINGS, {"kind": kind} | settings.fixed()
     if place.exists():
-        there = json.loads(place.read_text(encoding="utf-8"))
+        try:
+            there = dict(json.loads(place.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"--run-dir: {printable(place)} is no record of a sweep: {one_line(error)}") from error
         for name, value in stored.items():
             if there.get(name) != value:
                 flag = "the command" if name == "kind" else settings.flag(name)

@@ -256,7 +256,8 @@ def follow(
     """The solutions of a branch at each of `alphas`, ascending; None where there is none.
 
     The semantic branch is followed from large α down, the positional one from small α up: each solution is the start of
-    the next, in steps that halve where none is found. It ends where the overlap that names it has vanished.
+    the next, in steps that halve where none is found. It begins at the first of them that has one, and ends where the
+    overlap that names it has vanished.
     """
     down = branch == "semantic"
     start = Overlaps(0, 0.6, 0.45, 12) if down else Overlaps(0.2, 0, 0.12, 20)
@@ -264,11 +265,12 @@ def follow(
     numbers = range(len(alphas) - 1, -1, -1) if down else range(len(alphas))
     solution: Solution | None = None
     for number in numbers:
-        solution = _reach(theory, solution, start, alphas[number])
-        if solution is None or abs(solution.overlaps.theta if down else solution.overlaps.m) < _VANISHED:
-            break
-        found[number] = solution
+        reached = _reach(theory, solution, start, alphas[number])
         report()
+        if reached is not None and abs(reached.overlaps.theta if down else reached.overlaps.m) >= _VANISHED:
+            found[number] = solution = reached
+        elif solution is not None:
+            break
     return found
 
 

@@ -120,7 +120,7 @@ def _generate(args: argparse.Namespace) -> int:
     with as_command_errors():
         weaver, tokenizer = _load(args)
         batch = _encoded(tokenizer, args.prompt)
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % 2**63)
         device = weaver.lm.device
         found = weaver.generate(
             batch["input_ids"].to(device),

@@ -24,7 +24,7 @@ _DEFAULT_DATASET = ("openai/gsm8k", "main")
 class TaskWeaverSettings(TaskWeaverConfig, RunSettings):
     """Settings of `ctxkern taskweaver train`."""
 
-    dataset_config: str = setting("", "JSON file that lists datasets", default_text="none", group="data")
+    dataset_config: str = setting("", "JSON file that lists datasets", default_text="none", group="data", is_path=True)
     use_default_dataset: bool = setting(False, "train on GSM8K alone", group="data")
     dataset_path: str = setting(
         "", "file or folder of the default dataset", default_text=f"{_DEFAULT_DATASET[0]} of the hub", group="data"
