@@ -133,6 +133,8 @@ def attach_adapters(
 def detach(model: nn.Module, context: Tensor | None = None, adapter: int | None = None) -> list[str]:
     """Makes the attached layers of a model plain again, in place: as they were, or with a context or adapter merged in.
 
+    What attaching froze stays frozen.
+
     Args:
         model: a module that was attached to.
         context: [K], merged into layers of `attach_contexts`; the merged weight is a new parameter.

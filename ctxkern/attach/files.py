@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ctxkern.nn.factors import BilinearFactors
 from ctxkern.ops import distributed
@@ -17,7 +18,7 @@ from ctxkern.serve.int8 import parts, quantize_bilinear
 
 from .attaching import attach_adapters, attach_contexts
 from .layers import ContextLayer
-from .targets import matching
+from .targets import matching, unwrapped
 from .using import attached_layers, is_attached
 
 TENSORS, SETTINGS, VERSION = "attached.safetensors", "attached.json", 1
@@ -50,7 +51,7 @@ def save_attached(model: nn.Module, folder: str | Path) -> None:
         "layers": {n: _settings(m) for n, m in layers.items()},
     }
     named = {f"{name}.{added}": t for name, layer in layers.items() for added, t in _tensors(layer).items()}
-    with gathered(named) as tensors:
+    with gathered(named, model) as tensors:
         if tensors is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_file(tensors, str(Path(folder) / TENSORS))
@@ -68,8 +69,9 @@ def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
         The names of the layers.
 
     Raises:
-        FileNotFoundError: no such files. ValueError: files of another version, or layers that are not there, are of
-        another shape, or have something else attached. ImportError: no safetensors. The model is then as it was.
+        FileNotFoundError: no such files. TypeError: model is no module. ValueError: damaged files or ones of another
+        version, or layers that are not there, are of another shape, or have something else attached. ImportError: no
+        safetensors. The model is then as it was.
 
     Example:
         >>> model, other = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
@@ -80,15 +82,18 @@ def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
         >>> load_attached(other, folder.name)
         ['0']
     """
-    from safetensors.torch import load_file
-
     op = "load_attached"
-    settings = json.loads((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
-    tensors = load_file(str(Path(folder) / TENSORS))
+    settings = read_json(op, Path(folder) / SETTINGS)
     if settings.get("version") != VERSION:
         raise ValueError(f"{op}: {SETTINGS} has version {settings.get('version')}; it must be {VERSION}")
+    tensors = read_tensors(op, Path(folder) / TENSORS)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is a {type(model).__name__}; it must be a torch.nn.Module")
+    model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    wanted: dict[str, dict[str, Any]] = settings["layers"]
+    # parts of the model may have been attached to alone
+    modules |= {m.attached.name: m for m in model.modules() if is_attached(m)}
+    wanted = _layers(op, settings)
     for name, how in wanted.items():
         layer = modules.get(name)
         if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
@@ -115,14 +120,64 @@ def load_attached(model: nn.Module, folder: str | Path) -> list[str]:
     return list(wanted)
 
 
+def read_json(op: str, path: Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        FileNotFoundError: no file. ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{op}: {path.name} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{op}: {path.name} holds a {type(found).__name__}; it must hold an object")
+    return found
+
+
+def read_tensors(op: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no file. ValueError: it is damaged. ImportError: no safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{op}: {path.name} cannot be read: {error}") from error
+
+
+def _layers(op: str, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """How each layer was attached, as `_settings` gives it."""
+    keys = {"contexts": {"context_dim", "rank"}, "adapters": {"adapters", "rank", "alpha"}}
+    layers = settings.get("layers")
+    known = isinstance(layers, dict) and all(
+        isinstance(how, dict)
+        and how.get("kind") in keys
+        and keys[how["kind"]] | {"dtype", "weight", "tensors"} <= how.keys()
+        and isinstance(how["tensors"], dict)
+        for how in layers.values()
+    )
+    if not known:
+        raise ValueError(f"{op}: {SETTINGS} has other layers than save_attached writes; it must be one of its files")
+    return cast(dict[str, dict[str, Any]], layers)
+
+
 @contextmanager
-def gathered(named: dict[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
-    """The tensors, whole, for the process that writes them; None for the others, which wait until it has.
+def gathered(named: dict[str, Tensor], model: nn.Module) -> Iterator[dict[str, Tensor] | None]:
+    """The tensors of a model, whole, for the process that writes them; None for the others, which wait until it has,
+    where the model is sharded.
 
     Raises:
         RuntimeError: on the others, where writing failed.
     """
     if not distributed(named.values()):
+        if isinstance(model, DistributedDataParallel) and torch.distributed.get_rank(model.process_group):
+            yield None
+            return
         yield {name: t.detach().contiguous() for name, t in named.items()}
         return
     from .placed import all_or_none, gather
@@ -149,7 +204,7 @@ def fill(t: Tensor, values: Tensor) -> None:
 
 def model_name(model: nn.Module) -> str | None:
     """That of the hub or folder that the model came from, where it says so."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None) or None
 
 
 def _attach_alone(model: nn.Module, name: str, how: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import fill, gathered, model_name, whole
+from .files import fill, gathered, model_name, read_json, read_tensors, whole
 from .layers import AdapterLayer
-from .targets import is_conv1d, is_linear
+from .targets import is_conv1d, is_linear, unwrapped
 from .using import attached_layers
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -28,6 +28,16 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    # others change the base model too; PEFT says True of what it has converted
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -66,7 +76,11 @@ def write_weights(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
         ranks[name] = A.shape[0]
-    first = next(iter(weights))
+    first, plain = next(iter(weights)), unwrapped(model)
+    modules = dict(plain.named_modules())
+    for name in weights:
+        if name not in modules:
+            raise ValueError(f"export_adapter: layer {name!r} was attached in a part of the model; it takes that part")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": model_name(model),
@@ -74,14 +88,14 @@ def write_weights(
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
         "lora_alpha": alphas[first],
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-        "target_modules": _targets(model, list(weights)),
-        "fan_in_fan_out": all(is_conv1d(model.get_submodule(name)) for name in weights),
+        "target_modules": _targets(plain, list(weights)),
+        "fan_in_fan_out": all(is_conv1d(modules[name]) for name in weights),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
         "task_type": None,
     }
-    with gathered(tensors) as written:
+    with gathered(tensors, model) as written:
         if written is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_file(written, str(Path(folder) / TENSORS), metadata={"format": "pt"})
@@ -98,8 +112,9 @@ def import_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
 
     Raises:
         TypeError, ValueError: a model without such layers, a number that is not there, files with other layers, shapes
-        or a larger rank, or with what a bank does not compute (DoRA, biases, modules saved whole). FileNotFoundError:
-        no such files. ImportError: no safetensors. The bank is then as it was.
+        or a larger rank, damaged ones, or with what a bank does not compute (DoRA, biases, modules saved whole, a
+        start that changes the base model, as PiSSA's). FileNotFoundError: no such files. ImportError: no safetensors.
+        The bank is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -111,16 +126,14 @@ def import_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
         >>> bool((model[0].lora_A[1] == model[0].lora_A[2]).all())
         True
     """
-    from safetensors.torch import load_file
-
     op = "import_adapter"
     layers = _bank(op, model, i)
-    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(op, Path(folder) / CONFIG)
     for key, nothing in _NOTHING.items():
         if key in config and config[key] not in nothing:
             raise ValueError(f"{op}: {CONFIG} has {key} {config[key]!r}; it must be {nothing[0]!r}")
     found: dict[str, dict[str, Tensor]] = {}
-    for key, t in load_file(str(Path(folder) / TENSORS)).items():
+    for key, t in read_tensors(op, Path(folder) / TENSORS).items():
         match = _NAME.fullmatch(key)
         if match is None:
             raise ValueError(f"{op}: {TENSORS} has {key!r}; it must hold lora_A and lora_B of linear layers alone")
@@ -139,15 +152,15 @@ def import_adapter(model: nn.Module, i: int, folder: str | Path) -> None:
             )
         if A.shape[0] > rank:
             raise ValueError(f"{op}: layer {name!r} has rank {A.shape[0]} in the files; the bank takes up to {rank}")
+    scales = {name: _scale(op, config, name, found[name]["A"].shape[0]) for name in layers}
     with torch.no_grad():
         for name, layer in layers.items():
             A, B = found[name]["A"], found[name]["B"]
             rank = A.shape[0]
-            alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
             banks = [whole(t) for t in (layer.lora_A, layer.lora_B, layer.lora_scale)]
             banks[0][i].zero_()[:rank].copy_(A)
             banks[1][i].zero_()[:, :rank].copy_(B)
-            banks[2][i] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            banks[2][i] = scales[name]
             for t, bank in zip((layer.lora_A, layer.lora_B, layer.lora_scale), banks, strict=True):
                 fill(t, bank)
 
@@ -169,6 +182,13 @@ def _targets(model: nn.Module, names: list[str]) -> list[str]:
     ends = sorted({name.rpartition(".")[2] for name in names})
     meant = [name for name, m in model.named_modules() if is_linear(m) and name.rpartition(".")[2] in ends]
     return ends if sorted(meant) == sorted(names) else names
+
+
+def _scale(op: str, config: dict[str, Any], name: str, rank: int) -> float:
+    alpha: Any = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{op}: {CONFIG} has the alpha {alpha!r} for layer {name!r}; it must be a number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:

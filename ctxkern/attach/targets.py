@@ -39,7 +39,7 @@ def matching(op: str, model: nn.Module, targets: Targets) -> dict[str, nn.Module
     given = [targets] if single else list(targets)
     if not given:
         raise ValueError(f"{op}: targets is empty; it must mean a layer")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
     names = [name for name, module in modules.items() if is_linear(module)]
     found: set[str] = set()
     for target in given:
@@ -78,6 +78,15 @@ def wrapper(model: nn.Module, fully_sharded: bool = False) -> str | None:
             if isinstance(module, kind):
                 return name
     return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What DDP or torch.compile was given."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else model._modules.get("_orig_mod")
+        if inner is None:
+            return model
+        model = inner
 
 
 def tensor_parallel_style(layer: nn.Module) -> tuple[Any, Any] | None:

@@ -81,8 +81,9 @@ class use:  # noqa: N801
         Layers for whose kind nothing is given compute what they did before they were attached to.
 
     Raises:
-        TypeError: an argument of another type. ValueError: a model without attached layers, an index without contexts,
-        a name in `lora` that no attached layer has, or a dropout out of bounds.
+        TypeError: an argument of another type. ValueError: a model without attached layers, or without those of the
+        kind that something is given for, an index without contexts or of another shape, a name in `lora` that no layer
+        with adapters has, or a dropout out of bounds.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -111,11 +112,21 @@ class use:  # noqa: N801
                 raise TypeError(f"use: {name} is a {type(t).__name__}; it must be a tensor or None")
         if context is None and context_index is not None:
             raise ValueError("use: context is None; it must be a tensor where context_index is given")
-        if lora is not None:
-            names = [layer.attached.name for layer in layers]
-            unknown = [name for name in lora if name not in names]
-            if unknown:
-                raise ValueError(f"use: lora has {unknown[0]!r}; it must name attached layers, as {names[0]!r}")
+        adapted = [layer.attached.name for layer in layers if "lora_A" in layer.attached.added]
+        for kind, there, names in (
+            ("contexts", len(adapted) < len(layers), ("context",)),
+            ("adapters", bool(adapted), ("adapter_index", "lora")),
+        ):
+            for name in names:
+                if not there and (given | {"lora": lora})[name] is not None:
+                    raise ValueError(f"use: {name} is given and no layer of attach_{kind} is there; it must be None")
+        if adapter_index is not None and adapter_index.dim() != 1:
+            raise ValueError(f"use: adapter_index has shape {list(adapter_index.shape)}; it must be [B]")
+        for name, pair in ({} if lora is None else lora).items():
+            if name not in adapted:
+                raise ValueError(f"use: lora has {name!r}; it must name layers of attach_adapters, as {adapted[0]!r}")
+            if not isinstance(pair, (tuple, list)) or [getattr(t, "ndim", 0) for t in pair] != [3, 3]:
+                raise TypeError(f"use: lora has something else than A [B, r, D] and B [B, E, r] for {name!r}")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"use: dropout is {dropout!r}; it must be a number of at least 0 and below 1")
         self._used = Used(context, context_index, adapter_index, lora, cu_seqlens, float(dropout))

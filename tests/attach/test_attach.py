@@ -173,7 +173,7 @@ def test_weights_of_a_hypernetwork(model):
         )
         torch.testing.assert_close(y, model.head(want))
     assert all(t is not None for t in torch.autograd.grad(y.sum(), (A, weights)))
-    with pytest.raises(ValueError, match="lora has 'up'; it must name attached layers, as 'blocks.0.up'"):
+    with pytest.raises(ValueError, match="lora has 'up'; it must name layers of attach_adapters, as 'blocks.0.up'"):
         ctxkern.use(model, lora={"up": (A, weights)})
 
 

@@ -63,3 +63,44 @@ def test_files_that_do_not_fit(model, tmp_path):
         ctxkern.load_attached(Model(), tmp_path)
     with pytest.raises(FileNotFoundError):
         ctxkern.load_attached(Model(), tmp_path / "nowhere")
+    (tmp_path / "attached.json").write_text(text)
+    with pytest.raises(TypeError, match="model is a str; it must be a torch.nn.Module"):
+        ctxkern.load_attached("model", tmp_path)
+    for changed, words in (
+        ("[]", "attached.json holds a list; it must hold an object"),
+        ("{", "attached.json is no JSON"),
+        ('{"version": 1}', "has other layers than save_attached writes"),
+        (text.replace('"kind": "contexts"', '"kind": "other"'), "has other layers than save_attached writes"),
+    ):
+        (tmp_path / "attached.json").write_text(changed)
+        with pytest.raises(ValueError, match=words):
+            ctxkern.load_attached(Model(), tmp_path)
+    (tmp_path / "attached.json").write_text(text)
+    (tmp_path / "attached.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"attached.safetensors cannot be read"):
+        ctxkern.load_attached(Model(), tmp_path)
+
+
+def test_models_in_wrappers_and_parts(model, tmp_path):
+    """Names are those of the model, whatever is around it."""
+    pytest.importorskip("safetensors")
+    compiled = torch.compile(model, backend="eager")
+    names = ctxkern.attach_adapters(compiled, 2, 3, ["up", "down"])
+    assert names == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    ctxkern.save_attached(compiled, tmp_path / "whole")
+    other = Model()
+    assert ctxkern.load_attached(torch.compile(other, backend="eager"), tmp_path / "whole") == names
+    assert torch.equal(other.blocks[0].up.lora_A, model.blocks[0].up.lora_A)
+    ctxkern.export_adapter(compiled, 1, tmp_path / "peft")
+    ctxkern.import_adapter(compiled, 0, tmp_path / "peft")
+    assert torch.equal(model.blocks[0].up.lora_A[0], model.blocks[0].up.lora_A[1])
+    part = Model()
+    ctxkern.attach_adapters(part.blocks[0], 2, 3, "up")
+    ctxkern.save_attached(part, tmp_path / "part")
+    with torch.no_grad():
+        before = part.blocks[0].up.lora_A.clone()
+        part.blocks[0].up.lora_A.zero_()
+    assert ctxkern.load_attached(part, tmp_path / "part") == ["up"]
+    assert torch.equal(part.blocks[0].up.lora_A, before)
+    with pytest.raises(ValueError, match="layer 'up' was attached in a part of the model; it takes that part"):
+        ctxkern.export_adapter(part, 0, tmp_path / "no")

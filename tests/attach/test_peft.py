@@ -135,6 +135,9 @@ def test_round_trip_by_peft(tmp_path):
         ({"target_modules": ["q_proj", "v_proj", "head"]}, "layer 'head' is in the files and not in the bank"),
         ({"bias": "all"}, "adapter_config.json has bias 'all'; it must be 'none'"),
         ({"modules_to_save": ["head"]}, r"adapter_config.json has modules_to_save \['head'\]; it must be None"),
+        ({"init_lora_weights": "pissa"}, "adapter_config.json has init_lora_weights 'pissa'; it must be True"),
+        ({"init_lora_weights": "olora"}, "adapter_config.json has init_lora_weights 'olora'; it must be True"),
+        ({"alora_invocation_tokens": [1]}, r"adapter_config.json has alora_invocation_tokens \[1\]; it must be None"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -145,6 +148,28 @@ def test_files_that_do_not_fit(tmp_path, config, words):
     model = bank()
     before = {name: t.clone() for name, t in bank_parameters(model).items()}
     with pytest.raises(ValueError, match=words):
+        ctxkern.import_adapter(model, 0, tmp_path)
+    assert all(torch.equal(t, before[name]) for name, t in bank_parameters(model).items())
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"), [(None, "the alpha None for layer"), ("x", "the alpha 'x' for layer"), (True, "the alpha True")]
+)
+def test_damaged_files_leave_the_bank_as_it_was(tmp_path, alpha, words):
+    model = bank()
+    ctxkern.export_adapter(model, 1, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    before = {name: t.clone() for name, t in bank_parameters(model).items()}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha, "alpha_pattern": {}}))
+    with pytest.raises(ValueError, match=words):
+        ctxkern.import_adapter(model, 0, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"adapter_config.json holds a list; it must hold an object"):
+        ctxkern.import_adapter(model, 0, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:50])
+    with pytest.raises(ValueError, match=r"import_adapter: adapter_model.safetensors cannot be read"):
         ctxkern.import_adapter(model, 0, tmp_path)
     assert all(torch.equal(t, before[name]) for name, t in bank_parameters(model).items())
 

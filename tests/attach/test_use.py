@@ -267,3 +267,18 @@ def test_dropout_is_a_share(model, share):
     with_adapters(model)
     with pytest.raises(ValueError, match=r"use: dropout is .*; it must be a number of at least 0 and below 1"):
         ctxkern.use(model, dropout=share)
+
+
+def test_what_no_layer_takes_is_refused(model):
+    with_adapters(model)
+    index = torch.zeros(B, dtype=torch.int64)
+    with pytest.raises(ValueError, match="context is given and no layer of attach_contexts is there"):
+        ctxkern.use(model, context=torch.randn(N, K))
+    with pytest.raises(ValueError, match=r"adapter_index has shape \[\]; it must be \[B\]"):
+        ctxkern.use(model, adapter_index=torch.tensor(1))
+    with pytest.raises(TypeError, match=r"lora has something else than A \[B, r, D\] and B \[B, E, r\]"):
+        ctxkern.use(model, lora={model.blocks[0].up.attached.name: torch.randn(B, 2, D)})
+    other = with_contexts(new_model())
+    for what in ({"adapter_index": index}, {"lora": {}}):
+        with pytest.raises(ValueError, match="is given and no layer of attach_adapters is there"):
+            ctxkern.use(other, **what)

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 import ctxkern
 from ctxkern.cli import main
 from ctxkern.experiments.adapters import requests
+from ctxkern.experiments.adapters.roster import Roster
 from ctxkern.experiments.adapters.train import AdapterJob
 from ctxkern.experiments.core.runlog import read_metrics
 
@@ -166,6 +168,15 @@ def test_a_run_ends_when_all_have_their_steps(model, data, tmp_path):
     assert {entry["state"] for entry in members(run_dir).values()} == {"finished"}
 
 
+def test_parts_of_a_batch_outlive_adapters(model, data, tmp_path):
+    """Those of a batch of which one adapter is left."""
+    found = []
+    for number, parts in enumerate((1, 3)):
+        run_dir = train(tmp_path / str(number), model, data, "--adapter-steps", 9, "--accumulate", parts, steps=12)
+        found.append(exported(run_dir, "beyond"))
+    torch.testing.assert_close(*found)
+
+
 def test_exports_are_peft_adapters(trained, model):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     import transformers
@@ -200,10 +211,26 @@ def test_errors(model, data, tmp_path, capsys, trained):
     assert "adapters.json names 'y'; it must name adapters of the folder: x" in fails(data=bare)
     (bare / "adapters.json").write_text('{"x": {"lr": -1}}')
     assert "x has lr -1; it must be lr or steps, above 0" in fails(data=bare)
+    (bare / "adapters.json").write_text('{"x": {"lr": 1e999}}')
+    assert "x has lr inf; it must be lr or steps, above 0 and finite" in fails(data=bare)
     assert "no row of the bank is free for 'beyond': slots is 1" in fails("--slots", 1)
     assert "it must be a folder of `ctxkern adapters train`" in failed(capsys, "adapters", "list", tmp_path)
     assert "there is no file or folder of this name" in failed(capsys, "adapters", "add", trained, "absent.txt")
     assert "--steps is 0; it must be above 0" in failed(capsys, "adapters", "add", trained, data, "--steps", 0)
+    assert "--lr is inf; it must be above 0, and finite" in failed(
+        capsys, "adapters", "add", trained, data, "--lr", "inf"
+    )
+    assert "it must be a folder of `ctxkern" in failed(capsys, "adapters", "list", trained / "adapters.json")
+
+
+def test_names_are_those_of_folders():
+    roster = Roster(2)
+    for name in ("", "..", "../out", "a/b", "a\nb"):
+        with pytest.raises(ValueError, match="it must be one that a folder can have"):
+            roster.add(name, Path("x"), 0.1, None)
+    roster.add("a", Path("x"), 0.1, None).slot = None
+    with pytest.raises(ValueError, match="the run has one that is retired of this name"):
+        roster.add("a", Path("x"), 0.1, None)
 
 
 def test_requests_are_numbered_in_the_order_in_which_they_can_be_seen(tmp_path):

@@ -246,6 +246,49 @@ def test_bad_files_are_named(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
         TaskWeaver.from_pretrained(folder, lm=neox())
     assert "code of a file" not in capsys.readouterr().out
+    torch.save([1], folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds something else than tensors by name; it must hold a state_dict"):
+        TaskWeaver.from_pretrained(folder, lm=neox())
+    for stored, words in (
+        ([], "model_type is 'list'; it must be 'taskweaver'"),
+        ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'; it must be 'taskweaver'"),
+        ({"experiment": "taskweaver train", "train": {}}, "it is of a run without a hypernetwork"),
+        (config | {"shapes": 1}, "shapes is not as save_pretrained writes it"),
+    ):
+        (folder / "config.json").write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match=words):
+            TaskWeaver.from_pretrained(folder, lm=neox())
+
+
+def test_a_language_model_that_does_not_fit_is_named_and_left_alone(tmp_path):
+    lm = neox()
+    lm.config._name_or_path = "owner/trained"
+    woven(lm).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_name"] == "owner/trained"
+    wide = neox(hidden_size=24)
+    wide.config._name_or_path = "owner/wide"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'owner/wide' has width 24, .* was trained on 'owner/trained', which has"):
+            TaskWeaver.from_pretrained(tmp_path, lm=wide)
+    with pytest.raises(ValueError, match="'LlamaForCausalLM' does not fit, .* on 'owner/trained': .*means no layer"):
+        TaskWeaver.from_pretrained(tmp_path, lm=llama())
+
+
+def test_texts_fit_the_positions_of_the_language_model():
+    weaver = woven(gpt2(), "c_attn")
+    ids, _ = prompts((40,))
+    with pytest.raises(ValueError, match="65 tokens; they must be at most 64, the positions of the language model"):
+        weaver.generate(ids, max_new_tokens=25)
+    assert weaver.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None).shape == (1, 64)
+    # positions that are computed have no end
+    assert woven().generate(prompts((5,))[0], max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 8)
+
+
+def test_several_tokens_may_end_a_text():
+    weaver = woven()
+    weaver.lm.generation_config.eos_token_id = [0, 3]
+    weaver.lm.generation_config.pad_token_id = None
+    assert weaver.generate(prompts((5, 5))[0], max_new_tokens=3, do_sample=False).shape[0] == 2
 
 
 def test_targets_must_be_there():

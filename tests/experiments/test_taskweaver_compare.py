@@ -249,6 +249,7 @@ def test_compare(model, configs, tmp_path, capsys):
         (("--rates", ""), "--rates is empty; it must have at least one number"),
         (("--adapter_rates", "-1"), "--adapter_rates has '-1'; it must have numbers above 0, with commas between"),
         (("--seeds", "0"), "--seeds is 0; it must be at least 1"),
+        (("--val_fraction", "0"), "--val_fraction is 0; it must be above 0"),
         (("--max_new_tokens", "-1"), "--max_new_tokens is -1; it must be at least 0"),
     ],
 )

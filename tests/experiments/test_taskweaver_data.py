@@ -252,7 +252,7 @@ def test_the_hub(tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=r"entry 1: dataset_path is \./x\.jsonl; there is no such file or folder"):
         create_dataset([entry("./x.jsonl")], tokenizer)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'ctxkern\[hub\]'"):
+    with pytest.raises(MissingExtraError, match=r"owner/name, which is no file .* pip install 'ctxkern\[hub\]'"):
         create_dataset([entry("owner/name")], tokenizer)
 
     class Hub:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def add_parsers(subparsers: Any) -> None:
 def _roster(run_dir: Path) -> dict[str, Any]:
     try:
         return json.loads((run_dir / ROSTER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CommandError(f"RUN is {printable(run_dir)}; it must be a folder of `ctxkern adapters train`") from None
 
 
@@ -58,8 +59,8 @@ def _ask(args: argparse.Namespace, request: dict[str, Any]) -> int:
 
 def _add(args: argparse.Namespace) -> int:
     for flag, value in (("--lr", args.lr), ("--steps", args.steps)):
-        if value is not None and not value > 0:
-            raise CommandError(f"{flag} is {value}; it must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise CommandError(f"{flag} is {value}; it must be above 0, and finite")
     if not args.path.exists():
         raise CommandError(f"PATH is {printable(args.path)}; there is no file or folder of this name")
     name = args.name or (args.path.name if args.path.is_dir() else args.path.stem)

@@ -11,7 +11,9 @@ DTYPES = ("float32", "bfloat16", "float64")
 class AdapterSettings(RunSettings):
     """Settings of `ctxkern adapters train`."""
 
-    model: str = setting("", "folder or hub name of a causal language model", default_text="must be given")
+    model: str = setting(
+        "", "folder or hub name of a causal language model", default_text="must be given", is_path=None
+    )
     data: str = setting(
         "", "folder with a file or a folder for each adapter", default_text="must be given", group="data", is_path=True
     )

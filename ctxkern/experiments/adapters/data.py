@@ -1,6 +1,7 @@
 """The examples of adapters: a file or a folder for each."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,11 @@ def _settings(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f'{printable(path)} must be an object of objects, as {{"name": {{"lr": 0.001}}}}')
     for name, values in given.items():
         for key, value in values.items():
-            if key not in _KEYS or isinstance(value, bool) or not isinstance(value, _KEYS[key]) or value <= 0:
-                raise ValueError(f"{printable(path)}: {name} has {key} {value!r}; it must be lr or steps, above 0")
+            known = key in _KEYS and isinstance(value, _KEYS[key]) and not isinstance(value, bool)
+            if not known or not 0 < value < math.inf:
+                raise ValueError(
+                    f"{printable(path)}: {name} has {key} {value!r}; it must be lr or steps, above 0 and finite"
+                )
     return given
 
 

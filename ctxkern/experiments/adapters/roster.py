@@ -55,10 +55,13 @@ class Roster:
         """A new member in the first free row.
 
         Raises:
-            ValueError: the name is taken, or no row is free.
+            ValueError: the name is taken or is no name of a folder, or no row is free.
         """
+        if name in ("", ".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+            raise ValueError(f"name is {name!r}; it must be one that a folder can have")
         if name in self.members:
-            raise ValueError(f"name is {name!r}; it must be a new one: the run has an adapter of this name")
+            state = "one that is retired" if self.members[name].slot is None else "an adapter"
+            raise ValueError(f"name is {name!r}; it must be a new one: the run has {state} of this name")
         taken = {member.slot for member in self.members.values()}
         free = [slot for slot in range(self.slots) if slot not in taken]
         if not free:

@@ -49,7 +49,7 @@ class AdapterJob:
         lm, self.tokenizer = load_language_model(config.model, config.torch_device(), getattr(torch, config.dtype))
         if config.checkpointing:
             lm.gradient_checkpointing_enable()
-        targets = attention_targets(lm) if config.targets == "auto" else config.targets.split(",")
+        targets = attention_targets(lm) if config.targets == "auto" else [t.strip() for t in config.targets.split(",")]
         self.model = AdapterBank(lm, roster, config.rank, config.alpha, targets)
         self.optimizer = ctxkern.AdapterAdamW(
             self.model.banks(), lr=1.0, weight_decay=config.weight_decay, grad_clip=config.grad_clip or None

@@ -239,12 +239,18 @@ class _Run:
             # one process without accumulation draws as it did before there were several
             place = (number,) if number else ()
             torch.manual_seed(derive_seed(self.config.seed, "step", self.result.step, *place))
-            share = {name: value.to(self.device, non_blocking=True) for name, value in shares[number].items()}
+            here = shares[number]
+            if not count_rows(here):
+                if count == 1:
+                    continue
+                # all processes meet in the backward: a row of no weight
+                here = {name: value[:1] for name, value in shares[0].items()}
+            share = {name: value.to(self.device, non_blocking=True) for name, value in here.items()}
             last = number == first + accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.trained):
                 loss = self.loss_fn(self.trained, share)
                 if len(shares) > 1:
-                    part = self.weigh(shares[number]) / whole
+                    part = self.weigh(here) / whole if here is shares[number] else 0.0
                     total += part * loss.detach()
                     # gradients of processes are averaged, not added
                     loss = loss * (part * count)

@@ -42,7 +42,7 @@ class Rule:
     flags: tuple[str, ...] = ()
     default: str = ""
     resumable: bool = False
-    is_path: bool = False
+    is_path: bool | None = False
     kind: type = str
     optional: bool = False
 
@@ -70,7 +70,8 @@ class Rule:
 
     def keep(self, value: Any) -> Any:
         """An accepted value as settings have it."""
-        return os.path.abspath(value) if self.is_path and value else self.kind(value)
+        is_path = os.path.exists(value) if self.is_path is None and value else self.is_path
+        return os.path.abspath(value) if is_path and value else self.kind(value)
 
     def takes(self) -> str:
         """What it accepts, to follow "it must be"."""
@@ -95,7 +96,7 @@ def setting(
     flags: tuple[str, ...] = (),
     default_text: str = "",
     resumable: bool = False,
-    is_path: bool = False,
+    is_path: bool | None = False,
 ) -> Any:
     """A field of a `Settings` class.
 
@@ -109,7 +110,7 @@ def setting(
         flags: in place of `--name-with-dashes`.
         default_text: what the help says of a default that is None.
         resumable: whether a resumed run may have another value.
-        is_path: a path, kept absolute, as a run may be resumed in another folder.
+        is_path: a path, kept absolute, as a run may be resumed in another folder; None: if there is something there.
     """
     rule = Rule(help, group, tuple(choices), at_least, above, below, tuple(flags), default_text, resumable, is_path)
     return dataclasses.field(default=default, metadata={_KEY: rule})
@@ -220,7 +221,9 @@ class Settings:
         """The settings whose flags were given, by name, paths absolute."""
         found = {name: getattr(args, name) for name in cls.names() if hasattr(args, name)}
         rules = cls.rules()
-        return {name: rules[name].keep(value) if rules[name].is_path else value for name, value in found.items()}
+        return {
+            name: value if rules[name].is_path is False else rules[name].keep(value) for name, value in found.items()
+        }
 
 
 @dataclass(kw_only=True)

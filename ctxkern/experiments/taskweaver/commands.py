@@ -152,6 +152,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ctxkern.experiments.taskweaver.configs import read_configs
     from ctxkern.experiments.taskweaver.data import create_dataset
     from ctxkern.experiments.taskweaver.evaluation import evaluate, prompt_arms, spread
+    from ctxkern.experiments.taskweaver.hypernetwork import check_positions
 
     _at_least(args, 1, "examples", "batch_size")
     _at_least(args, 0, "max_new_tokens")
@@ -163,6 +164,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         configs = read_configs(args.dataset_config)
         weaver, tokenizer = _load(args)
         dataset = create_dataset(configs, tokenizer, args.max_length)
+        check_positions(weaver.lm, "max_length", dataset.longest())
         for name, note in dataset.notes:
             print(f"cut         {name}: {note}, to fit --max_length")
         chosen = spread(dataset, range(len(dataset)), args.examples)

@@ -27,7 +27,11 @@ class TaskWeaverSettings(TaskWeaverConfig, RunSettings):
     dataset_config: str = setting("", "JSON file that lists datasets", default_text="none", group="data", is_path=True)
     use_default_dataset: bool = setting(False, "train on GSM8K alone", group="data")
     dataset_path: str = setting(
-        "", "file or folder of the default dataset", default_text=f"{_DEFAULT_DATASET[0]} of the hub", group="data"
+        "",
+        "file or folder of the default dataset",
+        default_text=f"{_DEFAULT_DATASET[0]} of the hub",
+        group="data",
+        is_path=None,
     )
     max_length: int = setting(MAX_LENGTH, "longest example in tokens; longer ones are cut", at_least=4, group="data")
     val_fraction: float = setting(0.1, "share of each dataset's examples set apart", at_least=0, below=1, group="data")

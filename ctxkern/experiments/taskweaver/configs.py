@@ -79,7 +79,7 @@ def read_configs(path: str | Path) -> list[DatasetConfig]:
     """
     path = Path(path)
     try:
-        text = without_comments(path.read_text(encoding="utf-8"))
+        text = without_comments(path.read_text(encoding="utf-8-sig"))
         entries = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(

@@ -61,6 +61,10 @@ class TaskDataset(Dataset):
         """The tokens of an example."""
         return len(self._rows[idx][0])
 
+    def longest(self) -> int:
+        """The tokens of the longest example."""
+        return max(map(self.length, range(len(self))), default=0)
+
     def prompt(self, idx: int) -> Tensor:
         """The ids [s] of an example's prompt."""
         ids, length = self._rows[idx]
@@ -183,13 +187,13 @@ def _process(processor: DatasetProcessor, records: Records) -> Columns:
     """The columns of all records; an error names the first record that the processor does not take."""
     try:
         return processor.process(records.rows)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         for row, place in zip(records.rows, records.places, strict=True):
             try:
                 processor.process([row])
             except EmptyTextError as found:
                 raise ValueError(f"{place}: {found}") from found
-            except (KeyError, TypeError, ValueError, AttributeError) as found:
+            except (LookupError, TypeError, ValueError, AttributeError) as found:
                 reason = f"it has no {found}" if isinstance(found, KeyError) else one_line(found)
                 raise ValueError(f"{place}: {reason}") from found
         # it takes each record alone

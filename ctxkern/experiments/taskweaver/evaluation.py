@@ -1,7 +1,7 @@
 """What weights are worth on examples: those of a prompt, of another task's, of a blank one, of adapters, and none."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,8 @@ def evaluate(
     rows = []
     for number, name in enumerate(dataset.names):
         own = [i for i in chosen if dataset.file_ids[i] == number]
-        majority = _majority(dataset, number, own, range(len(dataset)) if known is None else known)
+        everything = range(len(dataset)) if known is None else known
+        majority = _majority(dataset, number, own, everything, _compared(dataset, tokenizer, number, max_new_tokens))
         for arm in arms:
             total, exact = Score(), 0
             for start in range(0, len(own), batch_size):
@@ -173,12 +174,27 @@ def evaluate(
     return rows
 
 
-def _majority(dataset: TaskDataset, number: int, chosen: Sequence[int], known: Sequence[int]) -> float:
-    """The share of `chosen` whose answer is the most frequent one of a dataset among `known`."""
+def _compared(
+    dataset: TaskDataset, tokenizer: Any, number: int, max_new_tokens: int | None
+) -> Callable[[Tensor], Hashable]:
+    """What of a completion exact match looks at."""
+    if max_new_tokens == 0:
+        return lambda ids: tuple(ids.tolist())
+    return lambda ids: dataset.answers[number](_text(tokenizer, ids))
 
-    def completion(i: int) -> tuple[int, ...]:
+
+def _majority(
+    dataset: TaskDataset,
+    number: int,
+    chosen: Sequence[int],
+    known: Sequence[int],
+    taken: Callable[[Tensor], Hashable],
+) -> float:
+    """The share of `chosen` whose answer, what is taken of a completion, is the most frequent one among `known`."""
+
+    def completion(i: int) -> Hashable:
         item = dataset[i]
-        return tuple(item["input_ids"][item["prompt_length"] :].tolist())
+        return taken(item["input_ids"][item["prompt_length"] :])
 
     counts = Counter(completion(i) for i in known if dataset.file_ids[i] == number)
     if not counts or not chosen:

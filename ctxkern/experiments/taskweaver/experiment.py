@@ -29,7 +29,7 @@ class TaskWeaverTraining(Experiment):
         "writes LoRA weights, in which the model answers. --dataset_config is a JSON list of datasets, // comments\n"
         'allowed: [{"name": "gsm8k", "dataset_path": "FILE, FOLDER OR NAME ON THE HUB", "dataset_config": "main",\n'
         '"split": "train", "num_samples": 1000}]; the name is that of a processor: gsm8k, svamp, bbh, or pairs for\n'
-        "records of any form that ctxkern train reads. Flags may have dashes in place of underscores."
+        "records with the keys that ctxkern train knows. Flags may have dashes in place of underscores."
     )
     examples: ClassVar = (
         "--use_default_dataset",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ctxkern
+from ctxkern.attach.files import model_name
 from ctxkern.experiments.core.extras import require
 from ctxkern.experiments.core.files import write_atomic, write_json_atomic
 from ctxkern.experiments.core.hub import load_language_model
@@ -24,23 +26,29 @@ def save(weaver: TaskWeaver, place: Path) -> None:
     tensors = {name: t.detach().contiguous() for name, t in _own(weaver).items()}
     write_atomic(place / TENSORS, lambda path: write(tensors, path, metadata={"format": "pt"}))
     settings = {name: getattr(weaver.config, name) for name in TaskWeaverConfig.names()}
+    # a model that was loaded by the caller says itself where it came from
+    settings["model_name"] = model_name(weaver.lm) or settings["model_name"]
     write_json_atomic(place / CONFIG, settings | {"model_type": "taskweaver", "shapes": _shapes(weaver)})
 
 
-def load(place: Path, model_name: str | None, device: str, lm: Any) -> TaskWeaver:
+def load(place: Path, other: str | None, device: str, lm: Any) -> TaskWeaver:
     """`TaskWeaver.from_pretrained`."""
     config, shapes = _read_config(place)
     tensors = _read_tensors(place)
-    name = model_name or config.model_name
+    name = other or config.model_name
     if lm is None:
         lm, _ = load_language_model(name, torch.device(device), torch.float32)
-    weaver = TaskWeaver(lm, replace(config, model_name=name))
+    else:
+        name = model_name(lm) or other or type(lm).__name__
+    trained = f"{printable(place)} was trained on {config.model_name!r}"
+    try:
+        weaver = TaskWeaver(lm, replace(config, model_name=name))
+    except ValueError as error:
+        raise ValueError(f"the language model {name!r} does not fit, {trained}: {error}") from error
     found = _shapes(weaver)
     if shapes is not None and shapes != found:
-        raise ValueError(
-            f"the language model {name!r} has {_said(found)}; {printable(place)} was trained on {config.model_name!r}, "
-            f"which has {_said(shapes)}"
-        )
+        ctxkern.detach(lm)
+        raise ValueError(f"the language model {name!r} has {_said(found)}; {trained}, which has {_said(shapes)}")
     own = _own(weaver)
     for key in [*tensors, *own]:
         if key not in own or key not in tensors:
@@ -86,12 +94,31 @@ def load_config(place: Path) -> TaskWeaverConfig:
 def _read_config(place: Path) -> tuple[TaskWeaverConfig, dict | None]:
     try:
         stored = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or stored.get("model_type", "taskweaver") != "taskweaver":
+            found = stored.get("model_type") if isinstance(stored, dict) else type(stored).__name__
+            raise ValueError(f"model_type is {found!r}; it must be 'taskweaver', as save_pretrained writes it")
+        if "experiment" in stored:
+            raise ValueError(
+                "it is of a run without a hypernetwork: one that has not come to its end, or has other --weights"
+            )
+        shapes = stored.get("shapes")
+        if shapes is not None and not _are_shapes(shapes):
+            raise ValueError("shapes is not as save_pretrained writes it")
         config = TaskWeaverConfig(**{name: stored[name] for name in TaskWeaverConfig.names() if name in stored})
     except FileNotFoundError:
         raise ValueError(f"{printable(place)} has no {CONFIG}; it must be a folder of save_pretrained") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{printable(place / CONFIG)} cannot be read: {error}") from error
-    return config, stored.get("shapes")
+    return config, shapes
+
+
+def _are_shapes(shapes: Any) -> bool:
+    return (
+        isinstance(shapes, dict)
+        and isinstance(shapes.get("targets"), dict)
+        and {"lm_hidden", "layers"} <= shapes.keys()
+        and all(isinstance(shape, list) and len(shape) == 2 for shape in shapes["targets"].values())
+    )
 
 
 def _read_tensors(place: Path) -> dict[str, Tensor]:
@@ -105,4 +132,6 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{printable(path)} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
+        raise ValueError(f"{printable(path)} holds something else than tensors by name; it must hold a state_dict")
     return {name: t for name, t in found.items() if not name.startswith("lm.")}

@@ -25,7 +25,9 @@ class TaskWeaverConfig(Settings):
         ValueError: a value that a setting does not accept.
     """
 
-    model_name: str = setting("EleutherAI/pythia-70M-deduped", "language model: a folder or a name on the hub")
+    model_name: str = setting(
+        "EleutherAI/pythia-70M-deduped", "language model: a folder or a name on the hub", is_path=None
+    )
     hidden_dim: int = setting(1024, "width of the hypernetwork", at_least=1)
     lora_rank: int = setting(2, "rank of the weights that it writes", at_least=1)
     lora_alpha: float = setting(16.0, "numerator of their scale, alpha / rank", above=0)
@@ -234,14 +236,29 @@ class TaskWeaver(nn.Module):
         sampling, unless `do_sample` says otherwise.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if how.get("max_new_tokens"):
+            check_positions(self.lm, "max_new_tokens after the prompts", input_ids.shape[1] + how["max_new_tokens"])
         if how.get("temperature"):
             how.setdefault("do_sample", True)
         elif "temperature" in how:
             del how["temperature"]
         if self.lm.generation_config.pad_token_id is None and "pad_token_id" not in how:
-            how["pad_token_id"] = self.lm.generation_config.eos_token_id
+            end: Any = self.lm.generation_config.eos_token_id
+            how["pad_token_id"] = end[0] if isinstance(end, (list, tuple)) else end
         with ctxkern.use(self.lm, lora=self.weights(self.embed(input_ids, mask))):
             return self.lm.generate(input_ids=input_ids, attention_mask=mask, **how)
+
+
+def check_positions(lm: Any, name: str, tokens: int) -> None:
+    """Raise where a language model with learned positions has fewer than `tokens`, which `name` asks for.
+
+    Raises:
+        ValueError: it has.
+    """
+    most = getattr(lm.config, "max_position_embeddings", None)
+    others = (m for m in lm.base_model.modules() if isinstance(m, nn.Embedding) and m is not lm.get_input_embeddings())
+    if most is not None and tokens > most and any(other.num_embeddings >= most for other in others):
+        raise ValueError(f"{name}: {tokens} tokens; they must be at most {most}, the positions of the language model")
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 from ctxkern.experiments.core.data.decoding import decode_text
 from ctxkern.experiments.core.data.paths import expand_paths
 from ctxkern.experiments.core.data.reading import JSON_SUFFIXES, JSONL_SUFFIXES, parse_json, read_bytes
-from ctxkern.experiments.core.extras import require
+from ctxkern.experiments.core.extras import MissingExtraError, require
 from ctxkern.experiments.core.names import one_line, printable
 from ctxkern.experiments.taskweaver.configs import DatasetConfig
 
@@ -29,7 +29,7 @@ def read_records(config: DatasetConfig) -> Records:
     """The records of a dataset, at most `num_samples`.
 
     Raises:
-        MissingExtraError: a dataset of the hub, and `datasets` is not installed.
+        MissingExtraError: no file or folder, and `datasets` is not installed, which reads the hub's.
         OSError, ValueError: files, or a dataset of the hub, that cannot be read; one line.
     """
     path = Path(config.dataset_path)
@@ -118,8 +118,12 @@ def _of_hub(config: DatasetConfig) -> Records:
     name = printable(config.dataset_path)
     if config.dataset_path.startswith((".", "/", "~")) or Path(name).suffix.lower() in _SUFFIXES:
         raise ValueError(f"{config.place}: dataset_path is {name}; there is no such file or folder")
-    datasets = require("datasets", "hub")
     split = config.split or "train"
+    try:
+        datasets = require("datasets", "hub")
+    except MissingExtraError as error:
+        where = f"{config.place}: dataset_path is {name}, which is no file or folder here"
+        raise MissingExtraError(f"{where}; for the hub, {error}") from error
     try:
         found = datasets.load_dataset(config.dataset_path, config.dataset_config, split=split)
         count = len(found) if config.num_samples is None else min(config.num_samples, len(found))

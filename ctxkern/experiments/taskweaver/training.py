@@ -16,7 +16,7 @@ from ctxkern.experiments.taskweaver.adapters import Bank, TrainedAdapters, attac
 from ctxkern.experiments.taskweaver.config import DATASET, PROMPT, TaskWeaverSettings
 from ctxkern.experiments.taskweaver.data import Collator, create_dataset
 from ctxkern.experiments.taskweaver.evaluation import spread
-from ctxkern.experiments.taskweaver.hypernetwork import TaskWeaver
+from ctxkern.experiments.taskweaver.hypernetwork import TaskWeaver, check_positions
 from ctxkern.experiments.taskweaver.measure import (
     PromptEmbeddings,
     Score,
@@ -40,6 +40,7 @@ class TaskWeaverJob:
         device = config.torch_device()
         lm, self.tokenizer = load_language_model(config.model_name, device, torch.float32)
         self.dataset = create_dataset(datasets, self.tokenizer.plain, config.max_length)
+        check_positions(lm, "max_length", self.dataset.longest())
         self.train, self.validation = self.dataset.split(config.val_fraction, config.seed)
         chosen = spread(self.dataset, self.validation, config.eval_examples)
         self.chosen = {

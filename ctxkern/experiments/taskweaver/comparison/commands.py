@@ -129,6 +129,8 @@ def _study(args: argparse.Namespace) -> Any:
     config = TaskWeaverSettings(**shared)
     if max(len(own), len(others)) > 1 and not args.tune_steps and not config.training_steps:
         raise CommandError("--tune_steps is left out; it must be given where --steps is not")
+    if not config.val_fraction:
+        raise CommandError("--val_fraction is 0; it must be above 0: what is set apart is measured on")
     # said before the first run
     config.datasets()
     held_out = read_configs(str(args.held_out_config)) if args.held_out_config else []
