@@ -389,3 +389,21 @@ def test_exact_match_counts_answers(answer, right):
         for row, n in zip(rows, lengths, strict=True)
     ]
     assert evaluation._exact(Fixed, Words, items, None, None, answer) == right
+
+
+def test_the_majority_is_one_of_answers(trained, tmp_path):
+    """Six solutions of one answer are right for all; as completions they are six."""
+    import transformers
+
+    from ctxkern.experiments.taskweaver.data import create_dataset
+    from ctxkern.experiments.taskweaver.evaluation import evaluate, prompt_arms
+
+    weaver = TaskWeaver.from_pretrained(trained / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(weaver.config.model_name)
+    rows = [{"question": f"q {i}", "answer": f"as {i} is so\n#### 7"} for i in range(6)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = create_dataset([{"name": "gsm8k", "dataset_path": str(tmp_path / "gsm8k.jsonl")}], tokenizer)
+    arms = prompt_arms(weaver, tokenizer, dataset, range(6), 0)[:1]
+    for max_new_tokens, share in ((2, 1.0), (0, 1 / 6)):
+        (row,) = evaluate(arms, tokenizer, dataset, range(6), batch_size=6, max_new_tokens=max_new_tokens)
+        assert row["majority"] == share
