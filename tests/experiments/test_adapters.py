@@ -1,6 +1,7 @@
 """`ctxkern adapters`: a bank trained in mixed batches, each adapter as it would alone; added, retired, resumed."""
 
 import json
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -270,6 +271,24 @@ def test_two_processes_train_what_one_does(trained, model, data, tmp_path):
     finish(start(*flags, program=program))
     for name in NAMES:
         torch.testing.assert_close(exported(tmp_path / "run", name), exported(trained, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_outnumber_the_rows_that_are_left(model, data, tmp_path, sharded):
+    few = shutil.copytree(data, tmp_path / "few")
+    (few / "adapters.json").write_text('{"beyond": {"steps": 5}, "closer": {"steps": 4}}')
+    whole = train(tmp_path / "whole", model, few, steps=8)
+    script, run_dir = tmp_path / "sharded.py", tmp_path / "run"
+    script.write_text(SHARDED)
+    flags = ["--model", model, "--data", few, "--steps", 8, "--run-dir", run_dir, *SIZES]
+    what = (script,) if sharded else ("-m", "ctxkern")
+    program = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *what, "adapters", "train")
+    finish(start(*flags, program=program))
+    if sharded:
+        resume(run_dir)
+    for name in NAMES:
+        torch.testing.assert_close(exported(run_dir, name), exported(whole, name))
 
 
 @pytest.mark.slow
