@@ -1,6 +1,7 @@
 """`ctxkern adapters`: a bank trained in mixed batches, each adapter as it would alone; added, retired, resumed."""
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -167,6 +168,20 @@ def test_a_run_ends_when_all_have_their_steps(model, data, tmp_path):
     run_dir = train(tmp_path / "run", model, data, "--adapter-steps", 3, steps=50)
     assert json.loads((run_dir / "result.json").read_text())["step"] == 7
     assert {entry["state"] for entry in members(run_dir).values()} == {"finished"}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_one_that_diverges_is_left_out(trained, model, data, tmp_path, capsys, parts):
+    worse = shutil.copytree(data, tmp_path / "worse")
+    write_task(worse / "astray.jsonl", 6)
+    (worse / "adapters.json").write_text(json.dumps(OWN | {"astray": {"lr": 1e200}}))
+    run_dir = train(tmp_path / "run", model, worse, "--accumulate", parts)
+    assert "adapter 'astray' has failed by step 10" in capsys.readouterr().out
+    assert members(run_dir)["astray"]["state"] == "failed"
+    assert not (run_dir / "adapters" / "astray").exists()
+    for name in NAMES:
+        torch.testing.assert_close(exported(run_dir, name), exported(trained, name))
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(run_dir) if "loss" in row)
 
 
 def test_parts_of_a_batch_outlive_adapters(model, data, tmp_path):

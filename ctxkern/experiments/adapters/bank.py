@@ -44,6 +44,22 @@ class AdapterBank(nn.Module):
         with torch.no_grad():
             for layer in self.layers:
                 layer.lora_A.zero_()
+        # of each row, whether a loss or gradient of it was not finite; no part of the state
+        self.failed = torch.zeros(roster.slots, dtype=torch.bool, device=self.banks()[0].device)
+        for bank in self.banks():
+            bank.register_hook(self._finite)
+
+    def _finite(self, grad: Tensor) -> Tensor:
+        """A bank's gradient without that of rows where it is not finite."""
+        fine = grad.flatten(1).isfinite().all(1)
+        self.failed |= ~fine
+        return torch.where(fine.view(-1, *[1] * (grad.dim() - 1)), grad, 0)
+
+    def finite(self, losses: Tensor, adapter: Tensor) -> Tensor:
+        """Losses [B] of rows of adapters [B], 0 where they are not finite."""
+        fine = losses.isfinite()
+        self.failed |= torch.zeros_like(self.failed, dtype=torch.int32).index_add_(0, adapter, (~fine).int()) > 0
+        return torch.where(fine, losses, 0)
 
     @property
     def layers(self) -> list[AdapterLayer]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ctxkern.experiments.adapters.config import AdapterSettings
+from ctxkern.experiments.adapters.roster import FAILED, RETIRED
 from ctxkern.experiments.adapters.train import EXPORTED, ROSTER, AdapterJob
 from ctxkern.experiments.core.experiment import Experiment, Inputs
 from ctxkern.experiments.core.loop import FitResult
@@ -63,14 +64,15 @@ class AdapterTraining(Experiment):
         lines = [f"validation loss (nats per token):\n{'adapter':<{width}}   steps   before    after"]
         for member in job.roster.members.values():
             before, after = (losses.get(member.name, float("nan")) for losses in (result.first, result.last))
-            note = "" if member.slot is not None else "   retired"
+            note = f"   {member.state}" if member.state in (FAILED, RETIRED) else ""
             lines.append(f"{member.name:<{width}}  {member.done:>6}  {before:>7.4f}  {after:>7.4f}{note}")
         return "\n".join(lines)
 
     def finish(self, job: AdapterJob, args: argparse.Namespace) -> None:
         job.write_roster()
         for member in job.roster.present():
-            job.export(member)
+            if member.state != FAILED:
+                job.export(member)
         if job.run_dir is not None:
             print(
                 f"adapters    {printable(job.run_dir / EXPORTED)}, in PEFT's format; {printable(job.run_dir / ROSTER)}"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TRAINING, FINISHED, RETIRED = "training", "finished", "retired"
+TRAINING, FINISHED, FAILED, RETIRED = "training", "finished", "failed", "retired"
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Member:
         steps: to train to, by its own count; None: as long as the run.
         done: its own steps.
         files: SHA-256 of its files by path.
-        state: training, finished or retired.
+        state: training, finished, failed (its loss or gradient was not finite) or retired.
     """
 
     name: str

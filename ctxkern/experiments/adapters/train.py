@@ -14,7 +14,7 @@ from ctxkern.experiments.adapters import requests
 from ctxkern.experiments.adapters.bank import AdapterBank, attention_targets
 from ctxkern.experiments.adapters.config import AdapterSettings
 from ctxkern.experiments.adapters.data import AdapterData, collate, discover
-from ctxkern.experiments.adapters.roster import FINISHED, RETIRED, Member, Roster
+from ctxkern.experiments.adapters.roster import FAILED, FINISHED, RETIRED, TRAINING, Member, Roster
 from ctxkern.experiments.core import processes
 from ctxkern.experiments.core.batches import Batch
 from ctxkern.experiments.core.data.windows import IGNORE_INDEX, Collator
@@ -106,12 +106,15 @@ class AdapterJob:
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         """The mean over adapters of the mean over labels."""
-        losses = self.model.losses(model, batch)
+        losses = self.model.finite(self.model.losses(model, batch), batch["adapter"])
         return (losses * batch["weight"].to(losses)).sum()
 
     def before_step(self, step: int) -> Next:
         """Take up requests, and set the learning rate of each adapter."""
-        changed = (not self.looked or step % _LOOK == 0) and self._take_up_requests()
+        changed = False
+        if not self.looked or step % _LOOK == 0:
+            self._leave_out_failed(step)
+            changed = self._take_up_requests()
         self.looked = True
         turns = self._turns()
         if not turns:
@@ -122,6 +125,22 @@ class AdapterJob:
         self.optimizer.lr_scales = scales
         self.optimizer.averaged = len(turns)
         return Next.SAVE if changed else Next.STEP
+
+    def _leave_out_failed(self, step: int) -> None:
+        """Those whose loss or gradient was not finite train no more; the others never saw them."""
+        failed = self.model.failed
+        if processes.count() > 1:
+            failed = processes.accelerator(failed.device).reduce(failed.int(), "sum") > 0
+        for member in [member for member in self.roster.present() if member.state == TRAINING]:
+            if failed[member.row]:
+                member.state = FAILED
+                if processes.is_main():
+                    print(
+                        f"adapter {member.name!r} has failed by step {step}: its loss or gradient is not finite; the "
+                        "others go on",
+                        flush=True,
+                    )
+        self.model.failed.zero_()
 
     def _schedule(self, member: Member) -> float:
         config = self.config
