@@ -18,8 +18,9 @@
 namespace ctxkern {
 namespace {
 
-// Columns of D or E at a time, of rows that are laid out for a product along them.
-constexpr int64_t kStrip = 128;
+// Columns of D or E at a time, of rows that are laid out for a product along them: where strips are shared by threads, and
+// where a thread takes all of an adapter.
+constexpr int64_t kStrip = 128, kWideStrip = 1024;
 
 template <class W>
 class Lora {
@@ -29,6 +30,7 @@ class Lora {
   Lora(const LoraCall& call, bool backward, char* workspace) : q(call), backward_(backward) {
     Arena arena(workspace);
     dropped_ = q.kept_from > 0 ? arena.take<char>(q.rows_of->count * q.d_in * size_of(q.x.dtype)) : nullptr;
+    strip_ = whole_adapters() && widest() > kStrip ? least(kWideStrip, lanes(widest())) : kStrip;
     const int64_t turned = (q.rows_of->count / W::PER + q.block_count() * W::STEP) * q.rank;
     turned_h_ = backward && q.dB ? arena.take(turned) : nullptr;
     turned_g_ = backward && q.dA ? arena.take(turned) : nullptr;
@@ -50,7 +52,7 @@ class Lora {
       h(b, at);
       scale(b, at);
       words_of(b, at);
-      add(b, {at.b_lanes, lanes(q.d_out)}, q.rows, q.d_out, at);
+      add(b, by_panel(at.b_lanes, q.rank), q.rows, q.d_out, at);
     });
   }
 
@@ -74,21 +76,24 @@ class Lora {
   }
 
  private:
-  // What one thread works in: panels of an adapter, words along the sum by lanes, and what a block needs.
+  // What one thread works in: panels of an adapter, one after another, words along the sum by lanes, and what a block needs.
   struct Thread {
     int64_t* adapter;  // 1 + whose panels they are
     float *a_lanes, *a_rows, *b_lanes, *b_rows;
     float* rows;   // of a block, as a left operand
-    float* sums;   // h or g, [rows, R], and other sums of as many rows
+    float* sums;   // h or g, [rows, R], and other sums of as many rows or columns
     float* plain;  // x A^T, kept for the gates' gradient
     float* words;  // the same, scaled, as a left operand
-    float* strip;  // x or dy, [words along the rows, kStrip]
+    float* strip;  // x or dy, [panels, words along the rows, NR]
+    float* total;  // dA or dB^T, [ranks, columns of a strip]
   };
 
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t lanes(int64_t n) { return round_up(n, NR); }
+  int64_t widest() const { return q.d_in > q.d_out ? q.d_in : q.d_out; }
   bool needs_h() const { return !backward_ || q.dB || q.products; }
   bool needs_g() const { return backward_ && (q.dA || q.dx || q.products); }
-  int64_t strips_of(const char* wanted, int64_t n) const { return wanted ? (n + kStrip - 1) / kStrip : 0; }
+  int64_t strips_of(const char* wanted, int64_t n) const { return wanted ? (n + strip_ - 1) / strip_ : 0; }
   int64_t strips() const { return strips_of(q.dA, q.d_in) + strips_of(q.dB, q.d_out); }
   // Where h^T or g^T of a block lies, with room for the last word of each to be half full.
   int64_t turned_at(int64_t i) const { return (q.blocks[i].first / W::PER + i * W::STEP) * q.rank; }
@@ -104,18 +109,19 @@ class Lora {
   }
 
   Thread place(Arena& arena) const {
-    const int64_t r_lanes = lanes(q.rank), r_words = words<W>(q.rank), widest = q.d_in > q.d_out ? q.d_in : q.d_out;
+    const int64_t r_lanes = lanes(q.rank), r_words = words<W>(q.rank);
     Thread at;
     at.adapter = arena.take<int64_t>(1);
     at.a_lanes = needs_h() ? arena.take(words<W>(q.d_in) * r_lanes) : nullptr;
     at.a_rows = backward_ && q.dx ? arena.take(r_words * lanes(q.d_in)) : nullptr;
     at.b_lanes = backward_ ? nullptr : arena.take(r_words * lanes(q.d_out));
     at.b_rows = needs_g() ? arena.take(words<W>(q.d_out) * r_lanes) : nullptr;
-    at.rows = arena.take(kBlockRows * words<W>(widest) + NR);
+    at.rows = arena.take(kBlockRows * words<W>(widest()) + NR);
     at.sums = arena.take(kBlockRows * (r_lanes > kStrip ? r_lanes : kStrip));
     at.plain = q.products ? arena.take(kBlockRows * r_lanes) : nullptr;
     at.words = arena.take(kBlockRows * r_words + NR);
-    at.strip = backward_ ? arena.take(words<W>(kBlockRows) * kStrip) : nullptr;
+    at.strip = backward_ ? arena.take(words<W>(kBlockRows) * strip_) : nullptr;
+    at.total = backward_ ? arena.take(least(q.rank, kBlockRows) * strip_) : nullptr;
     return at;
   }
 
@@ -133,7 +139,7 @@ class Lora {
     const Thread at = of(thread);
     if (*at.adapter == u + 1) return at;
     *at.adapter = u + 1;
-    const int64_t rank = q.rank_of(u), r_lanes = lanes(q.rank);
+    const int64_t rank = q.rank_of(u);
     const int64_t a_size = size_of(q.A.dtype), a_r = q.A.strides[1] * a_size, a_d = q.A.strides[2] * a_size;
     const int64_t b_size = size_of(q.B.dtype), b_e = q.B.strides[1] * b_size, b_r = q.B.strides[2] * b_size;
     const char* const a = q.A.data + q.slot(u) * q.A.strides[0] * a_size;
@@ -141,16 +147,26 @@ class Lora {
     with_source<W>(q.A.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       for (int64_t k = 0; at.a_lanes && k < rank; k += NR)
-        pack_lanes<W, D>(at.a_lanes + k, r_lanes, a + k * a_r, a_r, a_d, rank - k, q.d_in);
-      if (at.a_rows) pack_rows<W, D>(at.a_rows, lanes(q.d_in), a, a_r, a_d, rank, q.d_in);
+        pack_lanes<W, D>(at.a_lanes + k * words<W>(q.d_in), NR, a + k * a_r, a_r, a_d, rank - k, q.d_in);
+      if (at.a_rows) pack_panels<D>(at.a_rows, a, a_r, a_d, rank, q.d_in, q.rank);
     });
     with_source<W>(q.B.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       for (int64_t e = 0; at.b_lanes && e < q.d_out; e += NR)
-        pack_lanes<W, D>(at.b_lanes + e, lanes(q.d_out), b + e * b_e, b_e, b_r, q.d_out - e, rank);
-      if (at.b_rows) pack_rows<W, D>(at.b_rows, r_lanes, b, b_e, b_r, q.d_out, rank);
+        pack_lanes<W, D>(at.b_lanes + e * words<W>(q.rank), NR, b + e * b_e, b_e, b_r, q.d_out - e, rank);
+      if (at.b_rows) pack_panels<D>(at.b_rows, b, b_e, b_r, q.d_out, rank, q.d_out);
     });
     return at;
+  }
+
+  // Panels of sums over as many elements.
+  static Right by_panel(const float* panels, int64_t elements) { return {panels, NR, words<W>(elements) * NR}; }
+
+  // pack_rows into panels with room for sums over `longest`.
+  template <Dtype D>
+  static void pack_panels(float* to, const char* from, int64_t row, int64_t step, int64_t rows, int64_t columns,
+                          int64_t longest, const int64_t* map = nullptr) {
+    pack_rows<W, D>(to, NR, from, row, step, rows, columns, map, words<W>(longest) * NR);
   }
 
   // Rows of a block, of x (or what dropout left of it, in grouped order), y or dy.
@@ -202,7 +218,7 @@ class Lora {
       left = {reinterpret_cast<const char*>(at.rows), words<W>(from.columns) * 4, 4};
     }
     product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(from.columns), kDeepest, left,
-                         {panels, lanes(q.rank)}, at.sums, lanes(q.rank));
+                         by_panel(panels, from.columns), at.sums, lanes(q.rank));
   }
 
   float scale_of(const LoraBlock& b) const {
@@ -279,17 +295,17 @@ class Lora {
             columns};
     out.map = b.map;
     const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
-    product_wide<W>(b.count, columns, words<W>(rank), left, panels, out);
+    product_along<W>(b.count, columns, words<W>(rank), left, panels, out);
   }
 
   // dx (+)= the same, where dropout kept x.
   void add_dropped(const LoraBlock& b, const Thread& at) const {
-    const int64_t size = size_of(q.x.dtype), rank = q.rank_of(b.adapter), d_lanes = lanes(q.d_in);
+    const int64_t size = size_of(q.x.dtype), rank = q.rank_of(b.adapter);
     const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
     for (int64_t d = 0; d < q.d_in; d += kStrip) {
       const int64_t columns = q.d_in - d < kStrip ? q.d_in - d : kStrip;
       const Out out{reinterpret_cast<char*>(at.sums), kStrip * 4, Store::f32, round_up(columns, VL)};
-      product_wide<W>(b.count, out.lanes, words<W>(rank), left, {at.a_rows + d, d_lanes}, out);
+      product_along<W>(b.count, out.lanes, words<W>(rank), left, by_panel(at.a_rows + d * words<W>(q.rank), q.rank), out);
       with_dtype(q.x.dtype, [&](auto type) {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
@@ -326,47 +342,54 @@ class Lora {
     if (!q.dx) return;
     words_of(b, at);
     if (dropped_) return add_dropped(b, at);
-    add(b, {at.a_rows, lanes(q.d_in)}, q.dx, q.d_in, at);
+    add(b, by_panel(at.a_rows, q.rank), q.dx, q.d_in, at);
   }
 
   // A strip of columns of dA_u or, after those, of dB_u.
   void strip_gradients(int64_t u, int64_t s, int thread) const {
     const int64_t of_a = strips_of(q.dA, q.d_in);
     const bool is_a = s < of_a;
-    const int64_t width = is_a ? q.d_in : q.d_out, c = (is_a ? s : s - of_a) * kStrip;
-    const int64_t columns = width - c < kStrip ? width - c : kStrip, rank = q.rank_of(u), size = size_of(q.x.dtype);
+    const int64_t width = is_a ? q.d_in : q.d_out, c = (is_a ? s : s - of_a) * strip_;
+    const int64_t columns = width - c < strip_ ? width - c : strip_, rank = q.rank_of(u), size = size_of(q.x.dtype);
     const Thread at = of(thread);
-    float* const total = at.sums;  // [R, kStrip], and R is at most kBlockRows at a time
     for (int64_t k = 0; k < q.rank; k += kBlockRows) {
       const int64_t ranks = rank - k < kBlockRows ? rank - k : kBlockRows;
-      Out out{reinterpret_cast<char*>(total), kStrip * 4, Store::f32, round_up(columns, VL)};
+      Out out{reinterpret_cast<char*>(at.total), strip_ * 4, Store::f32, round_up(columns, VL)};
       for (int64_t i = q.block_first[u]; ranks > 0 && i < q.block_first[u + 1]; ++i) {
         const LoraBlock& b = q.blocks[i];
-        const Source from = is_a ? x_of(b) : dy_of(b);
-        with_source<W>(q.x.dtype, [&](auto type) {
-          pack_rows<W, decltype(type)::value>(at.strip, kStrip, from.data + c * size, width * size, size, b.count,
-                                              columns, from.map);
-        });
         const int64_t steps = words<W>(b.count);
         const float* const left = (is_a ? turned_g_ : turned_h_) + turned_at(i) + k * steps;
         product_wide<W>(ranks, out.lanes, steps, {reinterpret_cast<const char*>(left), steps * 4, 4},
-                        {at.strip, kStrip}, out);
+                        strip_of(b, is_a ? x_of(b) : dy_of(b), c, columns, ranks, at), out);
         out.store = Store::f32_add;
       }
       const int64_t all = q.rank - k < kBlockRows ? q.rank - k : kBlockRows;
-      for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(total + i * kStrip, 0, kStrip * 4);
+      for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(at.total + i * strip_, 0, strip_ * 4);
       if (is_a) {
-        write_rows_of_a(u, k, all, c, columns, total);
+        write_rows_of_a(u, k, all, c, columns, at.total);
       } else {
-        write_rows_of_b(u, k, all, c, columns, total);
+        write_rows_of_b(u, k, all, c, columns, at.total);
       }
     }
+  }
+
+  // Columns c and on of a block's rows, as words along the rows. In place where a single tile reads them.
+  Right strip_of(const LoraBlock& b, const Source& from, int64_t c, int64_t columns, int64_t ranks,
+                 const Thread& at) const {
+    const int64_t size = size_of(q.x.dtype);
+    if (W::PER * W::STEP == 1 && ranks <= kTileRows<2> && q.x.dtype == W::dtype && !from.map && columns % VL == 0)
+      return {reinterpret_cast<const float*>(from.data) + c, from.columns};
+    with_source<W>(q.x.dtype, [&](auto type) {
+      pack_panels<decltype(type)::value>(at.strip, from.data + c * size, from.columns * size, size, b.count, columns,
+                                         b.count, from.map);
+    });
+    return by_panel(at.strip, b.count);
   }
 
   void write_rows_of_a(int64_t u, int64_t k, int64_t ranks, int64_t d, int64_t columns, const float* total) const {
     const int64_t size = size_of(q.A.dtype);
     for (int64_t i = 0; i < ranks; ++i)
-      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1, total + i * kStrip,
+      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1, total + i * strip_,
                    columns);
   }
 
@@ -376,7 +399,7 @@ class Lora {
     for (int64_t j = 0; j < columns; j += VL) {
       for (int64_t i = 0; i < ranks; i += VL) {
         V r[VL];
-        for (int64_t l = 0; l < VL; ++l) r[l] = i + l < ranks ? load<V>(total + (i + l) * kStrip + j) : V{};
+        for (int64_t l = 0; l < VL; ++l) r[l] = i + l < ranks ? load<V>(total + (i + l) * strip_ + j) : V{};
         transpose(r);
         with_dtype(q.B.dtype, [&](auto type) {
           for (int64_t l = 0; l < VL && j + l < columns; ++l) {
@@ -393,7 +416,7 @@ class Lora {
   char* dropped_;
   float *turned_h_, *turned_g_;
   char* threads_;
-  int64_t each_thread_, bytes_;
+  int64_t each_thread_, bytes_, strip_;
 };
 
 template <class W>

@@ -244,5 +244,12 @@ inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64
   before.put();
 }
 
+// Blocks of rows meet all panels there as well.
+template <class W>
+inline std::enable_if_t<std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t columns, int64_t steps, Left a,
+                                                              Right b, const Out& out) {
+  product_wide<W>(rows, columns, steps, a, b, out);
+}
+
 }  // namespace
 }  // namespace ctxkern

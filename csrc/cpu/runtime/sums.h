@@ -18,7 +18,8 @@ inline void product_in_pieces(int64_t rows, int64_t lanes, int64_t steps, int64_
   // once for a sum of nothing, which writes zeros
   for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
     const int64_t piece = steps - s < longest ? steps - s : longest;
-    product_wide<W>(rows, lanes, piece, {a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step}, out);
+    product_along<W>(rows, lanes, piece, {a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step, b.panel},
+                     out);
     out.store = Store::f32_add;
   }
 }

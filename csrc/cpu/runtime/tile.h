@@ -243,6 +243,11 @@ struct TileTable<W, NV, std::integer_sequence<int, I...>> {
   static constexpr TileFn of[] = {&tile<W, I + 1, NV>...};
 };
 
+template <class W, int NV>
+inline TileFn tile_of(int64_t height) {
+  return TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1];
+}
+
 // One panel of NV vectors, rows cut into tiles of nearly equal height.
 template <class W, int NV>
 inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, Left a, Right b, const Out& out,
@@ -250,8 +255,7 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t s
   const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
-    TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1](
-        steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
+    tile_of<W, NV>(height)(steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
     row += height;
   }
 }
@@ -277,6 +281,26 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int6
     } else {
       product<W, 1>(rows, steps, a, panel, part);
     }
+  }
+}
+
+// The same, all panels for a tile's rows before the next rows: for sums so short that reading and writing the output counts.
+template <class W>
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t columns, int64_t steps, Left a,
+                                                               Right b, const Out& out) {
+  const int64_t tiles = (rows + kTileRows<2> - 1) / kTileRows<2>;
+  for (int64_t t = 0, row = 0; t < tiles; ++t) {
+    const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
+    const Left left{a.data + row * a.row, a.row, a.step};
+    for (int64_t j = 0; j < columns; j += 2 * VL) {
+      const Out part = panel_of(out, j, columns);
+      if (columns - j > VL) {
+        tile_of<W, 2>(height)(steps, left, b.at(j), part, row, nullptr);
+      } else {
+        tile_of<W, 1>(height)(steps, left, b.at(j), part, row, nullptr);
+      }
+    }
+    row += height;
   }
 }
 
