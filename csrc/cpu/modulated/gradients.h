@@ -230,7 +230,6 @@ struct SharedRows {
 
   // G_u of a block
   void products(int i, int64_t u, const Block& b, const Out& out) const {
-    const Left left{reinterpret_cast<const char*>(x_words.panel(u, b.d / NR * NR) + b.d % NR), 4, NR * 4};
     const int64_t size = out.store == Store::f32 ? 4 : 2;
     for (int64_t c = 0; c < b.columns; c += NR) {
       Out part = out;
@@ -241,8 +240,13 @@ struct SharedRows {
       const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
       for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
         const int64_t piece = steps - s < longest ? steps - s : longest;
-        product_wide<W>(b.rows, part.lanes, piece, {left.data + s * left.step, left.row, left.step},
-                        {right + s * NR, NR}, part);
+        for (int64_t r = 0; r < b.rows; r += NR) {
+          const float* const left = x_words.panel(u, (b.d + r) / NR * NR) + (b.d + r) % NR + s * NR;
+          Out rows = part;
+          rows.data += r * out.row;
+          product_wide<W>(b.rows - r < NR ? b.rows - r : NR, part.lanes, piece,
+                          {reinterpret_cast<const char*>(left), 4, NR * 4}, {right + s * NR, NR}, rows);
+        }
         part.store = Store::f32_add;
       }
     }

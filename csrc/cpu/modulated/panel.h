@@ -16,6 +16,8 @@ namespace {
 // Bytes of a block of weights, and in the backward of their gradients, that stay in the second level of cache with what
 // they are multiplied with, and the shortest sum that a product is cut to for that (bench/LOG.md).
 constexpr int64_t kBlockBytes = 1 << 20, kShortest = 64;
+// Rows of D of a strip of the backward from so many rows of x a context on: each strip reads dy again, for G and for dx.
+constexpr int64_t kRowsOfD = 32, kManyRows = 1024;
 // Rows of x that meet all panels of a strip together.
 constexpr int64_t kFewRows = 64;
 // Shares of the budget for one thread's strip; more threads than that take turns.
@@ -180,7 +182,8 @@ struct PanelBackward {
     const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1;
     int64_t widest = 1;
     for (int i = 0; i < q.projections; ++i) widest = q.projection[i].d_out > widest ? q.projection[i].d_out : widest;
-    const int64_t strip = q.d_in > NR ? NR : VL, share = q.workspace_bytes / kShares;
+    const bool wide = q.d_in > kRowsOfD && kRowsOfD > NR && q.rows->count >= kManyRows * contexts;
+    const int64_t strip = wide ? kRowsOfD : q.d_in > NR ? NR : VL, share = q.workspace_bytes / kShares;
     int64_t across = round_up(widest, NR), group = contexts;
     // weights and their gradients, of one context
     const auto each = [&] { return strip * across * (kWeight + kProduct) + 2 * kPad; };
@@ -242,7 +245,7 @@ struct PanelBackward {
     at.products = need_products ? arena.take<char>(t.group * products_bytes()) : nullptr;
     at.panel = arena.take(contexts.along_k_words * 4 * VL);
     at.bias = arena.take(4 * VL);
-    at.turned = q.dx ? arena.take(words<R>(t.across) * NR) : nullptr;
+    at.turned = q.dx ? arena.take(words<R>(t.across) * round_up(t.strip, NR)) : nullptr;
     at.dx = q.dx && summed() ? arena.take(q.rows->count * t.strip) : nullptr;
     at.sums = t.group < q.rows->contexts ? arena.take(t.strip * t.across * (contexts.lanes + 1)) : nullptr;
     row.place(arena, at.row);
@@ -352,7 +355,9 @@ struct PanelBackward {
     const int64_t out_size = size_of(q.x.dtype);
     for (int64_t u = b.begin; u < b.end; ++u) {
       const char* const weights = at.weights + (u - b.begin) * weights_bytes();
-      pack_lanes<R, R::dtype>(at.turned, NR, weights, t.across * kWeight, kWeight, b.rows, b.columns);
+      const int64_t steps = words<R>(b.columns), row = t.across * kWeight;
+      for (int64_t r = 0; r < b.rows; r += NR)
+        pack_lanes<R, R::dtype>(at.turned + r * steps, NR, weights + r * row, row, kWeight, b.rows - r, b.columns);
       const LeftRows<R>& dy = shared.dy[i];
       dy.pieces(u, [&](const Piece& piece) {
         Left left = dy.at(piece.left);
@@ -364,7 +369,7 @@ struct PanelBackward {
           out = Out{reinterpret_cast<char*>(at.dx + piece.left * t.strip), t.strip * 4, Store::f32, b.rows};
         }
         if (add) out.store = Store::f32_add;
-        product_wide<R>(piece.count, b.rows, words<R>(b.columns), left, {at.turned, NR}, out);
+        product_wide<R>(piece.count, b.rows, steps, left, {at.turned, NR, steps * NR}, out);
       });
     }
   }
