@@ -109,18 +109,18 @@ class Lora {
   }
 
   Thread place(Arena& arena) const {
-    const int64_t r_lanes = lanes(q.rank), r_words = words<W>(q.rank);
+    const int64_t r_lanes = lanes(q.rank);
     Thread at;
     at.adapter = arena.take<int64_t>(1);
-    at.a_lanes = needs_h() ? arena.take(words<W>(q.d_in) * r_lanes) : nullptr;
-    at.a_rows = backward_ && q.dx ? arena.take(r_words * lanes(q.d_in)) : nullptr;
-    at.b_lanes = backward_ ? nullptr : arena.take(r_words * lanes(q.d_out));
-    at.b_rows = needs_g() ? arena.take(words<W>(q.d_out) * r_lanes) : nullptr;
+    at.a_lanes = needs_h() ? arena.take(panels(q.rank, q.d_in)) : nullptr;
+    at.a_rows = backward_ && q.dx ? arena.take(panels(q.d_in, q.rank)) : nullptr;
+    at.b_lanes = backward_ ? nullptr : arena.take(panels(q.d_out, q.rank));
+    at.b_rows = needs_g() ? arena.take(panels(q.rank, q.d_out)) : nullptr;
     at.rows = arena.take(kBlockRows * words<W>(widest()) + NR);
     at.sums = arena.take(kBlockRows * (r_lanes > kStrip ? r_lanes : kStrip));
     at.plain = q.products ? arena.take(kBlockRows * r_lanes) : nullptr;
-    at.words = arena.take(kBlockRows * r_words + NR);
-    at.strip = backward_ ? arena.take(words<W>(kBlockRows) * strip_) : nullptr;
+    at.words = arena.take(kBlockRows * words<W>(q.rank) + NR);
+    at.strip = backward_ ? arena.take(panels(strip_, kBlockRows)) : nullptr;
     at.total = backward_ ? arena.take(least(q.rank, kBlockRows) * strip_) : nullptr;
     return at;
   }
@@ -147,26 +147,29 @@ class Lora {
     with_source<W>(q.A.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       for (int64_t k = 0; at.a_lanes && k < rank; k += NR)
-        pack_lanes<W, D>(at.a_lanes + k * words<W>(q.d_in), NR, a + k * a_r, a_r, a_d, rank - k, q.d_in);
+        pack_lanes<W, D>(at.a_lanes + panels(k, q.d_in), NR, a + k * a_r, a_r, a_d, rank - k, q.d_in);
       if (at.a_rows) pack_panels<D>(at.a_rows, a, a_r, a_d, rank, q.d_in, q.rank);
     });
     with_source<W>(q.B.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       for (int64_t e = 0; at.b_lanes && e < q.d_out; e += NR)
-        pack_lanes<W, D>(at.b_lanes + e * words<W>(q.rank), NR, b + e * b_e, b_e, b_r, q.d_out - e, rank);
+        pack_lanes<W, D>(at.b_lanes + panels(e, q.rank), NR, b + e * b_e, b_e, b_r, q.d_out - e, rank);
       if (at.b_rows) pack_panels<D>(at.b_rows, b, b_e, b_r, q.d_out, rank, q.d_out);
     });
     return at;
   }
 
-  // Panels of sums over as many elements.
-  static Right by_panel(const float* panels, int64_t elements) { return {panels, NR, words<W>(elements) * NR}; }
+  // Floats of as many lanes, in panels of sums over `elements`. A line between panels keeps them from one set of a cache.
+  static int64_t panels(int64_t lanes, int64_t elements) {
+    return round_up(lanes, NR) / NR * (words<W>(elements) * NR + 16);
+  }
+  static Right by_panel(const float* data, int64_t elements) { return {data, NR, panels(NR, elements)}; }
 
   // pack_rows into panels with room for sums over `longest`.
   template <Dtype D>
   static void pack_panels(float* to, const char* from, int64_t row, int64_t step, int64_t rows, int64_t columns,
                           int64_t longest, const int64_t* map = nullptr) {
-    pack_rows<W, D>(to, NR, from, row, step, rows, columns, map, words<W>(longest) * NR);
+    pack_rows<W, D>(to, NR, from, row, step, rows, columns, map, panels(NR, longest));
   }
 
   // Rows of a block, of x (or what dropout left of it, in grouped order), y or dy.
@@ -208,7 +211,7 @@ class Lora {
   }
 
   // sums [rows, R] = rows of a block times panels of words by R lanes.
-  void inner(const LoraBlock& b, const Source& from, const float* panels, const Thread& at) const {
+  void inner(const LoraBlock& b, const Source& from, const float* right, const Thread& at) const {
     const int64_t size = size_of(q.x.dtype), row = from.columns * size;
     Left left{from.data, row, 4};
     if (from.map || q.x.dtype != W::dtype || from.columns % (W::PER * W::STEP) != 0) {
@@ -218,7 +221,7 @@ class Lora {
       left = {reinterpret_cast<const char*>(at.rows), words<W>(from.columns) * 4, 4};
     }
     product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(from.columns), kDeepest, left,
-                         by_panel(panels, from.columns), at.sums, lanes(q.rank));
+                         by_panel(right, from.columns), at.sums, lanes(q.rank));
   }
 
   float scale_of(const LoraBlock& b) const {
@@ -305,7 +308,8 @@ class Lora {
     for (int64_t d = 0; d < q.d_in; d += kStrip) {
       const int64_t columns = q.d_in - d < kStrip ? q.d_in - d : kStrip;
       const Out out{reinterpret_cast<char*>(at.sums), kStrip * 4, Store::f32, round_up(columns, VL)};
-      product_along<W>(b.count, out.lanes, words<W>(rank), left, by_panel(at.a_rows + d * words<W>(q.rank), q.rank), out);
+      product_along<W>(b.count, out.lanes, words<W>(rank), left, by_panel(at.a_rows + panels(d, q.rank), q.rank),
+                       out);
       with_dtype(q.x.dtype, [&](auto type) {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
