@@ -308,8 +308,7 @@ class Lora {
     for (int64_t d = 0; d < q.d_in; d += kStrip) {
       const int64_t columns = q.d_in - d < kStrip ? q.d_in - d : kStrip;
       const Out out{reinterpret_cast<char*>(at.sums), kStrip * 4, Store::f32, round_up(columns, VL)};
-      product_along<W>(b.count, out.lanes, words<W>(rank), left, by_panel(at.a_rows + panels(d, q.rank), q.rank),
-                       out);
+      product_along<W>(b.count, out.lanes, words<W>(rank), left, by_panel(at.a_rows + panels(d, q.rank), q.rank), out);
       with_dtype(q.x.dtype, [&](auto type) {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
