@@ -21,6 +21,8 @@ namespace {
 // Columns of D or E at a time, of rows that are laid out for a product along them: where strips are shared by threads, and
 // where a thread takes all of an adapter.
 constexpr int64_t kStrip = 128, kWideStrip = 1024;
+// Floats of a wide strip of dA or dB.
+constexpr int64_t kTotal = 1 << 16;
 
 template <class W>
 class Lora {
@@ -30,7 +32,14 @@ class Lora {
   Lora(const LoraCall& call, bool backward, char* workspace) : q(call), backward_(backward) {
     Arena arena(workspace);
     dropped_ = q.kept_from > 0 ? arena.take<char>(q.rows_of->count * q.d_in * size_of(q.x.dtype)) : nullptr;
-    strip_ = whole_adapters() && widest() > kStrip ? least(kWideStrip, lanes(widest())) : kStrip;
+    for (int64_t u = 0; u < q.adapters(); ++u) {
+      const int64_t rows = q.rows_of->first[u + 1] - q.rows_of->first[u];
+      most_rows_ = rows > most_rows_ ? rows : most_rows_;
+    }
+    if (whole_adapters() && widest() > kStrip && q.rank > 0) {
+      const int64_t fits = least(kWideStrip, kTotal / least(q.rank, kBlockRows) / NR * NR);
+      strip_ = least(fits, lanes(widest()));
+    }
     const int64_t turned = (q.rows_of->count / W::PER + q.block_count() * W::STEP) * q.rank;
     turned_h_ = backward && q.dB ? arena.take(turned) : nullptr;
     turned_g_ = backward && q.dA ? arena.take(turned) : nullptr;
@@ -81,7 +90,7 @@ class Lora {
     int64_t* adapter;  // 1 + whose panels they are
     float *a_lanes, *a_rows, *b_lanes, *b_rows;
     float* rows;   // of a block, as a left operand
-    float* sums;   // h or g, [rows, R], and other sums of as many rows or columns
+    float* sums;   // h or g, [rows, R], and other sums of as many rows
     float* plain;  // x A^T, kept for the gates' gradient
     float* words;  // the same, scaled, as a left operand
     float* strip;  // x or dy, [panels, words along the rows, NR]
@@ -99,28 +108,21 @@ class Lora {
   int64_t turned_at(int64_t i) const { return (q.blocks[i].first / W::PER + i * W::STEP) * q.rank; }
 
   // Enough adapters, none of them with more than a small share of all rows.
-  bool whole_adapters() const {
-    int64_t most = 0;
-    for (int64_t u = 0; u < q.adapters(); ++u) {
-      const int64_t rows = q.rows_of->first[u + 1] - q.rows_of->first[u];
-      most = rows > most ? rows : most;
-    }
-    return q.threads == 1 || most * 4 * q.threads <= q.rows_of->count;
-  }
+  bool whole_adapters() const { return q.threads == 1 || most_rows_ * 4 * q.threads <= q.rows_of->count; }
 
   Thread place(Arena& arena) const {
-    const int64_t r_lanes = lanes(q.rank);
+    const int64_t r_lanes = lanes(q.rank), rows = least(kBlockRows, most_rows_);
     Thread at;
     at.adapter = arena.take<int64_t>(1);
     at.a_lanes = needs_h() ? arena.take(panels(q.rank, q.d_in)) : nullptr;
     at.a_rows = backward_ && q.dx ? arena.take(panels(q.d_in, q.rank)) : nullptr;
     at.b_lanes = backward_ ? nullptr : arena.take(panels(q.d_out, q.rank));
     at.b_rows = needs_g() ? arena.take(panels(q.rank, q.d_out)) : nullptr;
-    at.rows = arena.take(kBlockRows * words<W>(widest()) + NR);
-    at.sums = arena.take(kBlockRows * (r_lanes > kStrip ? r_lanes : kStrip));
-    at.plain = q.products ? arena.take(kBlockRows * r_lanes) : nullptr;
-    at.words = arena.take(kBlockRows * words<W>(q.rank) + NR);
-    at.strip = backward_ ? arena.take(panels(strip_, kBlockRows)) : nullptr;
+    at.rows = arena.take(rows * words<W>(widest()) + NR);
+    at.sums = arena.take(rows * (r_lanes > kStrip ? r_lanes : kStrip));
+    at.plain = q.products ? arena.take(rows * r_lanes) : nullptr;
+    at.words = arena.take(rows * words<W>(q.rank) + NR);
+    at.strip = backward_ ? arena.take(panels(strip_, rows)) : nullptr;
     at.total = backward_ ? arena.take(least(q.rank, kBlockRows) * strip_) : nullptr;
     return at;
   }
@@ -419,7 +421,8 @@ class Lora {
   char* dropped_;
   float *turned_h_, *turned_g_;
   char* threads_;
-  int64_t each_thread_, bytes_, strip_;
+  int64_t each_thread_, bytes_;
+  int64_t most_rows_ = 0, strip_ = kStrip;
 };
 
 template <class W>
