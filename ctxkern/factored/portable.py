@@ -4,6 +4,8 @@ Backward, with u = x in_factor and v = dy out_factor^T: dgate sums u ∘ v over 
 dx = dy weight^T + (v ∘ gate) in_factor^T, din_factor = x^T (v ∘ gate), dout_factor = (u ∘ gate)^T dy.
 """
 
+import torch
+
 from ctxkern.factored.operands import Gradients, check_values, gate_gradient, gate_rows
 from ctxkern.lora.operands import base_gradients, base_product
 from ctxkern.plan import compute_dtype
@@ -17,6 +19,9 @@ class _Rows:
         if x.device.type == "cpu":
             check_values(operands)
         compute = compute_dtype(x.device.type, x.dtype)
+        if x.device.type == "cpu":
+            # gradients of wider factors are as wide, and would show what was rounded on the way
+            compute = torch.promote_types(compute, in_factor.dtype)
         self.x = x.flatten(0, -2).to(compute)
         self.in_factor, self.out_factor = in_factor.to(compute), out_factor.to(compute)
         rows, flat = gate_rows(operands), gate.flatten(0, -2)
