@@ -163,12 +163,12 @@ struct Contexts {
   float* along_u = nullptr;
 };
 
-// What `weight_panel` would read, where it lies dense.
-inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t e) {
+// What `weight_panel` would read for columns e to e + columns, where it lies dense.
+inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t e, int64_t columns) {
   Ahead next;
   if (d >= q.d_in || e >= p.d_out || p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return next;
-  const int64_t size = size_of(p.bilinear.dtype), columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
-  next.bytes = columns * q.context_dim * size;
+  const int64_t size = size_of(p.bilinear.dtype), there = p.d_out - e < columns ? p.d_out - e : columns;
+  next.bytes = there * q.context_dim * size;
   for (int64_t i = 0; i < 2; ++i) {
     next.from[i] =
         p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;

@@ -114,7 +114,7 @@ struct PanelForward {
     const int64_t depth = words<W>(t.across), context = context_floats();
     for (int64_t r = 0; r < rows; r += 2) {
       for (int64_t j = 0; j < columns; j += NR) {
-        Ahead next = j + NR < columns ? panel_ahead(q, p, d + r, e + j + NR) : panel_ahead(q, p, d + r + 2, e);
+        Ahead next = j + NR < columns ? panel_ahead(q, p, d + r, e + j + NR, NR) : panel_ahead(q, p, d + r + 2, e, NR);
         weight_panel<W>(q, p, d + r, e + j, panel, bias);
         float* const to = weights + j * depth + r / W::PER * NR;
         Out out{reinterpret_cast<char*>(to), context * 4, W::PER == 2 ? Store::pairs : Store::f32, 4 * VL, NR * 4};
@@ -177,6 +177,7 @@ template <class P, class R>
 struct PanelBackward {
   static constexpr int64_t NR = 2 * VL;
   static constexpr int64_t kWeight = size_of(R::dtype), kProduct = size_of(P::dtype);  // bytes
+  static_assert(kWeight <= kProduct, "W_u is written over G_u, row after row");
 
   static Tiles tiles(const Call& q) {
     const int64_t contexts = q.rows->contexts > 0 ? q.rows->contexts : 1;
@@ -185,8 +186,7 @@ struct PanelBackward {
     const bool wide = q.d_in > kRowsOfD && kRowsOfD > NR && q.rows->count >= kManyRows * contexts;
     const int64_t strip = wide ? kRowsOfD : q.d_in > NR ? NR : VL, share = q.workspace_bytes / kShares;
     int64_t across = round_up(widest, NR), group = contexts;
-    // weights and their gradients, of one context
-    const auto each = [&] { return strip * across * (kWeight + kProduct) + 2 * kPad; };
+    const auto each = [&] { return strip * across * kProduct + kPad; };
     const int64_t limit = kBlockBytes < share ? kBlockBytes : share;
     if (R::PER == 1 && across > kDeepest) across = kDeepest;
     while (each() * contexts > limit && across > kShortest) across = round_up(across / 2, NR);
@@ -231,18 +231,17 @@ struct PanelBackward {
 
   // What one thread works in.
   struct Thread {
-    char *weights, *products;
+    char* weights;
     float *panel, *bias, *turned, *dx, *sums;
     RowScratch row;
   };
 
-  // Of one context.
-  int64_t weights_bytes() const { return t.strip * t.across * kWeight + kPad; }
-  int64_t products_bytes() const { return t.strip * t.across * kProduct + kPad; }
+  // Of one context, and of a row of it.
+  int64_t context_bytes() const { return t.strip * row_bytes() + kPad; }
+  int64_t row_bytes() const { return t.across * kProduct; }
 
   Thread place(Arena& arena, Thread at) const {
-    at.weights = q.dx ? arena.take<char>(t.group * weights_bytes()) : nullptr;
-    at.products = need_products ? arena.take<char>(t.group * products_bytes()) : nullptr;
+    at.weights = arena.take<char>(t.group * context_bytes());
     at.panel = arena.take(contexts.along_k_words * 4 * VL);
     at.bias = arena.take(4 * VL);
     at.turned = q.dx ? arena.take(words<R>(t.across) * round_up(t.strip, NR)) : nullptr;
@@ -310,41 +309,43 @@ struct PanelBackward {
   void products(int i, const Block& b, Thread& at) const {
     constexpr int64_t size = kProduct;
     for (int64_t u = b.begin; u < b.end; ++u) {
-      char* const to = at.products + (u - b.begin) * products_bytes();
-      const Out out{to, t.across * size, store_of(P::dtype), b.columns};
+      char* const to = at.weights + (u - b.begin) * context_bytes();
+      const Out out{to, row_bytes(), store_of(P::dtype), b.columns};
       shared.products(i, u, b, out);
       const int64_t padded = words<P>(b.columns) * P::PER;
       for (int64_t r = 0; padded > b.columns && r < b.rows; ++r) {
-        std::memset(to + (r * t.across + b.columns) * size, 0, (padded - b.columns) * size);
+        std::memset(to + r * row_bytes() + b.columns * size, 0, (padded - b.columns) * size);
       }
     }
   }
 
-  // Row after row of `bilinear`: the weights of the block, and what its gradients take from it.
+  // Row after row of `bilinear`: what the gradients take from G, then the weights in its place.
   void rows_of(int i, const Block& b, int64_t range, Thread& at) {
     const Projection& p = q.projection[i];
+    const int64_t widest = t.across < kChunk ? t.across : kChunk;
     for (int64_t r = 0; r < b.rows; r += 2) {
       const int64_t d = b.d + r;
       for (int64_t c = 0; c < b.columns; c += kChunk) {
         const int64_t chunk = b.columns - c < kChunk ? b.columns - c : kChunk;
-        for (int64_t j = c; q.dx && j < c + chunk; j += NR) {
-          Ahead next = j + NR < b.columns ? panel_ahead(q, p, d, b.e + j + NR) : panel_ahead(q, p, d + 2, b.e);
-          weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
-          char* const to = at.weights + (r * t.across + j) * kWeight;
-          Out out{to, weights_bytes(), store_of(R::dtype), 4 * VL, t.across * kWeight};
-          out.bias = at.bias;
-          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out,
-                        &next);
-        }
         for (int64_t i = 0; need_products && i < 2 && r + i < b.rows; ++i) {
-          const char* const g = at.products + ((r + i) * t.across + c) * kProduct;
-          const Products made{g, products_bytes(), b.begin, b.end - b.begin};
+          const char* const g = at.weights + (r + i) * row_bytes() + c * kProduct;
+          const Products made{g, context_bytes(), b.begin, b.end - b.begin};
           Sums sums;
           if (at.sums) {
             float* const first = at.sums + ((r + i) * t.across + c) * (contexts.lanes + 1);
             sums = Sums{first, first + chunk, b.begin > 0, b.end == q.rows->contexts};
           }
           row.add(p, d + i, b.e + c, chunk, made, dcontext.at(range), sums, at.row);
+        }
+        if (!q.dx) continue;
+        Ahead next = c + kChunk < b.columns ? panel_ahead(q, p, d, b.e + c + kChunk, widest)
+                                            : panel_ahead(q, p, d + 2, b.e, widest);
+        for (int64_t j = c; j < c + chunk; j += NR) {
+          weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
+          Out out{at.weights + r * row_bytes() + j * kWeight, context_bytes(), store_of(R::dtype), 4 * VL, row_bytes()};
+          out.bias = at.bias;
+          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out,
+                        &next);
         }
       }
     }
@@ -354,8 +355,8 @@ struct PanelBackward {
   void project(int i, const Block& b, bool add, Thread& at) const {
     const int64_t out_size = size_of(q.x.dtype);
     for (int64_t u = b.begin; u < b.end; ++u) {
-      const char* const weights = at.weights + (u - b.begin) * weights_bytes();
-      const int64_t steps = words<R>(b.columns), row = t.across * kWeight;
+      const char* const weights = at.weights + (u - b.begin) * context_bytes();
+      const int64_t steps = words<R>(b.columns), row = row_bytes();
       for (int64_t r = 0; r < b.rows; r += NR)
         pack_lanes<R, R::dtype>(at.turned + r * steps, NR, weights + r * row, row, kWeight, b.rows - r, b.columns);
       const LeftRows<R>& dy = shared.dy[i];

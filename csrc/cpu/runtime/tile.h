@@ -172,15 +172,17 @@ template <int NV>
 constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
 
 // Memory to bring near while products run, two lines per step: more at once would fill the buffers of outstanding misses.
+// LEVEL: 3 for the first cache, 2 for the second.
 struct Ahead {
   const char* from[2] = {nullptr, nullptr};
   int64_t bytes = 0;  // of each
   int64_t at = 0;
 
+  template <int LEVEL>
   CTXKERN_INLINE void fetch() {
     if (at >= bytes) return;
-    __builtin_prefetch(from[0] + at, 0, 2);
-    __builtin_prefetch(from[1] + at, 0, 2);
+    __builtin_prefetch(from[0] + at, 0, LEVEL);
+    __builtin_prefetch(from[1] + at, 0, LEVEL);
     at += 64;
   }
 };
@@ -195,6 +197,16 @@ template <class W, int MR, int NV>
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = V{};
   }
+  // halves: the sum is short, and lines of the output that are first asked for at its end would be waited for
+  if (W::PER == 2 && out.store != Store::f32_stream && out.store != Store::bf16_stream) {
+    const int64_t next = NV == 4 && out.half != 0 ? out.half : 64;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const char* const c = out.at(row + i);
+      __builtin_prefetch(c, 1);
+      if (NV == 4 || size_of(out.store) == 4) __builtin_prefetch(c + next, 1);
+    }
+  }
   // every third row: x86 addresses the two after it as base + stride and base + 2·stride
   constexpr int BASES = (MR + 2) / 3;
   const char* base[BASES];
@@ -207,7 +219,7 @@ template <class W, int MR, int NV>
       for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a.row);
     }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
-      if (NV == 4) next.fetch();
+      if (NV == 4) next.fetch<3>();
       V w[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
