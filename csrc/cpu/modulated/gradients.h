@@ -172,7 +172,8 @@ class RowGradients {
     const bool whole = W::PER == 2 || steps <= kLongest;
     if (whole && !sums.dbilinear && p.dbilinear.strides[2] == 1) {
       Out out{to, p.dbilinear.strides[1] * size, store_of(p.dbilinear.dtype), q_.context_dim};
-      if (q_.context_dim % (4 * VL) == 0) {
+      // all of a row at once, where there are registers for it
+      if (VL == 16 && q_.context_dim % (4 * VL) == 0) {
         out.half = 2 * VL * size;
         if (VL > 4 && q_.d_in * p.d_out * q_.context_dim * size >= kCached && streamable(out)) out = streamed(out);
         for (int64_t k = 0; k < q_.context_dim; k += 4 * VL, out.data += 4 * VL * size)

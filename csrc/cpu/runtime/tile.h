@@ -219,7 +219,7 @@ template <class W, int MR, int NV>
       for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a.row);
     }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
-      if (NV == 4) next.fetch<3>();
+      if (NV == 4) next.fetch<W::PER == 2 ? 3 : 2>();
       V w[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
