@@ -47,6 +47,21 @@ inline int64_t threads_for(const Call& q, int64_t bytes_each, int64_t ranges) {
   return threads > 1 ? threads : 1;
 }
 
+// Whether dbilinear is so large that it is written past the cache.
+inline bool past_cache(const Call& q, const Projection& p) {
+  return VL > 4 && q.d_in * p.d_out * q.context_dim * size_of(p.dbilinear.dtype) >= kCached;
+}
+
+// Rows of dbilinear as a product. All of a row at once where there are registers for it.
+template <class W>
+inline void product_of_rows(int64_t rows, int64_t lanes, int64_t steps, Left left, Right right, Out out, bool past) {
+  if (past && streamable(out)) out = streamed(out);
+  if (VL < 16 || lanes % (4 * VL) != 0) return product_wide<W>(rows, lanes, steps, left, right, out);
+  out.half = 2 * VL * size_of(out.store);
+  for (int64_t k = 0; k < lanes; k += 4 * VL, out.data += 2 * out.half)
+    product<W, 4>(rows, steps, left, {right.data + k, right.step}, out);
+}
+
 // Sums for dcontext, one a range, [ranges, U, K padded], added in their order at the end.
 class DContext {
  public:
@@ -172,20 +187,11 @@ class RowGradients {
     const bool whole = W::PER == 2 || steps <= kLongest;
     if (whole && !sums.dbilinear && p.dbilinear.strides[2] == 1) {
       Out out{to, p.dbilinear.strides[1] * size, store_of(p.dbilinear.dtype), q_.context_dim};
-      // all of a row at once, where there are registers for it
-      if (VL == 16 && q_.context_dim % (4 * VL) == 0) {
-        out.half = 2 * VL * size;
-        if (VL > 4 && q_.d_in * p.d_out * q_.context_dim * size >= kCached && streamable(out)) out = streamed(out);
-        for (int64_t k = 0; k < q_.context_dim; k += 4 * VL, out.data += 4 * VL * size)
-          product<W, 4>(columns, steps, left, {contexts_.right(g.begin).data + k, contexts_.lanes}, out);
-        return;
-      }
-      const bool large = VL > 4 && q_.d_in * p.d_out * q_.context_dim * size >= kCached;
-      if (large && streamable(out)) out = streamed(out);
-      // else rows without gaps go through the cache, whole lines at a time, to memory
-      const bool copied = large && out.store == store_of(p.dbilinear.dtype) && p.dbilinear.strides[1] == q_.context_dim;
+      const bool past = past_cache(q_, p);
+      // rows without gaps that cannot be written past the cache go through it, whole lines at a time
+      const bool copied = past && !streamable(out) && p.dbilinear.strides[1] == q_.context_dim;
       if (copied) out.data = reinterpret_cast<char*>(at.out) + reinterpret_cast<uintptr_t>(to) % 64;
-      product_wide<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out);
+      product_of_rows<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out, past && !copied);
       if (copied) stream_copy(to, out.data, columns * out.row);
       return;
     }

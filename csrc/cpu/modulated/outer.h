@@ -367,7 +367,8 @@ struct OuterBackward {
         if (direct)
           out = Out{to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[0] * size, store_of(p.dbilinear.dtype),
                     q.context_dim};
-        product_wide<W>(rows, out.lanes, words<W>(summed), x_left(d, n / W::PER), {at.right, all.lanes}, out);
+        product_of_rows<W>(rows, out.lanes, words<W>(summed), x_left(d, n / W::PER), {at.right, all.lanes}, out,
+                           direct && past_cache(q, p));
       }
     }
     for (int64_t d = 0; !direct && d < q.d_in; ++d) {
