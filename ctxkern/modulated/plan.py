@@ -40,13 +40,13 @@ class Problem(NamedTuple):
 # (bench/LOG.md), by words of one float32 or two bfloat16 and by pass. GPUs: by the counts, not measured.
 _CPU_TERMS = {
     ("f32", "forward"): (1.0, 1.21, 18.0),
-    ("f32", "backward"): (1.56, 3.6, 20.0),
+    ("f32", "backward"): (1.56, 3.0, 20.0),
     ("bf16", "forward"): (1.0, 1.42, 69.0),
-    ("bf16", "backward"): (1.96, 4.9, 40.0),
+    ("bf16", "backward"): (1.96, 3.9, 40.0),
 }
 _GPU_TERMS = (1.0, 4.0, -0.5)  # up to and including four rows per context
 
-# bytes of `bilinear` up to which it stays in cache, and laying it out for the outer form's forward costs nothing
+# bytes of `bilinear` up to which it stays in cache, and the outer form's fixed part costs nothing
 _CPU_CACHED = 8 << 20
 
 # portable: operations that writing and reading an element of the intermediate costs, compared with a product's, and the
@@ -71,7 +71,7 @@ def outer_above(terms, tokens, per_token=False):
 def cpu_terms(pairs, backward, bilinear_bytes):
     """Terms of the C++ kernels; pairs: words are two bfloat16 along the sum."""
     rows, contexts, fixed = _CPU_TERMS["bf16" if pairs else "f32", "backward" if backward else "forward"]
-    return rows, contexts, fixed if backward or bilinear_bytes > _CPU_CACHED else 0.0
+    return rows, contexts, fixed if bilinear_bytes > _CPU_CACHED else 0.0
 
 
 def gpu_terms():
