@@ -126,10 +126,11 @@ template <class W, Dtype D>
 #if defined(__AVX512F__)
     if constexpr (W::PER == 2 && D == Dtype::bf16) {
       const __m512i low = load<__m512i>(kZip.low), high = load<__m512i>(kZip.high);
-      for (; first && second && step == size && c + 2 * VL <= columns; c += 2 * VL, out += beyond) {
-        const __m512i a = load<__m512i>(first + c * 2), b = load<__m512i>(second + c * 2);
+      for (; first && step == size && c < columns; c += 2 * VL, out += beyond) {
+        const __m512i a = (__m512i)load_words<W, D>(first + c * 2, columns - c);
+        const __m512i b = second ? (__m512i)load_words<W, D>(second + c * 2, columns - c) : __m512i{};
         store(out + c, _mm512_permutex2var_epi16(a, low, b));
-        store(out + c + VL, _mm512_permutex2var_epi16(a, high, b));
+        if (columns - c > VL) store(out + c + VL, _mm512_permutex2var_epi16(a, high, b));
       }
     }
 #endif
