@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -130,6 +131,14 @@ def _quiet():
         os.close(nowhere)
 
 
+def _median(fn, device, seconds=0.5, least=4):
+    """Of the seconds of at least so many runs in so many seconds."""
+    runs, end = [], time.perf_counter() + seconds
+    while len(runs) < least or time.perf_counter() < end:
+        runs.append(_timed(fn, device))
+    return median(runs)
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the machine reaches in this run: FLOP/s of a large product and bytes/s of a large read and write."""
@@ -143,13 +152,14 @@ class Ceilings:
 
 
 def ceilings(dtype, device="cpu", size=None):
-    """The `Ceilings` of a device for a dtype: the best of a few runs."""
+    """The `Ceilings` of a device for a dtype: medians of half a second each, as of what is compared with them; the first
+    runs of a process can take twice as long."""
     size = size or (8192 if torch.device(device).type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn((256 << 20) // 4, device=device)
     target = torch.empty_like(source)
-    product = min(_timed(lambda: a @ b, device) for _ in range(5))
-    copy = min(_timed(lambda: target.copy_(source), device) for _ in range(4))
+    product = _median(lambda: a @ b, device)
+    copy = _median(lambda: target.copy_(source), device)
     return Ceilings(2 * size**3 / product, 2 * source.numel() * 4 / copy)
 
 
