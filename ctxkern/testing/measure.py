@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -131,12 +130,12 @@ def _quiet():
         os.close(nowhere)
 
 
-def _median(fn, device, seconds=0.5, least=4):
-    """Of the seconds of at least so many runs in so many seconds."""
+def _fast(fn, device, seconds=2.0, least=4):
+    """The 20th percentile of the seconds of at least so many runs in so many seconds."""
     runs, end = [], time.perf_counter() + seconds
     while len(runs) < least or time.perf_counter() < end:
         runs.append(_timed(fn, device))
-    return median(runs)
+    return sorted(runs)[len(runs) // 5]
 
 
 @dataclass(frozen=True)
@@ -152,14 +151,14 @@ class Ceilings:
 
 
 def ceilings(dtype, device="cpu", size=None):
-    """The `Ceilings` of a device for a dtype: medians of half a second each, as of what is compared with them; the first
-    runs of a process can take twice as long."""
+    """The `Ceilings` of a device for a dtype, by 20th percentiles of two seconds each: a process's threads may share a core
+    for the first of them."""
     size = size or (8192 if torch.device(device).type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn((256 << 20) // 4, device=device)
     target = torch.empty_like(source)
-    product = _median(lambda: a @ b, device)
-    copy = _median(lambda: target.copy_(source), device)
+    product = _fast(lambda: a @ b, device)
+    copy = _fast(lambda: target.copy_(source), device)
     return Ceilings(2 * size**3 / product, 2 * source.numel() * 4 / copy)
 
 
