@@ -151,8 +151,8 @@ class Ceilings:
 
 
 def ceilings(dtype, device="cpu", size=None):
-    """The `Ceilings` of a device for a dtype, by 20th percentiles of two seconds each: a process's threads may share a core
-    for the first of them."""
+    """The `Ceilings` of a device for a dtype, by 20th percentiles of two seconds each: the threads of a process may
+    share a core for the first of them."""
     size = size or (8192 if torch.device(device).type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn((256 << 20) // 4, device=device)
