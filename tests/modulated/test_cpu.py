@@ -38,6 +38,9 @@ LARGER = [
     # gradients of `bilinear` that are written past the caches, from registers and by whole lines
     Case("large", 3, 5, 260, 260, 32),
     Case("large-odd", 3, 5, 260, 261, 31),
+    # four vectors of a row at once: added to, and written past the caches
+    Case("many-rows-wide-k", 2, 150, 33, 40, 128),
+    Case("large-wide-k", 24, 1, 192, 200, 64),
 ]
 
 

@@ -52,11 +52,11 @@ inline bool past_cache(const Call& q, const Projection& p) {
   return VL > 4 && q.d_in * p.d_out * q.context_dim * size_of(p.dbilinear.dtype) >= kCached;
 }
 
-// Rows of dbilinear as a product. All of a row at once where there are registers for it.
+// Rows of dbilinear as a product. Four vectors of a row at once where there are registers for them.
 template <class W>
 inline void product_of_rows(int64_t rows, int64_t lanes, int64_t steps, Left left, Right right, Out out, bool past) {
   if (past && streamable(out)) out = streamed(out);
-  if (VL < 16 || lanes % (4 * VL) != 0) return product_wide<W>(rows, lanes, steps, left, right, out);
+  if (VL < 16 || W::STEP > 1 || lanes % (4 * VL) != 0) return product_wide<W>(rows, lanes, steps, left, right, out);
   out.half = 2 * VL * size_of(out.store);
   for (int64_t k = 0; k < lanes; k += 4 * VL, out.data += 2 * out.half)
     product<W, 4>(rows, steps, left, {right.data + k, right.step}, out);

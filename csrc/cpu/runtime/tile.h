@@ -60,7 +60,7 @@ struct Right {
   Right at(int64_t lane) const { return {data + lane / (2 * VL) * panel, step, panel}; }
 };
 
-// The adds: to panels of one or two vectors. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
+// The adds: to panels of vectors without gaps. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
 // first half and of the second. The streams write past the cache: whole vectors, aligned, of one or two.
 enum class Store { f32, f32_add, bf16, bf16_add, f16, f16_add, pairs, f32_stream, bf16_stream };
 
