@@ -144,6 +144,20 @@ def base_product(x, weight, bias, workspace_bytes):
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
+def _weight_gradient(x, dy, weight, workspace_bytes):
+    """dy^T x [E, D] in the dtype and the layout of weight, which saves turning it where that is [D, E] in memory."""
+    turned = weight.mT.is_contiguous()
+    if weight.dtype == x.dtype:
+        return (x.mT @ dy).mT if turned else dy.mT @ x
+    dweight = torch.empty_like(weight)
+    for strip in strips_of_weight(weight, 0, x.dtype, workspace_bytes):
+        if turned:
+            dweight.mT[:, strip] = x.mT @ dy[:, strip]
+        else:
+            dweight[strip] = dy[:, strip].mT @ x
+    return dweight
+
+
 def base_gradients(x, dy, weight, bias, needs, workspace_bytes):
     """(dx, dweight, dbias) of it for x [N, D] and dy [N, E]; None where they are not asked for, or without weight."""
     compute = compute_dtype(x.device.type, x.dtype)
@@ -155,9 +169,7 @@ def base_gradients(x, dy, weight, bias, needs, workspace_bytes):
             torch.mm(wide, weight[:, strip].to(compute), out=dx[:, strip])
         dx = dx.to(x.dtype)
     if needs.weight:
-        dweight = torch.empty_like(weight)
-        for strip in strips_of_weight(weight, 0, compute, workspace_bytes):
-            dweight[strip] = wide[:, strip].mT @ x.to(compute)
+        dweight = _weight_gradient(x.to(compute), wide, weight, workspace_bytes)
     if needs.bias:
         dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype)
     return dx, dweight, dbias
