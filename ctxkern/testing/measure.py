@@ -146,7 +146,7 @@ class Ceilings:
     bandwidth: float
 
     def floor(self, flops, moved):
-        """Seconds below which no way of computing it can get."""
+        """Seconds that the operations or the bytes take at those rates, whichever is more."""
         return max(flops / self.flops, moved / self.bandwidth)
 
 
