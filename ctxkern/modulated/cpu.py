@@ -8,6 +8,7 @@ from ctxkern.modulated.native import problem_of, without_gaps
 from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_gradients, new_outputs
 from ctxkern.modulated.plan import Problem, cpu_terms, describe, outer_above
 from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.runtime import memory
 
 # instruction sets that multiply pairs of bfloat16
 _PAIRS = ("avx512_bf16", "amx_bf16")
@@ -52,7 +53,7 @@ def forward(operands, workspace_bytes):
 def backward(douts, operands, workspace_bytes, needs):
     """The `Gradients` that `needs` asks for."""
     operands, douts = without_gaps(operands), [contiguous(dout) for dout in douts]
-    grads = new_gradients(douts, operands, needs)
+    grads = new_gradients(douts, operands, needs, memory.empty_like)
     if grads.from_kernels():
         _run(_problem(operands, douts, workspace_bytes, True, grads), True, operands)
     return grads

@@ -58,6 +58,7 @@ void lora(uintptr_t address, bool backward, const py::object& allocate) {
   const LoraProblem& problem = *reinterpret_cast<const LoraProblem*>(address);
   check_problem(problem, backward);
   check_ranks(problem);
+  release_kept(kept_seconds());
   const Made made(problem);
   const LoraKernels& run = lora_kernels_for(chosen_isa(), problem.x.dtype);
   const Workspace workspace(run.bytes(made.call, backward), allocate);

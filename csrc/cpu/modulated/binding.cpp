@@ -61,6 +61,7 @@ void advise(const Call& q, bool backward) {
 
 void modulated(uintptr_t problem, bool backward, const py::object& allocate) {
   check_problem(problem_at(problem), backward);
+  release_kept(kept_seconds());
   const Made made(problem_at(problem));
   const Kernels& run = kernels(made.call);
   const Tiles tiles = run.tiles(made.call, backward);

@@ -6,6 +6,9 @@
 #include <vector>
 
 #include "isa.h"
+#include "memory.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -35,6 +38,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_isa", &force_cpu_isa,
         "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
   m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
+  py::class_<ctxkern::LargeMemory>(m, "LargeMemory", py::buffer_protocol(),
+                                   "Memory for a large result; what is dropped waits for the next of its size.")
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](ctxkern::LargeMemory& memory) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(memory.data), static_cast<py::ssize_t>(memory.bytes));
+      });
+  m.def("kept_bytes", &ctxkern::kept_bytes, "Bytes of dropped memory that wait.");
+  m.def("release_kept", &ctxkern::release_kept, py::arg("seconds") = 0.0,
+        "Gives back to the system memory that has waited for so long.");
   ctxkern::bind_modulated(m);
   ctxkern::bind_lora(m);
 }

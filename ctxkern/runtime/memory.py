@@ -1,0 +1,37 @@
+"""Memory for large results on the CPU, kept for a while after they are dropped (csrc/cpu/runtime/memory.h).
+
+The system clears new memory, which takes about as long as filling it, and the C library gives back blocks of 32 MiB and
+more as soon as they are free: at D = E = 1024, K = 64 in float32 a third of a training step was that (bench/LOG.md).
+CTXKERN_KEPT_SECONDS: how long, 10 unless set; 0 for not at all.
+"""
+
+import torch
+
+from . import cpu
+
+# allocators keep smaller ones themselves
+_LARGE = 8 << 20
+
+
+def kept_bytes() -> int:
+    """Bytes of dropped results that are kept."""
+    return cpu.load().kept_bytes()
+
+
+def release() -> None:
+    """Gives them back to the system."""
+    cpu.load().release_kept(0.0)
+
+
+def empty_like(t):
+    """torch.empty_like on the CPU."""
+    if t.nbytes < _LARGE:
+        return torch.empty_like(t)
+    try:
+        memory = cpu.load().LargeMemory(t.nbytes)
+    except MemoryError:
+        # torch's own error says how much there is
+        return torch.empty_like(t)
+    block = torch.frombuffer(memory, dtype=t.dtype)
+    stride = torch.empty_like(t, device="meta").stride()
+    return torch.empty(0, dtype=t.dtype, device="cpu").set_(block.untyped_storage(), 0, t.shape, stride)
