@@ -38,7 +38,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_isa", &force_cpu_isa,
         "Makes one of cpu_isas() the instruction set in use, for tests; returns the one before.");
   m.def("cpu_name", &ctxkern::cpu_name, "The brand string of the processor, or an empty string.");
-  py::class_<ctxkern::LargeMemory>(m, "LargeMemory", py::buffer_protocol(),
+  py::class_<ctxkern::LargeMemory>(m, "LargeMemory", py::buffer_protocol(), py::module_local(),
                                    "Memory for a large result; what is dropped waits for the next of its size.")
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](ctxkern::LargeMemory& memory) {
