@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import ctxkern
 from ctxkern.plan import DEFAULT_WORKSPACE
 from ctxkern.testing.cases import Case, make_inputs
 from ctxkern.testing.measure import peak_extra_bytes
@@ -51,6 +52,29 @@ def test_the_einsum_does_not():
     """The measure sees the weights that the einsum builds, B·D·E elements, which pass the smaller workspace."""
     run = call(make_inputs(WIDE), True, peer="einsum")
     assert peak_extra_bytes(run) > 2 * MIB + allowance(WIDE)
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 1024, 256, 64), (1, 128, 2048, 256, 1), (8, 256, 1024, 64, 8)], ids=str)
+@pytest.mark.parametrize("threads", [2, 64])
+def test_temporaries_of_lora_linear_do_not_grow_with_the_threads(threads, shape):
+    sequences, length, width, rank, adapters = shape
+    x, dy = (torch.randn(sequences, length, width) for _ in range(2))
+    weight, A, B = torch.randn(width, width), torch.randn(adapters, rank, width), torch.randn(adapters, width, rank)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+
+    def run():
+        y = ctxkern.lora_linear(x, weight, A, B)
+        return y, torch.autograd.grad(y, leaves, dy)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        run()
+        peak = peak_extra_bytes(run)
+    finally:
+        torch.set_num_threads(before)
+    # x, y and their gradients in float32, twice
+    assert peak <= DEFAULT_WORKSPACE + 8 * sequences * length * width * 4
 
 
 _PROCESS = """

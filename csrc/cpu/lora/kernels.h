@@ -23,6 +23,9 @@ namespace {
 constexpr int64_t kStrip = 128, kWideStrip = 1024;
 // Floats of a wide strip of dA or dB.
 constexpr int64_t kTotal = 1 << 16;
+// Bytes that threads work in, beyond as many as rows of x and y in float32: of many threads only some take part where each
+// needs much.
+constexpr int64_t kBudget = 24 << 20;
 
 template <class W>
 class Lora {
@@ -43,10 +46,14 @@ class Lora {
     const int64_t turned = (q.rows_of->count / W::PER + q.block_count() * W::STEP) * q.rank;
     turned_h_ = backward && q.dB ? arena.take(turned) : nullptr;
     turned_g_ = backward && q.dA ? arena.take(turned) : nullptr;
-    Arena one(nullptr);
+    Arena one(nullptr), strip(nullptr);
     place(one);
+    place_strip(strip);
     each_thread_ = one.used();
-    threads_ = arena.take<char>(each_thread_ * q.threads);
+    each_strip_ = backward ? strip.used() : 0;
+    share_budget();
+    threads_ = arena.take<char>(each_thread_ * block_threads_);
+    strips_at_ = arena.take<char>(each_strip_ * strip_threads_);
     bytes_ = arena.used();
   }
 
@@ -54,7 +61,7 @@ class Lora {
 
   void forward() {
     forget_panels();
-    parallel<W>(q.threads, q.block_count(), [&](int64_t i, int thread) {
+    parallel<W>(block_threads_, q.block_count(), [&](int64_t i, int thread) {
       const LoraBlock& b = q.blocks[i];
       const Thread at = with_panels(b.adapter, thread);
       if (dropped_) drop(b);
@@ -73,19 +80,19 @@ class Lora {
       if (q.dB) std::memset(q.dB, 0, static_cast<size_t>(each * q.d_out * size_of(q.B.dtype)));
     }
     if (whole_adapters()) {
-      parallel<W>(q.threads, q.adapters(), [&](int64_t u, int thread) {
+      parallel<W>(block_threads_, q.adapters(), [&](int64_t u, int thread) {
         for (int64_t i = q.block_first[u]; i < q.block_first[u + 1]; ++i) block_gradients(i, thread);
         for (int64_t s = 0; s < strips(); ++s) strip_gradients(u, s, thread);
       });
       return;
     }
-    parallel<W>(q.threads, q.block_count(), [&](int64_t i, int thread) { block_gradients(i, thread); });
-    parallel<W>(q.threads, q.adapters() * strips(),
+    parallel<W>(block_threads_, q.block_count(), [&](int64_t i, int thread) { block_gradients(i, thread); });
+    parallel<W>(strip_threads_, q.adapters() * strips(),
                 [&](int64_t i, int thread) { strip_gradients(i / strips(), i % strips(), thread); });
   }
 
  private:
-  // What one thread works in: panels of an adapter, one after another, words along the sum by lanes, and what a block needs.
+  // What a thread needs for blocks: panels of an adapter, one after another, words along the sum by lanes, and the rest.
   struct Thread {
     int64_t* adapter;  // 1 + whose panels they are
     float *a_lanes, *a_rows, *b_lanes, *b_rows;
@@ -93,11 +100,17 @@ class Lora {
     float* sums;   // h or g, [rows, R], and other sums of as many rows
     float* plain;  // x A^T, kept for the gates' gradient
     float* words;  // the same, scaled, as a left operand
-    float* strip;  // x or dy, [panels, words along the rows, NR]
+    float* pairs;  // a strip of it, as words along the rows
+  };
+
+  // And for strips of dA and dB.
+  struct Strip {
+    float* rows;   // x or dy, [panels, words along the rows, NR]
     float* total;  // dA or dB^T, [ranks, columns of a strip]
   };
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
   static int64_t lanes(int64_t n) { return round_up(n, NR); }
   int64_t widest() const { return q.d_in > q.d_out ? q.d_in : q.d_out; }
   bool needs_h() const { return !backward_ || q.dB || q.products; }
@@ -122,9 +135,12 @@ class Lora {
     at.sums = arena.take(rows * (r_lanes > kStrip ? r_lanes : kStrip));
     at.plain = q.products ? arena.take(rows * r_lanes) : nullptr;
     at.words = arena.take(rows * words<W>(q.rank) + NR);
-    at.strip = backward_ ? arena.take(panels(strip_, rows)) : nullptr;
-    at.total = backward_ ? arena.take(least(q.rank, kBlockRows) * strip_) : nullptr;
+    at.pairs = backward_ ? arena.take(words<W>(rows) * kStrip) : nullptr;
     return at;
+  }
+
+  Strip place_strip(Arena& arena) const {
+    return {arena.take(panels(strip_, least(kBlockRows, most_rows_))), arena.take(least(q.rank, kBlockRows) * strip_)};
   }
 
   Thread of(int thread) const {
@@ -132,8 +148,27 @@ class Lora {
     return place(arena);
   }
 
+  Strip strip_memory(int thread) const {
+    Arena arena(strips_at_ + thread * each_strip_);
+    return place_strip(arena);
+  }
+
+  // Threads for blocks and for strips, as many as there is work for and the budget allows.
+  void share_budget() {
+    const bool whole = backward_ && whole_adapters();
+    block_threads_ = most(1, least(q.threads, whole ? q.adapters() : q.block_count()));
+    strip_threads_ = whole ? block_threads_ : most(1, least(q.threads, q.adapters() * strips()));
+    const int64_t budget = kBudget + q.batch.tokens * (q.d_in + q.d_out) * 4;
+    if (whole) {
+      block_threads_ = strip_threads_ = most(1, least(block_threads_, budget / most(1, each_thread_ + each_strip_)));
+      return;
+    }
+    block_threads_ = most(1, least(block_threads_, budget / 2 / most(1, each_thread_)));
+    strip_threads_ = most(1, least(strip_threads_, budget / 2 / most(1, each_strip_)));
+  }
+
   void forget_panels() const {
-    for (int thread = 0; thread < q.threads; ++thread) *of(thread).adapter = 0;
+    for (int thread = 0; thread < block_threads_; ++thread) *of(thread).adapter = 0;
   }
 
   // A thread's memory, with the panels of adapter u in it.
@@ -276,7 +311,7 @@ class Lora {
   // Transposed, [R, words along the rows], a left operand too.
   void turned(const LoraBlock& b, const Thread& at, float* to) const {
     const int64_t rank = q.rank_of(b.adapter), r_lanes = lanes(q.rank), steps = words<W>(b.count);
-    float* const pairs = at.strip;
+    float* const pairs = at.pairs;
     for (int64_t k = 0; k < rank; k += kStrip) {
       const int64_t part = rank - k < kStrip ? rank - k : kStrip;
       pack_rows<W, Dtype::f32>(pairs, kStrip, reinterpret_cast<const char*>(at.sums + k), r_lanes * 4, 4, b.count,
@@ -356,7 +391,7 @@ class Lora {
     const bool is_a = s < of_a;
     const int64_t width = is_a ? q.d_in : q.d_out, c = (is_a ? s : s - of_a) * strip_;
     const int64_t columns = width - c < strip_ ? width - c : strip_, rank = q.rank_of(u), size = size_of(q.x.dtype);
-    const Thread at = of(thread);
+    const Strip at = strip_memory(thread);
     for (int64_t k = 0; k < q.rank; k += kBlockRows) {
       const int64_t ranks = rank - k < kBlockRows ? rank - k : kBlockRows;
       Out out{reinterpret_cast<char*>(at.total), strip_ * 4, Store::f32, round_up(columns, VL)};
@@ -380,15 +415,15 @@ class Lora {
 
   // Columns c and on of a block's rows, as words along the rows. In place where a single tile reads them.
   Right strip_of(const LoraBlock& b, const Source& from, int64_t c, int64_t columns, int64_t ranks,
-                 const Thread& at) const {
+                 const Strip& at) const {
     const int64_t size = size_of(q.x.dtype);
     if (W::PER * W::STEP == 1 && ranks <= kTileRows<2> && q.x.dtype == W::dtype && !from.map && columns % VL == 0)
       return {reinterpret_cast<const float*>(from.data) + c, from.columns};
     with_source<W>(q.x.dtype, [&](auto type) {
-      pack_panels<decltype(type)::value>(at.strip, from.data + c * size, from.columns * size, size, b.count, columns,
+      pack_panels<decltype(type)::value>(at.rows, from.data + c * size, from.columns * size, size, b.count, columns,
                                          b.count, from.map);
     });
-    return by_panel(at.strip, b.count);
+    return by_panel(at.rows, b.count);
   }
 
   void write_rows_of_a(int64_t u, int64_t k, int64_t ranks, int64_t d, int64_t columns, const float* total) const {
@@ -420,8 +455,8 @@ class Lora {
   const bool backward_;
   char* dropped_;
   float *turned_h_, *turned_g_;
-  char* threads_;
-  int64_t each_thread_, bytes_;
+  char *threads_, *strips_at_;
+  int64_t each_thread_, each_strip_, block_threads_, strip_threads_, bytes_;
   int64_t most_rows_ = 0, strip_ = kStrip;
 };
 
