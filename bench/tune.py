@@ -52,6 +52,8 @@ DTYPES = {
 LAYOUTS = ("aligned", "unaligned")
 # architectures that the table has rows of
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+# and those that take their tiles
+ALIKE = {"sm_89": ("sm_120",)}
 PANEL = [Case("training", 16, 512, 1024, 1024, 32), Case("projection", 32, 512, 1024, 1024, 64)]
 ODD = [Case("odd", 13, 97, 385, 391, 47)]
 LONG = [Case("long", 16, 256, 512, 512, 300)]
@@ -132,7 +134,7 @@ def _faults(launch, arch):
 
 
 def compiled(kernel, kind, arch, layout, t):
-    """Faults of the kernel's launches for a target, of the problems of a layout."""
+    """Faults of the kernel's launches for a target and those alike, of the problems of a layout."""
     from ctxkern.testing.kernels import LORA_PROBLEMS, PROBLEMS, launches_of
 
     def of_layout(problem):
@@ -149,9 +151,10 @@ def compiled(kernel, kind, arch, layout, t):
         launches = launches_of(arch, *given)
     for launch in launches:
         if launch.name in LAUNCHED.get(kernel, (kernel,)) and takes(launch, kernel):
-            found = _faults(launch, arch)
-            if found:
-                return found
+            for each in (arch, *ALIKE.get(arch, ())):
+                found = _faults(launch, each)
+                if found:
+                    return found
     return []
 
 
