@@ -2,7 +2,7 @@
 
 The system clears new memory, which takes about as long as filling it, and the C library gives back blocks of 32 MiB and
 more as soon as they are free: at D = E = 1024, K = 64 in float32 a third of a training step was that (bench/LOG.md).
-CTXKERN_KEPT_SECONDS: how long, 10 unless set; 0 for not at all.
+CTXKERN_KEPT_SECONDS: how long, 10 unless set, 0 for not at all; the first call after that gives it back.
 """
 
 import torch
