@@ -72,6 +72,13 @@ def test_another_size_releases_what_is_kept():
     assert memory.kept_bytes() == 0
 
 
+def test_no_more_than_a_gibibyte_is_kept():
+    # not touched, so addresses alone
+    results = [memory.empty_like(torch.empty(300, MIB // 4)) for _ in range(5)]
+    results.clear()
+    assert memory.kept_bytes() == 900 * MIB
+
+
 def test_small_results_are_torchs():
     small = filled(1, 0)
     assert small.untyped_storage().resizable()

@@ -60,7 +60,7 @@ LargeMemory::LargeMemory(int64_t size) : bytes(size) {
 }
 
 LargeMemory::~LargeMemory() {
-  if (kept_seconds() > 0) {
+  if (kept_seconds() > 0 && kept_bytes() + bytes <= kMostKept) {
     kept().push_back({data, bytes, Clock::now()});
   } else {
     give_back(data);

@@ -10,7 +10,7 @@ void advise_huge(void* p, int64_t bytes);
 
 // Memory for a large result, from a boundary of huge pages. New memory costs about as much as filling it, as the system
 // clears it first, and a training step asks for the same gradients again: what is given back waits for the next of its
-// size, until another size is asked for or kept_seconds pass. Made and dropped with the GIL.
+// size, until another size is asked for or kept_seconds pass, and at most kMostKept in all. Made and dropped with the GIL.
 class LargeMemory {
  public:
   explicit LargeMemory(int64_t bytes);
@@ -21,6 +21,8 @@ class LargeMemory {
   char* data;
   int64_t bytes;
 };
+
+constexpr int64_t kMostKept = int64_t{1} << 30;
 
 // How long memory waits, 10 s unless CTXKERN_KEPT_SECONDS says otherwise; 0: not at all.
 double kept_seconds();
