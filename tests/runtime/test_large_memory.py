@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,8 +36,9 @@ def filled(mib, value):
 
 
 def python(code, **env):
-    env = {**os.environ, **env}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    """Runs `code` in a fresh process, away from a tree that may not be built."""
+    env = {**os.environ, "PYTHONPATH": str(Path(ctxkern.__file__).parents[1]), **env}
+    return subprocess.run([sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_memory_of_a_dropped_result_serves_the_next_of_its_size():
