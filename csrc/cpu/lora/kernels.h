@@ -9,62 +9,33 @@
 // Cuts depend on the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
 #pragma once
 
-#include "../runtime/pack.h"
 #include "../runtime/parallel.h"
 #include "../runtime/sums.h"
 #include "call.h"
 #include "dropout.h"
+#include "memory.h"
 
 namespace ctxkern {
 namespace {
 
-// Columns of D or E at a time, of rows that are laid out for a product along them: where strips are shared by threads, and
-// where a thread takes all of an adapter.
-constexpr int64_t kStrip = 128, kWideStrip = 1024;
-// Floats of a wide strip of dA or dB.
-constexpr int64_t kTotal = 1 << 16;
-// Bytes that threads work in, beyond as many as rows of x and y in float32: of many threads only some take part where each
-// needs much.
-constexpr int64_t kBudget = 24 << 20;
-
 template <class W>
 class Lora {
  public:
-  static constexpr int64_t NR = 2 * VL;
+  using Memory = LoraMemory<W>;
+  using Thread = typename Memory::Thread;
+  using Strip = typename Memory::Strip;
+  static constexpr int64_t NR = Memory::NR;
 
-  Lora(const LoraCall& call, bool backward, char* workspace) : q(call), backward_(backward) {
-    Arena arena(workspace);
-    dropped_ = q.kept_from > 0 ? arena.take<char>(q.rows_of->count * q.d_in * size_of(q.x.dtype)) : nullptr;
-    for (int64_t u = 0; u < q.adapters(); ++u) {
-      const int64_t rows = q.rows_of->first[u + 1] - q.rows_of->first[u];
-      most_rows_ = rows > most_rows_ ? rows : most_rows_;
-    }
-    if (whole_adapters() && widest() > kStrip && q.rank > 0) {
-      const int64_t fits = least(kWideStrip, kTotal / least(q.rank, kBlockRows) / NR * NR);
-      strip_ = least(fits, lanes(widest()));
-    }
-    const int64_t turned = (q.rows_of->count / W::PER + q.block_count() * W::STEP) * q.rank;
-    turned_h_ = backward && q.dB ? arena.take(turned) : nullptr;
-    turned_g_ = backward && q.dA ? arena.take(turned) : nullptr;
-    Arena one(nullptr), strip(nullptr);
-    place(one);
-    place_strip(strip);
-    each_thread_ = one.used();
-    each_strip_ = backward ? strip.used() : 0;
-    share_budget();
-    threads_ = arena.take<char>(each_thread_ * block_threads_);
-    strips_at_ = arena.take<char>(each_strip_ * strip_threads_);
-    bytes_ = arena.used();
-  }
+  Lora(const LoraCall& call, bool backward, char* workspace) : q(call), memory_(call, backward, workspace) {}
 
-  int64_t bytes() const { return bytes_; }
+  int64_t bytes() const { return memory_.bytes; }
 
   void forward() {
     forget_panels();
-    parallel<W>(block_threads_, q.block_count(), [&](int64_t i, int thread) {
+    parallel<W>(memory_.block_threads, q.block_count(), [&](int64_t i, int thread) {
       const LoraBlock& b = q.blocks[i];
       const Thread at = with_panels(b.adapter, thread);
-      if (dropped_) drop(b);
+      if (memory_.dropped) drop(b);
       h(b, at);
       scale(b, at);
       words_of(b, at);
@@ -79,101 +50,30 @@ class Lora {
       if (q.dA) std::memset(q.dA, 0, static_cast<size_t>(each * q.d_in * size_of(q.A.dtype)));
       if (q.dB) std::memset(q.dB, 0, static_cast<size_t>(each * q.d_out * size_of(q.B.dtype)));
     }
-    if (whole_adapters()) {
-      parallel<W>(block_threads_, q.adapters(), [&](int64_t u, int thread) {
+    if (memory_.whole_adapters()) {
+      parallel<W>(memory_.block_threads, q.adapters(), [&](int64_t u, int thread) {
         for (int64_t i = q.block_first[u]; i < q.block_first[u + 1]; ++i) block_gradients(i, thread);
-        for (int64_t s = 0; s < strips(); ++s) strip_gradients(u, s, thread);
+        for (int64_t s = 0; s < memory_.strips(); ++s) strip_gradients(u, s, thread);
       });
       return;
     }
-    parallel<W>(block_threads_, q.block_count(), [&](int64_t i, int thread) { block_gradients(i, thread); });
-    parallel<W>(strip_threads_, q.adapters() * strips(),
-                [&](int64_t i, int thread) { strip_gradients(i / strips(), i % strips(), thread); });
+    parallel<W>(memory_.block_threads, q.block_count(), [&](int64_t i, int thread) { block_gradients(i, thread); });
+    parallel<W>(memory_.strip_threads, q.adapters() * memory_.strips(),
+                [&](int64_t i, int thread) { strip_gradients(i / memory_.strips(), i % memory_.strips(), thread); });
   }
 
  private:
-  // What a thread needs for blocks: panels of an adapter, one after another, words along the sum by lanes, and the rest.
-  struct Thread {
-    int64_t* adapter;  // 1 + whose panels they are
-    float *a_lanes, *a_rows, *b_lanes, *b_rows;
-    float* rows;   // of a block, as a left operand
-    float* sums;   // h or g, [rows, R], and other sums of as many rows
-    float* plain;  // x A^T, kept for the gates' gradient
-    float* words;  // the same, scaled, as a left operand
-    float* pairs;  // a strip of it, as words along the rows
-  };
-
-  // And for strips of dA and dB.
-  struct Strip {
-    float* rows;   // x or dy, [panels, words along the rows, NR]
-    float* total;  // dA or dB^T, [ranks, columns of a strip]
-  };
-
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-  static int64_t lanes(int64_t n) { return round_up(n, NR); }
-  int64_t widest() const { return q.d_in > q.d_out ? q.d_in : q.d_out; }
-  bool needs_h() const { return !backward_ || q.dB || q.products; }
-  bool needs_g() const { return backward_ && (q.dA || q.dx || q.products); }
-  int64_t strips_of(const char* wanted, int64_t n) const { return wanted ? (n + strip_ - 1) / strip_ : 0; }
-  int64_t strips() const { return strips_of(q.dA, q.d_in) + strips_of(q.dB, q.d_out); }
-  // Where h^T or g^T of a block lies, with room for the last word of each to be half full.
-  int64_t turned_at(int64_t i) const { return (q.blocks[i].first / W::PER + i * W::STEP) * q.rank; }
-
-  // Enough adapters, none of them with more than a small share of all rows.
-  bool whole_adapters() const { return q.threads == 1 || most_rows_ * 4 * q.threads <= q.rows_of->count; }
-
-  Thread place(Arena& arena) const {
-    const int64_t r_lanes = lanes(q.rank), rows = least(kBlockRows, most_rows_);
-    Thread at;
-    at.adapter = arena.take<int64_t>(1);
-    at.a_lanes = needs_h() ? arena.take(panels(q.rank, q.d_in)) : nullptr;
-    at.a_rows = backward_ && q.dx ? arena.take(panels(q.d_in, q.rank)) : nullptr;
-    at.b_lanes = backward_ ? nullptr : arena.take(panels(q.d_out, q.rank));
-    at.b_rows = needs_g() ? arena.take(panels(q.rank, q.d_out)) : nullptr;
-    at.rows = arena.take(rows * words<W>(widest()) + NR);
-    at.sums = arena.take(rows * (r_lanes > kStrip ? r_lanes : kStrip));
-    at.plain = q.products ? arena.take(rows * r_lanes) : nullptr;
-    at.words = arena.take(rows * words<W>(q.rank) + NR);
-    at.pairs = backward_ ? arena.take(words<W>(rows) * kStrip) : nullptr;
-    return at;
-  }
-
-  Strip place_strip(Arena& arena) const {
-    return {arena.take(panels(strip_, least(kBlockRows, most_rows_))), arena.take(least(q.rank, kBlockRows) * strip_)};
-  }
-
-  Thread of(int thread) const {
-    Arena arena(threads_ + thread * each_thread_);
-    return place(arena);
-  }
-
-  Strip strip_memory(int thread) const {
-    Arena arena(strips_at_ + thread * each_strip_);
-    return place_strip(arena);
-  }
-
-  // Threads for blocks and for strips, as many as there is work for and the budget allows.
-  void share_budget() {
-    const bool whole = backward_ && whole_adapters();
-    block_threads_ = most(1, least(q.threads, whole ? q.adapters() : q.block_count()));
-    strip_threads_ = whole ? block_threads_ : most(1, least(q.threads, q.adapters() * strips()));
-    const int64_t budget = kBudget + q.batch.tokens * (q.d_in + q.d_out) * 4;
-    if (whole) {
-      block_threads_ = strip_threads_ = most(1, least(block_threads_, budget / most(1, each_thread_ + each_strip_)));
-      return;
-    }
-    block_threads_ = most(1, least(block_threads_, budget / 2 / most(1, each_thread_)));
-    strip_threads_ = most(1, least(strip_threads_, budget / 2 / most(1, each_strip_)));
-  }
+  static int64_t lanes(int64_t n) { return Memory::lanes(n); }
+  static int64_t panels(int64_t lanes, int64_t elements) { return Memory::panels(lanes, elements); }
+  static Right by_panel(const float* data, int64_t elements) { return Memory::by_panel(data, elements); }
 
   void forget_panels() const {
-    for (int thread = 0; thread < block_threads_; ++thread) *of(thread).adapter = 0;
+    for (int thread = 0; thread < memory_.block_threads; ++thread) *memory_.thread(thread).adapter = 0;
   }
 
   // A thread's memory, with the panels of adapter u in it.
   Thread with_panels(int64_t u, int thread) const {
-    const Thread at = of(thread);
+    const Thread at = memory_.thread(thread);
     if (*at.adapter == u + 1) return at;
     *at.adapter = u + 1;
     const int64_t rank = q.rank_of(u);
@@ -196,12 +96,6 @@ class Lora {
     return at;
   }
 
-  // Floats of as many lanes, in panels of sums over `elements`. A line between panels keeps them from one set of a cache.
-  static int64_t panels(int64_t lanes, int64_t elements) {
-    return round_up(lanes, NR) / NR * (words<W>(elements) * NR + 16);
-  }
-  static Right by_panel(const float* data, int64_t elements) { return {data, NR, panels(NR, elements)}; }
-
   // pack_rows into panels with room for sums over `longest`.
   template <Dtype D>
   static void pack_panels(float* to, const char* from, int64_t row, int64_t step, int64_t rows, int64_t columns,
@@ -221,8 +115,8 @@ class Lora {
   }
 
   Source x_of(const LoraBlock& b) const {
-    if (!dropped_) return source_of(b, q.x.data, q.d_in);
-    return {dropped_ + b.first * q.d_in * size_of(q.x.dtype), q.d_in, nullptr};
+    if (!memory_.dropped) return source_of(b, q.x.data, q.d_in);
+    return {memory_.dropped + b.first * q.d_in * size_of(q.x.dtype), q.d_in, nullptr};
   }
 
   Source dy_of(const LoraBlock& b) const { return source_of(b, q.rows, q.d_out); }
@@ -238,7 +132,7 @@ class Lora {
         const int64_t row = row_of(b, i);
         const RowDraws draws(*q.seed, row);
         const char* const from = q.x.data + row * q.d_in * size;
-        char* const to = dropped_ + (b.first + i) * q.d_in * size;
+        char* const to = memory_.dropped + (b.first + i) * q.d_in * size;
         for (int64_t c = 0; c < q.d_in; c += VL) {
           const V v = load_f32_first<D>(from + c * size, q.d_in - c);
           store_as_first<D>(to + c * size, kept(v, draws.at(c), static_cast<uint32_t>(q.kept_from)), q.d_in - c);
@@ -365,46 +259,46 @@ class Lora {
   void block_gradients(int64_t i, int thread) const {
     const LoraBlock& b = q.blocks[i];
     const Thread at = with_panels(b.adapter, thread);
-    if (dropped_ && (q.dA || needs_h())) drop(b);
-    if (needs_h()) {
+    if (memory_.dropped && (q.dA || memory_.needs_h())) drop(b);
+    if (memory_.needs_h()) {
       h(b, at);
       if (q.products) std::memcpy(at.plain, at.sums, static_cast<size_t>(b.count * lanes(q.rank) * 4));
     }
     if (q.dB) {
       scale(b, at);
-      turned(b, at, turned_h_ + turned_at(i));
+      turned(b, at, memory_.turned_h + memory_.turned_at(i));
     }
-    if (!needs_g()) return;
+    if (!memory_.needs_g()) return;
     g(b, at);
     if (q.products) products(b, at);
     scale(b, at);
-    if (q.dA) turned(b, at, turned_g_ + turned_at(i));
+    if (q.dA) turned(b, at, memory_.turned_g + memory_.turned_at(i));
     if (!q.dx) return;
     words_of(b, at);
-    if (dropped_) return add_dropped(b, at);
+    if (memory_.dropped) return add_dropped(b, at);
     add(b, by_panel(at.a_rows, q.rank), q.dx, q.d_in, at);
   }
 
   // A strip of columns of dA_u or, after those, of dB_u.
   void strip_gradients(int64_t u, int64_t s, int thread) const {
-    const int64_t of_a = strips_of(q.dA, q.d_in);
+    const int64_t of_a = memory_.strips_of_a();
     const bool is_a = s < of_a;
-    const int64_t width = is_a ? q.d_in : q.d_out, c = (is_a ? s : s - of_a) * strip_;
-    const int64_t columns = width - c < strip_ ? width - c : strip_, rank = q.rank_of(u), size = size_of(q.x.dtype);
-    const Strip at = strip_memory(thread);
+    const int64_t width = is_a ? q.d_in : q.d_out, strip = memory_.strip_width, c = (is_a ? s : s - of_a) * strip;
+    const int64_t columns = width - c < strip ? width - c : strip, rank = q.rank_of(u);
+    const Strip at = memory_.strip(thread);
     for (int64_t k = 0; k < q.rank; k += kBlockRows) {
       const int64_t ranks = rank - k < kBlockRows ? rank - k : kBlockRows;
-      Out out{reinterpret_cast<char*>(at.total), strip_ * 4, Store::f32, round_up(columns, VL)};
+      Out out{reinterpret_cast<char*>(at.total), strip * 4, Store::f32, round_up(columns, VL)};
       for (int64_t i = q.block_first[u]; ranks > 0 && i < q.block_first[u + 1]; ++i) {
         const LoraBlock& b = q.blocks[i];
         const int64_t steps = words<W>(b.count);
-        const float* const left = (is_a ? turned_g_ : turned_h_) + turned_at(i) + k * steps;
+        const float* const left = (is_a ? memory_.turned_g : memory_.turned_h) + memory_.turned_at(i) + k * steps;
         product_wide<W>(ranks, out.lanes, steps, {reinterpret_cast<const char*>(left), steps * 4, 4},
                         strip_of(b, is_a ? x_of(b) : dy_of(b), c, columns, ranks, at), out);
         out.store = Store::f32_add;
       }
       const int64_t all = q.rank - k < kBlockRows ? q.rank - k : kBlockRows;
-      for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(at.total + i * strip_, 0, strip_ * 4);
+      for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(at.total + i * strip, 0, strip * 4);
       if (is_a) {
         write_rows_of_a(u, k, all, c, columns, at.total);
       } else {
@@ -429,8 +323,8 @@ class Lora {
   void write_rows_of_a(int64_t u, int64_t k, int64_t ranks, int64_t d, int64_t columns, const float* total) const {
     const int64_t size = size_of(q.A.dtype);
     for (int64_t i = 0; i < ranks; ++i)
-      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1, total + i * strip_,
-                   columns);
+      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1,
+                   total + i * memory_.strip_width, columns);
   }
 
   // Transposed.
@@ -439,7 +333,8 @@ class Lora {
     for (int64_t j = 0; j < columns; j += VL) {
       for (int64_t i = 0; i < ranks; i += VL) {
         V r[VL];
-        for (int64_t l = 0; l < VL; ++l) r[l] = i + l < ranks ? load<V>(total + (i + l) * strip_ + j) : V{};
+        for (int64_t l = 0; l < VL; ++l)
+          r[l] = i + l < ranks ? load<V>(total + (i + l) * memory_.strip_width + j) : V{};
         transpose(r);
         with_dtype(q.B.dtype, [&](auto type) {
           for (int64_t l = 0; l < VL && j + l < columns; ++l) {
@@ -452,12 +347,7 @@ class Lora {
   }
 
   const LoraCall& q;
-  const bool backward_;
-  char* dropped_;
-  float *turned_h_, *turned_g_;
-  char *threads_, *strips_at_;
-  int64_t each_thread_, each_strip_, block_threads_, strip_threads_, bytes_;
-  int64_t most_rows_ = 0, strip_ = kStrip;
+  const Memory memory_;
 };
 
 template <class W>
