@@ -229,7 +229,7 @@ class Lora {
             columns};
     out.map = b.map;
     const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
-    product_along<W>(b.count, columns, words<W>(rank), left, panels, out);
+    product_along<W>(b.count, words<W>(rank), left, panels, out);
   }
 
   // dx (+)= the same, where dropout kept x.
@@ -239,7 +239,7 @@ class Lora {
     for (int64_t d = 0; d < q.d_in; d += kStrip) {
       const int64_t columns = q.d_in - d < kStrip ? q.d_in - d : kStrip;
       const Out out{reinterpret_cast<char*>(at.sums), kStrip * 4, Store::f32, round_up(columns, VL)};
-      product_along<W>(b.count, out.lanes, words<W>(rank), left, by_panel(at.a_rows + panels(d, q.rank), q.rank), out);
+      product_along<W>(b.count, words<W>(rank), left, by_panel(at.a_rows + panels(d, q.rank), q.rank), out);
       with_dtype(q.x.dtype, [&](auto type) {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
@@ -293,7 +293,7 @@ class Lora {
         const LoraBlock& b = q.blocks[i];
         const int64_t steps = words<W>(b.count);
         const float* const left = (is_a ? memory_.turned_g : memory_.turned_h) + memory_.turned_at(i) + k * steps;
-        product_wide<W>(ranks, out.lanes, steps, {reinterpret_cast<const char*>(left), steps * 4, 4},
+        product_wide<W>(ranks, steps, {reinterpret_cast<const char*>(left), steps * 4, 4},
                         strip_of(b, is_a ? x_of(b) : dy_of(b), c, columns, ranks, at), out);
         out.store = Store::f32_add;
       }

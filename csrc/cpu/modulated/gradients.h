@@ -54,12 +54,11 @@ inline bool past_cache(const Call& q, const Projection& p) {
 
 // Rows of dbilinear as a product. Four vectors of a row at once where there are registers for them.
 template <class W>
-inline void product_of_rows(int64_t rows, int64_t lanes, int64_t steps, Left left, Right right, Out out, bool past) {
+inline void product_of_rows(int64_t rows, int64_t steps, const Left& left, const Right& right, Out out, bool past) {
   if (past && streamable(out)) out = streamed(out);
-  if (VL < 16 || W::STEP > 1 || lanes % (4 * VL) != 0) return product_wide<W>(rows, lanes, steps, left, right, out);
+  if (VL < 16 || W::STEP > 1 || out.lanes % (4 * VL) != 0) return product_wide<W>(rows, steps, left, right, out);
   out.half = 2 * VL * size_of(out.store);
-  for (int64_t k = 0; k < lanes; k += 4 * VL, out.data += 2 * out.half)
-    product<W, 4>(rows, steps, left, {right.data + k, right.step}, out);
+  for (int64_t k = 0; k < out.lanes; k += 4 * VL) product<W, 4>(rows, steps, left, right, out, k);
 }
 
 // Sums for dcontext, one a range, [ranges, U, K padded], added in their order at the end.
@@ -150,7 +149,7 @@ class RowGradients {
     }
     Out out{reinterpret_cast<char*>(dcontext + g.begin * contexts_.lanes), contexts_.lanes * 4, Store::f32_add,
             contexts_.lanes};
-    product_wide<W>(g.count, contexts_.lanes, words<W>(columns), {g.data, g.context, 4}, right, out);
+    product_wide<W>(g.count, words<W>(columns), {g.data, g.context, 4}, right, out);
   }
 
   void add_dweight(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Sums& sums,
@@ -191,7 +190,7 @@ class RowGradients {
       // rows without gaps that cannot be written past the cache go through it, whole lines at a time
       const bool copied = past && !streamable(out) && p.dbilinear.strides[1] == q_.context_dim;
       if (copied) out.data = reinterpret_cast<char*>(at.out) + reinterpret_cast<uintptr_t>(to) % 64;
-      product_of_rows<W>(columns, q_.context_dim, steps, left, contexts_.right(g.begin), out, past && !copied);
+      product_of_rows<W>(columns, steps, left, contexts_.right(g.begin), out, past && !copied);
       if (copied) stream_copy(to, out.data, columns * out.row);
       return;
     }
@@ -244,23 +243,18 @@ struct SharedRows {
 
   // G_u of a block
   void products(int i, int64_t u, const Block& b, const Out& out) const {
-    const int64_t size = out.store == Store::f32 ? 4 : 2;
-    for (int64_t c = 0; c < b.columns; c += NR) {
+    const float* const right = dy_words[i].panel(u, b.e);
+    // in float32 a long sum is cut, as its rounding grows with its length; a half is rounded far more in the end
+    const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
+    for (int64_t r = 0; r < b.rows; r += NR) {
+      const float* const left = x_words.panel(u, (b.d + r) / NR * NR) + (b.d + r) % NR;
       Out part = out;
-      part.data += c * size;
-      part.lanes = b.columns - c < NR ? b.columns - c : NR;
-      const float* const right = dy_words[i].panel(u, b.e + c);
-      // in float32 a long sum is cut, as its rounding grows with its length; a half is rounded far more in the end
-      const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
+      part.data += r * out.row;
       for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
         const int64_t piece = steps - s < longest ? steps - s : longest;
-        for (int64_t r = 0; r < b.rows; r += NR) {
-          const float* const left = x_words.panel(u, (b.d + r) / NR * NR) + (b.d + r) % NR + s * NR;
-          Out rows = part;
-          rows.data += r * out.row;
-          product_wide<W>(b.rows - r < NR ? b.rows - r : NR, part.lanes, piece,
-                          {reinterpret_cast<const char*>(left), 4, NR * 4}, {right + s * NR, NR}, rows);
-        }
+        product_wide<W>(b.rows - r < NR ? b.rows - r : NR, piece,
+                        {reinterpret_cast<const char*>(left + s * NR), 4, NR * 4}, {right + s * NR, NR, steps * NR},
+                        part);
         part.store = Store::f32_add;
       }
     }

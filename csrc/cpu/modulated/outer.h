@@ -125,9 +125,9 @@ struct OuterForward {
                                             p.weight.strides[0] * size, p.weight.strides[1] * size, q.d_in, lanes);
       });
     }
-    Out out{reinterpret_cast<char*>(y), NR * 4, Store::f32, NR};
+    Out out{reinterpret_cast<char*>(y), NR * 4, Store::f32, lanes};
     out.bias = bias;
-    product_wide<W>(q.rows->count, lanes, p.weight.data ? depth : 0, x.at(0), {scratch, NR}, out);
+    product_wide<W>(q.rows->count, p.weight.data ? depth : 0, x.at(0), {scratch, NR}, out);
   }
 
   // Columns of `bilinear`, each as [words of D, K padded].
@@ -283,7 +283,7 @@ struct OuterBackward {
       Left left = dy[i].at(0);
       left.data += e / W::PER * 4;
       const Out out{reinterpret_cast<char*>(at.dx), t.strip * 4, Store::f32_add, rows};
-      product_wide<W>(q.rows->count, rows, words<W>(columns), left, {at.right, NR}, out);
+      product_wide<W>(q.rows->count, words<W>(columns), left, {at.right, NR}, out);
     }
   }
 
@@ -336,12 +336,11 @@ struct OuterBackward {
     const Projection& p = q.projection[i];
     const int64_t width = round_up(p.d_out, NR), size = size_of(p.dweight.dtype);
     for (int64_t e = 0; e < p.d_out; e += NR) {
-      Out out{reinterpret_cast<char*>(at.out + e), width * 4, Store::f32, NR};
-      const int64_t lanes = p.d_out - e < NR ? p.d_out - e : NR;
+      Out out{reinterpret_cast<char*>(at.out + e), width * 4, Store::f32, p.d_out - e < NR ? p.d_out - e : NR};
       for (int64_t n = 0; n == 0 || n < q.rows->count; n += kSummed) {
         const int64_t summed = q.rows->count - n < kSummed ? q.rows->count - n : kSummed;
-        product_wide<W>(rows, lanes, words<W>(summed), x_left(d, n / W::PER),
-                        {dy_words[i].panel(0, e) + n / W::PER * NR, NR}, out);
+        product_wide<W>(rows, words<W>(summed), x_left(d, n / W::PER), {dy_words[i].panel(0, e) + n / W::PER * NR, NR},
+                        out);
         out.store = Store::f32_add;
       }
     }
@@ -367,7 +366,7 @@ struct OuterBackward {
         if (direct)
           out = Out{to + d * p.dbilinear.strides[0] * size, p.dbilinear.strides[0] * size, store_of(p.dbilinear.dtype),
                     q.context_dim};
-        product_of_rows<W>(rows, out.lanes, words<W>(summed), x_left(d, n / W::PER), {at.right, all.lanes}, out,
+        product_of_rows<W>(rows, words<W>(summed), x_left(d, n / W::PER), {at.right, all.lanes}, out,
                            direct && past_cache(q, p));
       }
     }

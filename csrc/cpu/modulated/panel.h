@@ -119,7 +119,7 @@ struct PanelForward {
         float* const to = weights + j * depth + r / W::PER * NR;
         Out out{reinterpret_cast<char*>(to), context * 4, W::PER == 2 ? Store::pairs : Store::f32, 4 * VL, NR * 4};
         out.bias = bias;
-        product<W, 4>(end - begin, contexts.along_k_words, contexts.left(begin), {panel, 4 * VL}, out, &next);
+        product<W, 4>(end - begin, contexts.along_k_words, contexts.left(begin), {panel, 4 * VL}, out, 0, &next);
       }
     }
     for (int64_t s = round_up(rows, 2) / W::PER; s < words<W>(rows); ++s) {
@@ -152,7 +152,7 @@ struct PanelForward {
           if (d > 0) out.store = Store::f32_add;
           out.bias = last && p.bias.data ? bias : nullptr;
           const int64_t count = piece.count - r < kFewRows ? piece.count - r : kFewRows;
-          product_wide<W>(count, columns, words<W>(rows), left, weights, out);
+          product_wide<W>(count, words<W>(rows), left, weights, out);
         }
       });
     }
@@ -344,7 +344,7 @@ struct PanelBackward {
           weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
           Out out{at.weights + r * row_bytes() + j * kWeight, context_bytes(), store_of(R::dtype), 4 * VL, row_bytes()};
           out.bias = at.bias;
-          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out,
+          product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out, 0,
                         &next);
         }
       }
@@ -370,7 +370,7 @@ struct PanelBackward {
           out = Out{reinterpret_cast<char*>(at.dx + piece.left * t.strip), t.strip * 4, Store::f32, b.rows};
         }
         if (add) out.store = Store::f32_add;
-        product_wide<R>(piece.count, b.rows, steps, left, {at.turned, NR, steps * NR}, out);
+        product_wide<R>(piece.count, steps, left, {at.turned, NR, steps * NR}, out);
       });
     }
   }

@@ -166,7 +166,7 @@ inline void sums_of(int64_t rows, int64_t steps, Left a, Right b, const float* t
 }
 
 template <int MR, int NV>
-inline void put_rows(const Out& out, int64_t row, const float* sums) {
+inline void put_rows(const Out& out, int64_t row, int64_t lane, const float* sums) {
   V v[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -176,69 +176,69 @@ inline void put_rows(const Out& out, int64_t row, const float* sums) {
   if (out.bias) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
-      const V add = load<V>(out.bias + j * VL);
+      const V add = load<V>(out.bias + lane + j * VL);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) v[i][j] += add;
     }
   }
-  put(v, out, row);
+  put(v, out, row, lane);
 }
 
 template <int NV>
-inline void put_sums(int64_t rows, const Out& out, int64_t row, const float* sums) {
+inline void put_sums(int64_t rows, const Out& out, int64_t row, int64_t lane, const float* sums) {
   constexpr int kRows = 16 / NV;
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) put_rows<kRows, NV>(out, row + i, sums + i * NV * VL);
-  for (; i < rows; ++i) put_rows<1, NV>(out, row + i, sums + i * NV * VL);
+  for (; i + kRows <= rows; i += kRows) put_rows<kRows, NV>(out, row + i, lane, sums + i * NV * VL);
+  for (; i < rows; ++i) put_rows<1, NV>(out, row + i, lane, sums + i * NV * VL);
 }
 
 template <class W, int NV>
-inline std::enable_if_t<std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, Left a, Right b, const Out& out,
-                                                        Ahead* ahead = nullptr) {
+inline std::enable_if_t<std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, const Left& a, const Right& b,
+                                                        const Out& out, int64_t lane = 0, Ahead* ahead = nullptr) {
   alignas(64) float sums[kBlock * NV * VL];
   for (int64_t row = 0; row < rows; row += kBlock) {
     const int64_t height = rows - row < kBlock ? rows - row : kBlock;
-    sums_of<NV>(height, steps, {a.data + row * a.row, a.row, a.step}, b, nullptr, sums);
+    sums_of<NV>(height, steps, {a.data + row * a.row, a.row, a.step}, {b.at(lane), b.step}, nullptr, sums);
     for (int64_t i = 0; ahead && i < 4 * steps; ++i) ahead->fetch<2>();
-    put_sums<NV>(height, out, row, sums);
+    put_sums<NV>(height, out, row, lane, sums);
   }
 }
 
 // Sums of a block that wait to be put: read at once, they would wait for the matrix unit, and it for them.
 struct Pending {
-  Out out;
-  int64_t row, rows;
+  const Out& out;
+  int64_t row = 0, rows = 0, lane = 0;
   const float* sums = nullptr;
 
   void put() const {
     if (!sums) return;
-    if (out.lanes > VL) {
-      put_sums<2>(rows, out, row, sums);
+    if (out.lanes - lane > VL) {
+      put_sums<2>(rows, out, row, lane, sums);
     } else {
-      put_sums<1>(rows, out, row, sums);
+      put_sums<1>(rows, out, row, lane, sums);
     }
   }
 };
 
 template <class W>
-inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a,
-                                                             Right b, const Out& out) {
+inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t steps, const Left& a, const Right& b,
+                                                             const Out& out) {
   alignas(64) float sums[2][kBlock * 2 * VL];
-  Pending before;
+  Pending before{out};
   for (int64_t row = 0, at = 0; row < rows; row += kBlock) {
     const int64_t height = rows - row < kBlock ? rows - row : kBlock;
     const Left left{a.data + row * a.row, a.row, a.step};
     const bool turns = a.step != 4 && steps <= kTurned;
     float* const turned = turns ? turned_block : nullptr;
     if (turns) turn(turned, height, steps, left);
-    for (int64_t j = 0; j < columns; j += 2 * VL, at ^= 1) {
-      if (columns - j > VL) {
-        sums_of<2>(height, steps, left, b.at(j), turned, sums[at]);
+    for (int64_t j = 0; j < out.lanes; j += 2 * VL, at ^= 1) {
+      if (out.lanes - j > VL) {
+        sums_of<2>(height, steps, left, {b.at(j), b.step}, turned, sums[at]);
       } else {
-        sums_of<1>(height, steps, left, b.at(j), turned, sums[at]);
+        sums_of<1>(height, steps, left, {b.at(j), b.step}, turned, sums[at]);
       }
       before.put();
-      before = {panel_of(out, j, columns), row, height, sums[at]};
+      before.row = row, before.rows = height, before.lane = j, before.sums = sums[at];
     }
   }
   before.put();
@@ -246,9 +246,9 @@ inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64
 
 // Blocks of rows meet all panels there as well.
 template <class W>
-inline std::enable_if_t<std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t columns, int64_t steps, Left a,
-                                                              Right b, const Out& out) {
-  product_wide<W>(rows, columns, steps, a, b, out);
+inline std::enable_if_t<std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t steps, const Left& a, const Right& b,
+                                                              const Out& out) {
+  product_wide<W>(rows, steps, a, b, out);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ struct Right {
   int64_t step;            // words
   int64_t panel = 2 * VL;  // words from one panel of two vectors to the next
 
-  Right at(int64_t lane) const { return {data + lane / (2 * VL) * panel, step, panel}; }
+  const float* at(int64_t lane) const { return data + lane / (2 * VL) * panel; }
 };
 
 // The adds: to panels of vectors without gaps. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
@@ -102,25 +102,29 @@ inline Out streamed(Out out) {
   return out;
 }
 
-// Rows of sums to rows `row` and on of the output. Of fewer lanes than there are, the last vector is cut short.
-template <int MR, int NV, class F>
-CTXKERN_INLINE void each_row(V (&acc)[MR][NV], const Out& out, int64_t row, F&& write) {
+// Rows of sums to rows `row` and on of the output, from lane `lane` on. Of fewer lanes than there are, the last vector is
+// cut short.
+template <Dtype D, int MR, int NV, class F>
+CTXKERN_INLINE void each_row(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane, F&& write) {
+  char* const data = out.data + lane * size_of(D);
+  const int64_t step = out.row;
+  const int64_t* const map = out.map;
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) write(out.at(row + i), acc[i]);
+  for (int i = 0; i < MR; ++i) write(data + (map ? map[row + i] : row + i) * step, acc[i]);
 }
 
 template <Dtype D, int MR, int NV>
-CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
+CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane) {
   constexpr int64_t vector = VL * size_of(D);
-  const int64_t last = NV == 4 ? VL : out.lanes - (NV - 1) * VL;
+  const int64_t last = NV == 4 ? VL : out.lanes - lane - (NV - 1) * VL;
   if (last >= VL) {
-    each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+    each_row<D>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j)
         store_as<D>(c + (NV == 4 && j >= 2 ? out.half + (j - 2) * vector : j * vector), v[j]);
     });
   } else {
-    each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+    each_row<D>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int j = 0; j < NV - 1; ++j) store_as<D>(c + j * vector, v[j]);
       store_as_first<D>(c + (NV - 1) * vector, v[NV - 1], last);
@@ -129,36 +133,37 @@ CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
 }
 
 template <Dtype D, int MR, int NV>
-CTXKERN_INLINE void add_as(V (&acc)[MR][NV], const Out& out, int64_t row) {
-  each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+CTXKERN_INLINE void add_as(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane) {
+  const int64_t lanes = out.lanes - lane;
+  each_row<D>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) v[j] += load_f32_first<D>(c + j * VL * size_of(D), out.lanes - j * VL);
+    for (int j = 0; j < NV; ++j) v[j] += load_f32_first<D>(c + j * VL * size_of(D), lanes - j * VL);
   });
-  put_as<D>(acc, out, row);
+  put_as<D>(acc, out, row, lane);
 }
 
 template <int MR, int NV>
-CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row) {
+CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane) {
   switch (out.store) {
-    case Store::f32_add: return add_as<Dtype::f32>(acc, out, row);
-    case Store::bf16_add: return add_as<Dtype::bf16>(acc, out, row);
-    case Store::f16_add: return add_as<Dtype::f16>(acc, out, row);
-    case Store::f32: return put_as<Dtype::f32>(acc, out, row);
-    case Store::bf16: return put_as<Dtype::bf16>(acc, out, row);
-    case Store::f16: return put_as<Dtype::f16>(acc, out, row);
+    case Store::f32_add: return add_as<Dtype::f32>(acc, out, row, lane);
+    case Store::bf16_add: return add_as<Dtype::bf16>(acc, out, row, lane);
+    case Store::f16_add: return add_as<Dtype::f16>(acc, out, row, lane);
+    case Store::f32: return put_as<Dtype::f32>(acc, out, row, lane);
+    case Store::bf16: return put_as<Dtype::bf16>(acc, out, row, lane);
+    case Store::f16: return put_as<Dtype::f16>(acc, out, row, lane);
     case Store::f32_stream:
-      return each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+      return each_row<Dtype::f32>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) stream_as<Dtype::f32>(c + j * VL * 4, v[j]);
       });
     case Store::bf16_stream:
-      return each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+      return each_row<Dtype::bf16>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) stream_as<Dtype::bf16>(c + j * VL * 2, v[j]);
       });
     case Store::pairs:
       if constexpr (NV == 4) {
-        each_row(acc, out, row, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
+        each_row<Dtype::bf16>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
           for (int j = 0; j < 2; ++j) store(c + j * VL * 4, pair(v[j], v[j + 2]));
         });
@@ -187,8 +192,12 @@ struct Ahead {
   }
 };
 
+// Rows `row` and on, NV vectors from lane `lane` on. Operands come by reference and unchanged: copies are written in parts
+// and read as vectors, for which a processor waits until all that came before is done (bench/LOG.md).
 template <class W, int MR, int NV>
-[[gnu::noinline]] void tile(int64_t steps, Left a, Right b, const Out& out, int64_t row, Ahead* ahead) {
+[[gnu::noinline]] void tile(int64_t steps, const Left& a, const Right& b, const Out& out, int64_t row, int64_t lane,
+                            Ahead* ahead) {
+  const int64_t a_row = a.row, a_step = a.step, b_step = b.step;
   Ahead next;
   if (ahead) next = *ahead;
   V acc[MR][NV];
@@ -202,7 +211,7 @@ template <class W, int MR, int NV>
     const int64_t next = NV == 4 && out.half != 0 ? out.half : 64;
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const char* const c = out.at(row + i);
+      const char* const c = out.at(row + i) + lane * size_of(out.store);
       __builtin_prefetch(c, 1);
       if (NV == 4 || size_of(out.store) == 4) __builtin_prefetch(c + next, 1);
     }
@@ -210,13 +219,17 @@ template <class W, int MR, int NV>
   // every third row: x86 addresses the two after it as base + stride and base + 2·stride
   constexpr int BASES = (MR + 2) / 3;
   const char* base[BASES];
-  for (int g = 0; g < BASES; ++g) base[g] = a.data + 3 * g * a.row;
-  const float* right = b.data;
+#pragma GCC unroll 8
+  for (int g = 0; g < BASES; ++g) {
+    base[g] = g == 0 ? a.data + row * a_row : base[g - 1] + 3 * a_row;
+    asm("" : "+r"(base[g]));  // or all are multiplied at once, in a vector
+  }
+  const float* right = b.at(lane);
   for (int64_t s = 0; s < steps;) {
     // a cache line of every row of the tile below this one, while a line of this one is used up
-    if (NV < 4 && a.step == 4) {
+    if (NV < 4 && a_step == 4) {
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a.row);
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a_row);
     }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
       if (NV == 4) next.fetch<W::PER == 2 ? 3 : 2>();
@@ -225,28 +238,28 @@ template <class W, int MR, int NV>
       for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
-        const V left = splat(load<float>(base[i / 3] + (i % 3) * a.row));
+        const V left = splat(load<float>(base[i / 3] + (i % 3) * a_row));
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
       }
 #pragma GCC unroll 8
-      for (int g = 0; g < BASES; ++g) base[g] += a.step;
-      right += b.step;
+      for (int g = 0; g < BASES; ++g) base[g] += a_step;
+      right += b_step;
     }
   }
   if (ahead) ahead->at = next.at;
   if (out.bias) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
-      const V add = load<V>(out.bias + j * VL);
+      const V add = load<V>(out.bias + lane + j * VL);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) acc[i][j] += add;
     }
   }
-  put(acc, out, row);
+  put(acc, out, row, lane);
 }
 
-using TileFn = void (*)(int64_t, Left, Right, const Out&, int64_t, Ahead*);
+using TileFn = void (*)(int64_t, const Left&, const Right&, const Out&, int64_t, int64_t, Ahead*);
 
 template <class W, int NV, class Rows>
 struct TileTable;
@@ -260,60 +273,53 @@ inline TileFn tile_of(int64_t height) {
   return TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1];
 }
 
-// One panel of NV vectors, rows cut into tiles of nearly equal height.
-template <class W, int NV>
-inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, Left a, Right b, const Out& out,
-                                                         Ahead* ahead = nullptr) {
+// f(row, height) for tiles of nearly equal height.
+template <int NV, class F>
+inline void each_tile(int64_t rows, F&& f) {
   const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
+  if (tiles == 0) return;
+  const int64_t least = rows / tiles, higher = rows % tiles;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
-    const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
-    tile_of<W, NV>(height)(steps, {a.data + row * a.row, a.row, a.step}, b, out, row, ahead);
+    const int64_t height = least + (t < higher);
+    f(row, height);
     row += height;
   }
 }
 
-// The output of the panel from lane j on.
-inline Out panel_of(const Out& out, int64_t j, int64_t columns) {
-  Out part = out;
-  part.data += j * size_of(out.store);
-  part.lanes = columns - j;
-  if (part.bias) part.bias += j;
-  return part;
+// A panel of NV vectors, from lane `lane` on.
+template <class W, int NV>
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, const Left& a, const Right& b,
+                                                         const Out& out, int64_t lane = 0, Ahead* ahead = nullptr) {
+  each_tile<NV>(rows, [&](int64_t row, int64_t height) { tile_of<W, NV>(height)(steps, a, b, out, row, lane, ahead); });
 }
 
-// All panels of `columns` lanes; B must be readable up to a multiple of VL lanes. bias, if any, is padded alike.
+// All panels of as many lanes as the output has; B must be readable up to a multiple of VL lanes. bias, if any, is padded
+// alike.
 template <class W>
-inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t columns, int64_t steps, Left a,
-                                                              Right b, const Out& out) {
-  for (int64_t j = 0; j < columns; j += 2 * VL) {
-    const Out part = panel_of(out, j, columns);
-    const Right panel = b.at(j);
-    if (columns - j > VL) {
-      product<W, 2>(rows, steps, a, panel, part);
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int64_t steps, const Left& a,
+                                                              const Right& b, const Out& out) {
+  for (int64_t j = 0; j < out.lanes; j += 2 * VL) {
+    if (out.lanes - j > VL) {
+      product<W, 2>(rows, steps, a, b, out, j);
     } else {
-      product<W, 1>(rows, steps, a, panel, part);
+      product<W, 1>(rows, steps, a, b, out, j);
     }
   }
 }
 
 // The same, all panels for a tile's rows before the next rows: for sums so short that reading and writing the output counts.
 template <class W>
-inline std::enable_if_t<!std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t columns, int64_t steps, Left a,
-                                                               Right b, const Out& out) {
-  const int64_t tiles = (rows + kTileRows<2> - 1) / kTileRows<2>;
-  for (int64_t t = 0, row = 0; t < tiles; ++t) {
-    const int64_t height = (rows - row + tiles - t - 1) / (tiles - t);
-    const Left left{a.data + row * a.row, a.row, a.step};
-    for (int64_t j = 0; j < columns; j += 2 * VL) {
-      const Out part = panel_of(out, j, columns);
-      if (columns - j > VL) {
-        tile_of<W, 2>(height)(steps, left, b.at(j), part, row, nullptr);
+inline std::enable_if_t<!std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t steps, const Left& a,
+                                                               const Right& b, const Out& out) {
+  each_tile<2>(rows, [&](int64_t row, int64_t height) {
+    for (int64_t j = 0; j < out.lanes; j += 2 * VL) {
+      if (out.lanes - j > VL) {
+        tile_of<W, 2>(height)(steps, a, b, out, row, j, nullptr);
       } else {
-        tile_of<W, 1>(height)(steps, left, b.at(j), part, row, nullptr);
+        tile_of<W, 1>(height)(steps, a, b, out, row, j, nullptr);
       }
     }
-    row += height;
-  }
+  });
 }
 
 }  // namespace
