@@ -35,6 +35,9 @@ LARGER = [
     Case("interleaved-runs", 12, 40, 32, 48, 16, rows=3, index=(0, 1, 2) * 4),
     Case("interleaved-short-runs", 12, 3, 32, 48, 16, rows=3, index=(2, 1, 0) * 4),
     Case("k-major", 4, 12, 20, 36, 24),
+    # rows of x, and of dy, that would share one set of the first cache
+    Case("rows-pages-apart", 4, 33, 2048, 6, 3, rows=2, index=(0, 1, 0, 1), bias=True),
+    Case("rows-of-dy-pages-apart", 4, 33, 6, 2048, 3, rows=2, index=(0, 1, 0, 1)),
     # gradients of `bilinear` that are written past the caches, from registers and by whole lines
     Case("large", 3, 5, 260, 260, 32),
     Case("large-odd", 3, 5, 260, 261, 31),

@@ -54,7 +54,7 @@ inline bool past_cache(const Call& q, const Projection& p) {
 
 // Rows of dbilinear as a product. Four vectors of a row at once where there are registers for them.
 template <class W>
-inline void product_of_rows(int64_t rows, int64_t steps, const Left& left, const Right& right, Out out, bool past) {
+inline void product_of_rows(int64_t rows, int64_t steps, const Left& left, const Right& right, Out& out, bool past) {
   if (past && streamable(out)) out = streamed(out);
   if (VL < 16 || W::STEP > 1 || out.lanes % (4 * VL) != 0) return product_wide<W>(rows, steps, left, right, out);
   out.half = 2 * VL * size_of(out.store);
@@ -217,7 +217,7 @@ struct SharedRows {
       : need_products(products), need_dx(q.dx != nullptr), count(q.projections), x_words(q, q.x.data, q.d_in) {
     // in place all or none, so that one numbering of rows serves them
     bool whole = true;
-    for (int i = 0; i < count; ++i) whole = whole && q.projection[i].d_out % (W::PER * W::STEP) == 0;
+    for (int i = 0; i < count; ++i) whole = whole && LeftRows<W>::in_place_along(q.projection[i].d_out);
     for (int i = 0; i < count; ++i) {
       const Projection& p = q.projection[i];
       dy[i] = LeftRows<W>(q, p.rows, p.d_out, whole);

@@ -18,6 +18,9 @@ struct Piece {
 // Rows a run below which gathering rows beats products of few rows each (bench/LOG.md).
 constexpr int64_t kShortRun = 32;
 
+// Bytes: rows that lie a multiple of it apart push each other out of the first cache.
+constexpr int64_t kSets = 4096;
+
 // [N, columns] as a left operand: in place where it can be read so, packed in grouped order where not.
 template <class W>
 class LeftRows {
@@ -27,7 +30,12 @@ class LeftRows {
   LeftRows(const Call& q, const char* data, int64_t columns, bool in_place)
       : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {
     const bool long_runs = rows_->count >= kShortRun * rows_->run_count();
-    packed_ = q.x.dtype != W::dtype || columns % (W::PER * W::STEP) != 0 || (rows_->order && !long_runs) || !in_place;
+    packed_ = q.x.dtype != W::dtype || !in_place_along(columns) || (rows_->order && !long_runs) || !in_place;
+  }
+
+  // Whether rows of so many columns can be read where they lie.
+  static bool in_place_along(int64_t columns) {
+    return columns % (W::PER * W::STEP) == 0 && columns * size_of(W::dtype) % kSets != 0;
   }
 
   void place(Arena& arena) { buffer_ = packed_ ? arena.take(rows_->count * step_words() + 2 * VL) : nullptr; }
@@ -39,7 +47,7 @@ class LeftRows {
     const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
     with_source<W>(dtype_, [&](auto type) {
       pack_left<W, decltype(type)::value>(buffer_ + begin * step_words(), source_ + (map ? 0 : begin * row), row, count,
-                                          columns_, map);
+                                          columns_, map, step_words());
     });
   }
 
@@ -63,7 +71,10 @@ class LeftRows {
   int64_t row_bytes() const { return packed_ ? step_words() * 4 : columns_ * size_of(dtype_); }
 
  private:
-  int64_t step_words() const { return words<W>(columns_); }
+  int64_t step_words() const {
+    const int64_t count = words<W>(columns_);
+    return count * 4 % kSets == 0 ? count + 16 : count;
+  }
 
   const Rows* rows_ = nullptr;
   const char* source_ = nullptr;

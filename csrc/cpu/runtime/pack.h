@@ -151,14 +151,14 @@ template <class W, Dtype D>
   }
 }
 
-// to[r, w] = words w of row r, as a left operand; padded with zeros to words<W>(columns).
+// to[r, w] = words w of row r, as a left operand; padded with zeros to words<W>(columns). to_row: words, as many where 0.
 template <class W, Dtype D>
 [[gnu::noinline]] void pack_left(float* to, const char* from, int64_t row, int64_t rows, int64_t columns,
-                      const int64_t* map = nullptr) {
-  const int64_t steps = words<W>(columns);
+                      const int64_t* map = nullptr, int64_t to_row = 0) {
+  const int64_t steps = words<W>(columns), apart = to_row > 0 ? to_row : steps;
   for (int64_t r = 0; r < rows; ++r) {
     const char* const p = from + (map ? map[r] : r) * row;
-    float* const out = to + r * steps;
+    float* const out = to + r * apart;
     for (int64_t s = 0; s < steps; s += VL) {
       const V v = load_words<W, D>(p + s * W::PER * size_of(D), columns - s * W::PER);
       if (steps - s >= VL) {
