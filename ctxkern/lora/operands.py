@@ -164,9 +164,12 @@ def base_gradients(x, dy, weight, bias, needs, workspace_bytes):
     dx = dweight = dbias = None
     wide = dy.to(compute)
     if needs.x and weight is not None:
-        dx = wide.new_empty(x.shape)
-        for strip in strips_of_weight(weight, 1, compute, workspace_bytes):
-            torch.mm(wide, weight[:, strip].to(compute), out=dx[:, strip])
+        if weight.dtype == compute:
+            dx = wide @ weight
+        else:
+            dx = wide.new_empty(x.shape)
+            for strip in strips_of_weight(weight, 1, compute, workspace_bytes):
+                torch.mm(wide, weight[:, strip].to(compute), out=dx[:, strip])
         dx = dx.to(x.dtype)
     if needs.weight:
         dweight = _weight_gradient(x.to(compute), wide, weight, workspace_bytes)
