@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +233,14 @@ def test_compare(model, configs, tmp_path, capsys):
         for rate in (0.01, 0.001)
     }
     assert rates["prompt"] == min(losses, key=lambda rate: sum(losses[rate].values()))
+    # a held-out file that has changed is measured again
+    (entry,) = json.loads(configs[1].read_text())
+    held_out, before = Path(entry["dataset_path"]), Path(entry["dataset_path"]).read_text()
+    held_out.write_text("".join(before.splitlines(keepends=True)[:-1]))
+    assert main(argv) == 0
+    assert len(list(run_dir.glob("prompt-seed0/evaluation-*.json"))) == 2
+    held_out.write_text(before)
+    capsys.readouterr()
     # again: nothing is run, nothing is measured
     for path in run_dir.glob("*-seed0/model/*.safetensors"):
         path.unlink()

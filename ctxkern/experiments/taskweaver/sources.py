@@ -40,13 +40,27 @@ def read_records(config: DatasetConfig) -> Records:
     return Records(records.rows[:most], records.places[:most], records.files)
 
 
-def _local(config: DatasetConfig, path: Path) -> Records:
-    files = [path]
-    split_done = False
+def local_files(config: DatasetConfig) -> list[Path]:
+    """The files that `read_records` reads; none of a dataset of the hub.
+
+    Raises:
+        OSError, ValueError: a folder without such files; one line.
+    """
+    path = Path(config.dataset_path)
+    return [file.absolute() for file in _files(config, path)[0]] if path.exists() else []
+
+
+def _files(config: DatasetConfig, path: Path) -> tuple[list[Path], bool]:
+    """The files of a path, and whether they were chosen by their split."""
     if path.is_dir():
-        files, split_done = _in_folder(config, path)
-    elif config.dataset_config is not None:
+        return _in_folder(config, path)
+    if config.dataset_config is not None:
         raise ValueError(f"{config.place}: dataset_config is {config.dataset_config!r}; a file has none")
+    return [path], False
+
+
+def _local(config: DatasetConfig, path: Path) -> Records:
+    files, split_done = _files(config, path)
     records = Records([], [], [file.absolute() for file in files])
     for file in files:
         for place, row in _of_file(config, file, split_done):

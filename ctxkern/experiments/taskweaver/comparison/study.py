@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import ctxkern
+from ctxkern.experiments.core.data.paths import fingerprint
 from ctxkern.experiments.core.files import write_json_atomic
 from ctxkern.experiments.core.hub import load_language_model
 from ctxkern.experiments.core.runs import PlannedRun, run_all
@@ -20,6 +21,7 @@ from ctxkern.experiments.taskweaver.configs import DatasetConfig
 from ctxkern.experiments.taskweaver.data import TaskDataset, create_dataset
 from ctxkern.experiments.taskweaver.evaluation import Arm, evaluate, few_shot_arm, prompt_arms, spread
 from ctxkern.experiments.taskweaver.hypernetwork import TaskWeaver
+from ctxkern.experiments.taskweaver.sources import local_files
 
 # of the seeds that are reported, far from this one
 _TUNING_SEED = 1000
@@ -105,7 +107,8 @@ class Study:
         Args:
             report: called with a run's name, and how many of how many examples are done.
         """
-        known = json.dumps([vars(self.measure), [repr(one) for one in self.held_out]])
+        held_out = [[repr(one), *map(fingerprint, local_files(one))] for one in self.held_out]
+        known = json.dumps([vars(self.measure), held_out])
         key, rows = sha256(known.encode()).hexdigest()[:12], []
         loaded: _Loaded | None = None
         for seed in range(self.config.seed, self.config.seed + self.seeds):
