@@ -176,6 +176,8 @@ def test_files_and_folders(tokenizer, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
     with pytest.raises(ValueError, match=r"train\.jsonl: line 2, column 10: not JSON"):
         prompts()
+    # what comes after so many is not read
+    assert prompts(num_samples=1) == ["a"]
 
 
 def test_a_completion_must_have_text(tokenizer, tmp_path):

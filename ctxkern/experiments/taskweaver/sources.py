@@ -66,6 +66,8 @@ def _local(config: DatasetConfig, path: Path) -> Records:
         for place, row in _of_file(config, file, split_done):
             records.rows.append(row)
             records.places.append(f"{printable(file)}: {place}")
+            if len(records.rows) == config.num_samples:
+                return records
     return records
 
 
