@@ -32,6 +32,5 @@ def empty_like(t):
     except MemoryError:
         # torch's own error says how much there is
         return torch.empty_like(t)
-    block = torch.frombuffer(memory, dtype=t.dtype)
     stride = t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride()
-    return torch.empty(0, dtype=t.dtype, device="cpu").set_(block.untyped_storage(), 0, t.shape, stride)
+    return torch.frombuffer(memory, dtype=t.dtype).as_strided_(t.shape, stride)
