@@ -36,8 +36,7 @@ def read_records(config: DatasetConfig) -> Records:
     records = _local(config, path) if path.exists() else _of_hub(config)
     if not records.rows:
         raise ValueError(f"{config.place}: {printable(config.dataset_path)} has no examples; it must have one")
-    most = config.num_samples
-    return Records(records.rows[:most], records.places[:most], records.files)
+    return records
 
 
 def local_files(config: DatasetConfig) -> list[Path]:
