@@ -9,9 +9,12 @@
 
 namespace ctxkern {
 
-// "Operand 40\nOperand.data 0\n...": sizes of the structs and where their fields lie.
+// Goes up with a change to what functions of the libraries take.
+constexpr int kCalls = 2;
+
+// "calls 2\nOperand 40\nOperand.data 0\n...": sizes of the structs and where their fields lie.
 inline std::string problem_layout() {
-  std::string text;
+  std::string text = "calls " + std::to_string(kCalls) + "\n";
   const auto add = [&](const char* name, size_t bytes) {
     text += std::string(name) + " " + std::to_string(bytes) + "\n";
   };

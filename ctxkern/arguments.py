@@ -7,6 +7,16 @@ from . import checks
 from .lora.operands import Operands, Options
 from .plan import DEFAULT_WORKSPACE
 from .registry import resolve
+from .runtime import cpu
+
+
+def fit(*given):
+    """Whether a quick look shows that arguments of `modulated_linear` (x, context, weight, bilinear, bias, context_index,
+    cu_seqlens) pass the checks below and none is cast, as in most calls."""
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return False
+    core = cpu.core()
+    return core is not None and core.modulated_fits(given)
 
 
 def activations(op, x, context):

@@ -18,7 +18,7 @@ from .lora.plan import plan as lora_plan
 from .modulated.operands import Operands
 from .modulated.ops import modulated, with_memory
 from .plan import DEFAULT_WORKSPACE, Plan, default_workspace
-from .registry import implementation
+from .registry import implementation, resolve
 
 
 def modulated_linear(
@@ -71,12 +71,15 @@ def modulated_linear(
     Source: Jayakumar et al., Multiplicative Interactions and Where to Find Them (2020).
     """
     op = "modulated_linear"
-    arguments.activations(op, x, context)
-    x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
-    arguments.contexts(op, x, context, context_index, cu_seqlens)
-    arguments.projection(op, x, context, weight, bilinear, bias)
+    if arguments.fit(x, context, weight, bilinear, bias, context_index, cu_seqlens):
+        backend = resolve(backend, x.device, x.dtype, "modulated")
+    else:
+        arguments.activations(op, x, context)
+        x, (context, weight, bilinear, bias) = checks.autocast(x, (context, weight, bilinear, bias))
+        arguments.contexts(op, x, context, context_index, cu_seqlens)
+        arguments.projection(op, x, context, weight, bilinear, bias)
+        backend = arguments.backend_of(backend, x)
     workspace_bytes = checks.workspace(op, workspace_bytes, x)
-    backend = arguments.backend_of(backend, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
     return modulated(operands, workspace_bytes, backend)[0]
 

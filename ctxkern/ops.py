@@ -49,7 +49,7 @@ def operator(schema, fake):
 def isolated(run, operands, *args):
     """run(operands, *args) with autograd and autocast off: a backend computes in the dtypes that it is given."""
     x = operands.x
-    if autocast_enabled(x):
+    if torch._C._is_any_autocast_enabled() and autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False), torch.no_grad():
             return run(operands, *args)
     if torch.is_grad_enabled():
@@ -164,28 +164,28 @@ class Family(NamedTuple):
 
 
 def differentiable(family):
-    """The operators of a family as one autograd.Function of (options, *operands.flat())."""
+    """The operators of a family as one autograd.Function of (operands or None, options, *operands.flat())."""
     end, nothing = -family.constants, (None,) * family.constants
 
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, options, *flat):
+        def forward(ctx, operands, options, *flat):
             ctx.options = options
             ctx.save_for_backward(*flat)
-            return family.forward(family.operands.of(flat), flat, options)
+            return family.forward(operands or family.operands.of(flat), flat, options)
 
         @staticmethod
         def backward(ctx, *douts):
-            flat, needs = ctx.saved_tensors, ctx.needs_input_grad[1:end]
+            flat, needs = ctx.saved_tensors, ctx.needs_input_grad[2:end]
             if not torch.compiler.is_compiling():
                 if transformed(*douts):
                     grads = spread(_vjp(family, flat, ctx.options, needs, douts), needs)
-                    return None, *grads, *nothing
+                    return None, None, *grads, *nothing
                 if torch.is_grad_enabled():
                     grads = spread(Backward.apply(ctx.options, needs, len(douts), *douts, *flat), needs)
-                    return None, *grads, *nothing
+                    return None, None, *grads, *nothing
             grads = family.backward(douts, flat, ctx.options, needs)
-            return None, *grads, *nothing
+            return None, None, *grads, *nothing
 
     class Backward(torch.autograd.Function):
         """The gradient as a differentiable function; its own gradient is that of the reference's."""
@@ -300,5 +300,6 @@ def call(family, function, operands, options):
     if torch.is_grad_enabled():
         for t in flat:
             if t is not None and t.requires_grad:
-                return function.apply(options, *flat)
+                # a compiler knows tensors as arguments alone
+                return function.apply(None if torch.compiler.is_compiling() else operands, options, *flat)
     return family.forward(operands, flat, options)

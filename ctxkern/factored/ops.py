@@ -81,7 +81,7 @@ def _forward(operands, flat, options):
 
 
 def _backward(douts, flat, options, needs):
-    if direct(flat) and direct(douts):
+    if direct((*douts, *flat)):
         return isolated(_run_backward, Operands.of(flat), douts[0], options, needs)
     return spread(factored_backward(douts[0], *flat, *options, list(needs)), needs)
 

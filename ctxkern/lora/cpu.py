@@ -1,7 +1,5 @@
 """C++ kernels on the CPU (csrc/cpu/lora) around torch's own product with the base weight."""
 
-from ctypes import addressof
-
 import torch
 
 from ctxkern.lora import native
@@ -13,10 +11,9 @@ def _allocate(size):
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
-def _run(problem, backward, operands):
-    problem.threads = torch.get_num_threads()
+def _run(operands, *call):
     try:
-        cpu_runtime.load().lora(addressof(problem), backward, _allocate)
+        cpu_runtime.load().lora(operands, *call, torch.get_num_threads(), _allocate)
     except ValueError:
         check_values(operands)
         raise

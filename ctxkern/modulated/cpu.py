@@ -1,12 +1,10 @@
 """C++ kernels on the CPU (csrc/cpu): panel and outer over 32-bit words, the instruction set chosen at run time."""
 
-from ctypes import addressof
-
 import torch
 
-from ctxkern.modulated.native import problem_of, without_gaps
+from ctxkern.modulated.native import MOST_BYTES, without_gaps
 from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_gradients, new_outputs
-from ctxkern.modulated.plan import Problem, cpu_terms, describe, outer_above
+from ctxkern.modulated.plan import Problem, cpu_outer_above, describe
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.runtime import memory
 
@@ -14,29 +12,23 @@ from ctxkern.runtime import memory
 _PAIRS = ("avx512_bf16", "amx_bf16")
 
 
-def _problem(operands, rows, workspace_bytes, backward, grads=None):
+def _call(operands, rows, grads, workspace_bytes):
+    """What `_C` takes for a call. rows: y of each projection, or dy where `grads` says which gradients to write."""
     x = operands.x
     tokens = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
     largest = max([t.nbytes for t in operands.bilinears])
-    pairs = x.dtype is torch.bfloat16 and cpu_runtime.cpu_isa() in _PAIRS
-    above = outer_above(cpu_terms(pairs, backward, largest), tokens, operands.per_token)
-    return problem_of(
-        operands,
-        rows,
-        outer_above=above,
-        workspace_bytes=workspace_bytes,
-        grads=grads,
-        threads=torch.get_num_threads(),
-    )
+    pairs = x.dtype is torch.bfloat16 and cpu_runtime.load().cpu_isa() in _PAIRS
+    above = cpu_outer_above(pairs, grads is not None, largest, tokens, operands.context.dim() == 3)
+    return operands, rows, grads, above, min(workspace_bytes, MOST_BYTES), torch.get_num_threads()
 
 
 def _allocate(size):
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
-def _run(problem, backward, operands):
+def _run(operands, rows, grads, workspace_bytes):
     try:
-        cpu_runtime.load().modulated(addressof(problem), backward, _allocate)
+        cpu_runtime.load().modulated(*_call(operands, rows, grads, workspace_bytes), _allocate)
     except ValueError:
         check_values(operands)
         raise
@@ -46,7 +38,7 @@ def forward(operands, workspace_bytes):
     """[y], one per projection, in the dtype of x and the leading shape of x."""
     operands = without_gaps(operands)
     outs = new_outputs(operands)
-    _run(_problem(operands, outs, workspace_bytes, False), False, operands)
+    _run(operands, outs, None, workspace_bytes)
     return outs
 
 
@@ -55,7 +47,7 @@ def backward(douts, operands, workspace_bytes, needs):
     operands, douts = without_gaps(operands), [contiguous(dout) for dout in douts]
     grads = new_gradients(douts, operands, needs, memory.empty_like)
     if grads.from_kernels():
-        _run(_problem(operands, douts, workspace_bytes, True, grads), True, operands)
+        _run(operands, douts, grads, workspace_bytes)
     return grads
 
 
@@ -66,8 +58,7 @@ def plan(operands, workspace_bytes, backward):
     x, (weight,), (bilinear,) = operands.x, operands.weights, operands.bilinears
     grads = Gradients(x, operands.context, [weight], [bilinear], [None]) if backward else None
     # x stands for y, which is not touched
-    problem = _problem(operands, [x], workspace_bytes, backward, grads)
-    tiles = cpu_runtime.load().modulated_tiles(addressof(problem), backward)
+    tiles = cpu_runtime.load().modulated_tiles(*_call(operands, [x], grads, workspace_bytes))
     d_in, d_out, context_dim = bilinear.shape
     return describe(
         Problem(

@@ -5,7 +5,7 @@ Memory and stream are torch's. The first of two passes counts the workspace, the
 
 import ctypes
 
-from ctxkern.modulated.native import problem_of, without_gaps
+from ctxkern.modulated.native import MOST_BYTES, without_gaps
 from ctxkern.modulated.operands import (
     Gradients,
     check_values,
@@ -16,19 +16,18 @@ from ctxkern.modulated.operands import (
 )
 from ctxkern.modulated.plan import Problem, describe, gpu_terms, outer_above
 from ctxkern.plan import rounds_to_tf32
+from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.runtime import cuda as cuda_runtime
+from ctxkern.runtime import problem as structs
 
 
 def _problem(operands, rows, workspace_bytes, grads=None):
-    x = operands.x
-    return problem_of(
-        operands,
-        rows,
-        outer_above=outer_above(gpu_terms(), x.shape[:-1].numel(), operands.per_token),
-        workspace_bytes=workspace_bytes,
-        grads=grads,
-        tf32=rounds_to_tf32(x.dtype),
-    )
+    x, problem = operands.x, structs.Problem()
+    above = outer_above(gpu_terms(), x.shape[:-1].numel(), operands.per_token)
+    workspace_bytes = min(workspace_bytes, MOST_BYTES)
+    cpu_runtime.load().fill_modulated(ctypes.addressof(problem), operands, rows, grads, above, workspace_bytes)
+    problem.tf32 = rounds_to_tf32(x.dtype)
+    return problem
 
 
 def _run(problem, backward, operands):

@@ -96,7 +96,7 @@ def _forward(operands, flat, options):
 
 def _backward(douts, flat, options, needs):
     operands = Operands.of(flat)
-    if direct(flat) and direct(douts):
+    if direct((*douts, *flat)):
         return isolated(_run_backward, operands, douts, options.workspace_bytes, options.backend, needs)
     grads = modulated_backward(list(douts), *operands, options.workspace_bytes, options.backend, list(needs))
     return spread(grads, needs)

@@ -6,6 +6,7 @@ Strategies (N tokens, U distinct contexts, D = d_in, E = d_out, K = context_dim)
   outer   (x ⊗ c) as the operand, no weight made: 2NDEK operations
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -68,10 +69,15 @@ def outer_above(terms, tokens, per_token=False):
     return (rows * tokens + fixed) / contexts
 
 
-def cpu_terms(pairs, backward, bilinear_bytes):
-    """Terms of the C++ kernels; pairs: words are two bfloat16 along the sum."""
+def cpu_outer_above(pairs, backward, bilinear_bytes, tokens, per_token):
+    """`outer_above` of the C++ kernels; pairs: words are two bfloat16 along the sum."""
+    return _cpu_outer_above(pairs, backward, bilinear_bytes > _CPU_CACHED, tokens, per_token, forced.strategy)
+
+
+@lru_cache(maxsize=1024)
+def _cpu_outer_above(pairs, backward, uncached, tokens, per_token, _strategy):
     rows, contexts, fixed = _CPU_TERMS["bf16" if pairs else "f32", "backward" if backward else "forward"]
-    return rows, contexts, fixed if bilinear_bytes > _CPU_CACHED else 0.0
+    return outer_above((rows, contexts, fixed if uncached else 0.0), tokens, per_token)
 
 
 def gpu_terms():

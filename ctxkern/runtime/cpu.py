@@ -49,8 +49,13 @@ def load() -> ModuleType:
     return module
 
 
+def core() -> ModuleType | None:
+    """The module _C, or None where it is not available."""
+    return _attempt()[0]
+
+
 def available() -> bool:
-    return _attempt()[0] is not None
+    return core() is not None
 
 
 def reason() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .cpu import build_info
+from . import cpu
 from .problem import LoraProblem, Problem, difference
 
 # csrc/cuda/runtime/library.cu
@@ -25,7 +25,7 @@ def missing():
     """Why there is no library, or ''; nothing is loaded to find out."""
     if _path().exists():
         return ""
-    cuda = build_info().get("cuda", {})
+    cuda = cpu.build_info().get("cuda", {})
     return f"built without CUDA kernels because {cuda.get('reason') or 'nothing was built: run pip install .'}"
 
 
@@ -45,6 +45,8 @@ def _attempt():
     wrong = difference(library.ctxkern_cuda_problem_layout().decode())
     if wrong:
         return None, f"{path.name} does not fit this package: {wrong}: run pip install . again"
+    if cpu.reason():
+        return None, f"_C, which fills what its kernels read, is not available: {cpu.reason()}"
     library.ctxkern_cuda_unusable.restype = ctypes.c_char_p
     size = ctypes.POINTER(ctypes.c_int64)
     for family, problem in (("modulated", Problem), ("lora", LoraProblem)):

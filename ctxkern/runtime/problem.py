@@ -64,9 +64,13 @@ class Problem(ctypes.Structure):
     ]
 
 
+# of what functions of the libraries take (csrc/problem_checks.h)
+_CALLS = 2
+
+
 def layout():
     """The text that `problem_layout` of a library must give."""
-    lines = []
+    lines = [f"calls {_CALLS}\n"]
     for struct in (Operand, Batch, Projection, Problem, LoraProblem):
         lines.append(f"{struct.__name__} {ctypes.sizeof(struct)}\n")
         for name, *_ in struct._fields_:

@@ -52,6 +52,18 @@ def planted(folder, file, old, new):
     return sources
 
 
+def without_dtype(monkeypatch, backend):
+    """The problems of a backend's module name a dtype of x that there is not."""
+    problem_of = backend._problem
+
+    def changed(*given):
+        problem = problem_of(*given)
+        problem.x.dtype = 7
+        return problem
+
+    monkeypatch.setattr(backend, "_problem", changed)
+
+
 def forget():
     cuda_runtime._attempt.cache_clear()
     registry.forget()

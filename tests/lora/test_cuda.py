@@ -1,11 +1,10 @@
 """The CUDA C++ kernels of lora_linear, compiled for the CPU by an emulation header."""
 
 import functools
-import importlib
 
 import pytest
 import torch
-from helpers.emulated import compiled, emulated, forget, planted
+from helpers.emulated import compiled, emulated, forget, planted, without_dtype
 
 import ctxkern
 from ctxkern.lora import cuda as lora_cuda
@@ -253,7 +252,7 @@ def test_kernels_check_what_the_call_cannot_read(monkeypatch, wrong):
 
 def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
     arguments, _ = lora_arguments(BY_ID["odd"], 3)
-    monkeypatch.setattr(importlib.import_module("ctxkern.runtime.fill"), "CODES", {torch.float32: 7})
+    without_dtype(monkeypatch, lora_cuda)
     with pytest.raises(RuntimeError, match=r"lora_forward on backend 'cuda' \(x \[3, 5, 7\].*failed: an unknown dtype"):
         fn(**arguments)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.emulated import compiled, emulated, forget, planted
+from helpers.emulated import compiled, emulated, forget, planted, without_dtype
 from helpers.native import MIXES, UNREAD, UNREAD_CODE, direct, mix_id, mixed
 
 import ctxkern
@@ -232,7 +232,7 @@ def test_temporaries_stay_within_the_workspace(form, dtypes):
 
 def test_a_launch_that_fails_names_operator_shape_and_cause(monkeypatch):
     x, context, bilinear = torch.randn(2, 3, 4), torch.randn(2, 2), torch.randn(4, 6, 2)
-    monkeypatch.setattr(importlib.import_module("ctxkern.runtime.fill"), "CODES", {torch.float32: 7})
+    without_dtype(monkeypatch, importlib.import_module("ctxkern.modulated.cuda"))
     with pytest.raises(
         RuntimeError, match=r"modulated_forward on backend 'cuda' \(x \[2, 3, 4\].*failed: an unknown dtype"
     ):

@@ -5,6 +5,7 @@
 #include "../../problem_checks.h"
 #include "../runtime/memory.h"
 #include "../runtime/module.h"
+#include "../runtime/tensors.h"
 #include "../runtime/workspace.h"
 #include "lora.h"
 
@@ -54,8 +55,49 @@ struct Made {
   LoraCall call;
 };
 
-void lora(uintptr_t address, bool backward, const py::object& allocate) {
-  const LoraProblem& problem = *reinterpret_cast<const LoraProblem*>(address);
+// The problem of `Operands` and `Gates`, or None, of ctxkern/lora/operands.py, without gaps where kernels read row by row.
+// rows: y, or dy; gradients: dx, dA, dB, each or all None; the others: fields of the problem.
+LoraProblem problem_of(py::handle operands, py::handle rows, py::handle gradients, py::handle gates, bool adds,
+                       double scale, int64_t kept_from, int64_t threads) {
+  const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
+  LoraProblem q{};
+  const Tensor x = tensor_of(operand(0)), A = tensor_of(operand(2), 3), B = tensor_of(operand(3), 3);
+  q.batch = batch_of(x, A.sizes[0], operand(8), operand(9));
+  q.x = operand_of(x);
+  q.A = operand_of(A);
+  q.B = operand_of(B);
+  q.d_in = x.sizes[x.ndim - 1];
+  q.d_out = B.sizes[1];
+  q.rank = A.sizes[1];
+  q.scales = reinterpret_cast<const float*>(address_of(operand(5)));
+  q.ranks = longs_of(operand(6));
+  q.rows = address_of(rows);
+  q.adds = adds;
+  q.scale = scale;
+  q.threads = threads;
+  if (kept_from != 0) {
+    q.kept_from = kept_from;
+    q.seed = longs_of(operand(7));
+  }
+  if (!gradients.is_none()) {
+    q.dx = address_of(entry(gradients, 0, 3));
+    q.dA = address_of(entry(gradients, 1, 3));
+    q.dB = address_of(entry(gradients, 2, 3));
+  }
+  if (!gates.is_none()) {
+    const Tensor values = tensor_of(entry(gates, 0, 3), 2);
+    q.gates = reinterpret_cast<const float*>(values.data);
+    q.gate_rows = values.sizes[0];
+    q.gate_of = longs_of(entry(gates, 1, 3));
+    q.products = reinterpret_cast<float*>(address_of(entry(gates, 2, 3)));
+  }
+  return q;
+}
+
+void lora(py::handle operands, py::handle rows, py::handle gradients, py::handle gates, bool adds, double scale,
+          int64_t kept_from, int64_t threads, const py::object& allocate) {
+  const bool backward = !gradients.is_none();
+  const LoraProblem problem = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, threads);
   check_problem(problem, backward);
   check_ranks(problem);
   release_kept(kept_seconds());
@@ -67,11 +109,19 @@ void lora(uintptr_t address, bool backward, const py::object& allocate) {
   (backward ? run.backward : run.forward)(made.call, workspace.data);
 }
 
+// At the address of a struct of runtime/problem.py, for libraries without Python.
+void fill_lora(uintptr_t address, py::handle operands, py::handle rows, py::handle gradients, py::handle gates,
+               bool adds, double scale, int64_t kept_from) {
+  *reinterpret_cast<LoraProblem*>(address) = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, 1);
+}
+
 }  // namespace
 
 void bind_lora(py::module_& m) {
   m.def("lora", &lora,
-        "Adds the low-rank update of the problem at an address; allocate(bytes) gives a tensor of bytes.");
+        "Runs the update: (operands, rows, (dx, dA, dB) or None, gates or None, adds, scale, kept_from, threads, "
+        "allocate); allocate(bytes) gives a tensor of bytes.");
+  m.def("fill_lora", &fill_lora, "Fills the struct at an address with the same.");
 }
 
 }  // namespace ctxkern

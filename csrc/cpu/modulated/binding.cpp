@@ -5,6 +5,7 @@
 #include "../../problem_checks.h"
 #include "../runtime/memory.h"
 #include "../runtime/module.h"
+#include "../runtime/tensors.h"
 #include "../runtime/workspace.h"
 #include "modulated.h"
 
@@ -26,8 +27,78 @@ int64_t threads_for(const Call& q) {
   return q.threads;
 }
 
-// The problem (runtime/problem.py) at an address.
-const Problem& problem_at(uintptr_t address) { return *reinterpret_cast<const Problem*>(address); }
+// Whether arguments (x, context, weight, bilinear, bias, context_index, cu_seqlens) pass the checks of
+// ctxkern/arguments.py; false too where that takes a longer look: packed x, a context per token, subclasses.
+bool fits(const py::tuple& given) {
+  enum { kX, kContext, kWeight, kBilinear, kBias, kIndex, kBounds, kAll };
+  if (given.size() != kAll || !given[kBounds].is_none() || !usual(given)) return false;
+  for (const int i : {kX, kContext, kBilinear})
+    if (given[i].is_none()) return false;
+  try {
+    const Tensor x = tensor_of(given[kX]), context = tensor_of(given[kContext]), bilinear = tensor_of(given[kBilinear]);
+    if (x.ndim != 3 || context.ndim != 2 || bilinear.ndim != 3 || !x.floats()) return false;
+    const int64_t d_in = x.sizes[2], d_out = bilinear.sizes[1];
+    if (!context.mixes(x) || !bilinear.mixes(x) || !bilinear.has_sizes({d_in, d_out, context.sizes[1]})) return false;
+    const auto parameter = [&](int i, std::initializer_list<int64_t> sizes) {
+      if (given[i].is_none()) return true;
+      const Tensor t = tensor_of(given[i]);
+      return t.mixes(x) && t.has_sizes(sizes);
+    };
+    if (!parameter(kWeight, {d_in, d_out}) || !parameter(kBias, {d_out})) return false;
+    if (given[kIndex].is_none()) return context.sizes[0] == x.sizes[0];
+    const Tensor index = tensor_of(given[kIndex]);
+    return index.longs() && index.same_device(x) && index.has_sizes({x.sizes[0]});
+  } catch (const py::error_already_set&) {
+    // not one that has memory
+    return false;
+  }
+}
+
+// The problem of `Operands` and `Gradients`, or None in a forward, of ctxkern/modulated/operands.py. rows: y of each
+// projection, or dy. A context per token is a table of N rows for N sequences of one row each.
+Problem problem_of(py::handle operands, py::handle rows, py::handle grads, double outer_above, int64_t workspace_bytes,
+                   int64_t threads) {
+  const auto operand = [&](int64_t i) { return entry(operands, i, 7); };
+  Problem q{};
+  q.outer_above = outer_above;
+  q.workspace_bytes = workspace_bytes;
+  q.threads = threads;
+  const Tensor x = tensor_of(operand(0)), context = tensor_of(operand(1));
+  if (context.ndim == 3) {
+    if (x.ndim != 3) throw std::invalid_argument("x is packed beside a context per token");
+    const int64_t tokens = x.sizes[0] * x.sizes[1];
+    q.batch = Batch{nullptr, nullptr, tokens, tokens, 1, tokens};
+  } else {
+    q.batch = batch_of(x, context.sizes[0], operand(5), operand(6));
+  }
+  q.x = operand_of(x);
+  q.context = operand_of(context);
+  q.d_in = x.sizes[x.ndim - 1];
+  q.context_dim = context.sizes[context.ndim - 1];
+  const bool backward = !grads.is_none();
+  const auto gradient = [&](int64_t i) { return entry(grads, i, 5); };
+  if (backward) {
+    q.dx = address_of(gradient(0));
+    q.dcontext = address_of(gradient(1));
+  }
+  q.projections = static_cast<int64_t>(PySequence_Size(rows.ptr()));
+  for (int64_t i = 0; i < q.projections && i < kMaxProjections; ++i) {
+    Projection& p = q.projection[i];
+    const auto each = [&](int64_t list) { return entry(operand(list), i, q.projections); };
+    const Tensor bilinear = tensor_of(each(3), 3);
+    p.d_out = bilinear.sizes[1];
+    p.bilinear = operand_of(bilinear);
+    p.weight = operand_of(each(2), 2);
+    p.rows = address_of(entry(rows, i, q.projections));
+    if (backward) {
+      p.dweight = operand_of(entry(gradient(2), i, q.projections), 2);
+      p.dbilinear = operand_of(entry(gradient(3), i, q.projections), 3);
+    } else {
+      p.bias = operand_of(each(4), 1);
+    }
+  }
+  return q;
+}
 
 // A call, and the rows that it looks at.
 struct Made {
@@ -59,10 +130,13 @@ void advise(const Call& q, bool backward) {
   }
 }
 
-void modulated(uintptr_t problem, bool backward, const py::object& allocate) {
-  check_problem(problem_at(problem), backward);
+void modulated(py::handle operands, py::handle rows, py::handle grads, double outer_above, int64_t workspace_bytes,
+               int64_t threads, const py::object& allocate) {
+  const bool backward = !grads.is_none();
+  const Problem problem = problem_of(operands, rows, grads, outer_above, workspace_bytes, threads);
+  check_problem(problem, backward);
   release_kept(kept_seconds());
-  const Made made(problem_at(problem));
+  const Made made(problem);
   const Kernels& run = kernels(made.call);
   const Tiles tiles = run.tiles(made.call, backward);
   const Workspace workspace(tiles.bytes, allocate);
@@ -72,9 +146,10 @@ void modulated(uintptr_t problem, bool backward, const py::object& allocate) {
   (backward ? run.backward : run.forward)(made.call, tiles, workspace.data);
 }
 
-py::dict modulated_tiles(uintptr_t problem, bool backward) {
-  const Made made(problem_at(problem));
-  const Tiles tiles = kernels(made.call).tiles(made.call, backward);
+py::dict modulated_tiles(py::handle operands, py::handle rows, py::handle grads, double outer_above,
+                         int64_t workspace_bytes, int64_t threads) {
+  const Made made(problem_of(operands, rows, grads, outer_above, workspace_bytes, threads));
+  const Tiles tiles = kernels(made.call).tiles(made.call, !grads.is_none());
   py::dict found;
   found["outer"] = made.call.outer;
   found["contexts"] = made.rows.contexts;
@@ -84,13 +159,22 @@ py::dict modulated_tiles(uintptr_t problem, bool backward) {
   return found;
 }
 
+// At the address of a struct of runtime/problem.py, for libraries without Python.
+void fill_modulated(uintptr_t address, py::handle operands, py::handle rows, py::handle grads, double outer_above,
+                    int64_t workspace_bytes) {
+  *reinterpret_cast<Problem*>(address) = problem_of(operands, rows, grads, outer_above, workspace_bytes, 1);
+}
+
 }  // namespace
 
 void bind_modulated(py::module_& m) {
   m.def("problem_layout", &problem_layout, "Where the fields of a problem lie; runtime/problem.py must agree.");
   m.def("modulated", &modulated,
-        "Runs modulated projections of the problem at an address; allocate(bytes) gives a tensor of bytes.");
-  m.def("modulated_tiles", &modulated_tiles, "How `modulated` would run the same problem.");
+        "Runs projections: (operands, rows, gradients or None, outer_above, workspace_bytes, threads, allocate); "
+        "allocate(bytes) gives a tensor of bytes.");
+  m.def("modulated_fits", &fits, "Whether it is quick to see that arguments of modulated_linear pass its checks.");
+  m.def("modulated_tiles", &modulated_tiles, "How `modulated` would run the same.");
+  m.def("fill_modulated", &fill_modulated, "Fills the struct at an address with the same.");
 }
 
 }  // namespace ctxkern

@@ -1,0 +1,168 @@
+#include "tensors.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+
+namespace ctxkern {
+namespace {
+
+// What DLPack 1.x lays down of these, so that neither its header nor torch's is needed to build.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* previous;
+  void* other[3];
+  int (*read)(void* object, DLTensor* out);
+  void* stream;
+};
+
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+
+// torch's tensors: their type, and the functions that read them.
+struct Torch {
+  Torch() {
+    py::object type = py::module_::import("torch").attr("Tensor");
+    const py::object table = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+    const auto* api = table.is_none() ? nullptr : table.cast<py::capsule>().get_pointer<ExchangeApi>();
+    while (api && api->major > 1) api = api->previous;
+    if (api == nullptr || api->major != 1 || api->read == nullptr)
+      throw std::runtime_error("this torch has no table of DLPack 1.x for C; torch 2.11 and later have");
+    tensor = reinterpret_cast<PyTypeObject*>(type.release().ptr());
+    py::object derived = py::module_::import("torch.nn").attr("Parameter");
+    parameter = reinterpret_cast<PyTypeObject*>(derived.release().ptr());
+    read = api->read;
+  }
+
+  PyTypeObject *tensor, *parameter;
+  int (*read)(void* object, DLTensor* out);
+};
+
+const Torch& torch() {
+  static const Torch torch;
+  return torch;
+}
+
+[[noreturn]] void wrong_ndim(int64_t found, int64_t ndim) {
+  throw std::invalid_argument("a tensor has " + std::to_string(found) + " dimensions; it must have " +
+                              std::to_string(ndim));
+}
+
+}  // namespace
+
+bool Tensor::floats() const { return kind == kFloat || (kind == kBfloat && bits == 16); }
+
+bool Tensor::longs() const { return kind == kInt && bits == 64; }
+
+bool Tensor::same_device(const Tensor& other) const {
+  return device_type == other.device_type && device == other.device;
+}
+
+bool Tensor::has_sizes(std::initializer_list<int64_t> expected) const {
+  if (ndim != static_cast<int64_t>(expected.size())) return false;
+  const int64_t* at = sizes;
+  for (const int64_t size : expected)
+    if (*at++ != size) return false;
+  return true;
+}
+
+bool Tensor::mixes(const Tensor& x) const {
+  const auto f32 = [](const Tensor& t) { return t.kind == kFloat && t.bits == 32; };
+  const auto half = [](const Tensor& t) { return t.floats() && t.bits == 16; };
+  if (!same_device(x)) return false;
+  return (kind == x.kind && bits == x.bits) || (f32(*this) && half(x)) || (half(*this) && f32(x));
+}
+
+bool usual(const py::tuple& tensors) {
+  const Torch& t = torch();
+  for (const py::handle each : tensors) {
+    const PyTypeObject* const type = Py_TYPE(each.ptr());
+    if (!each.is_none() && type != t.tensor && type != t.parameter) return false;
+  }
+  return true;
+}
+
+Tensor tensor_of(py::handle object) {
+  if (!PyObject_TypeCheck(object.ptr(), torch().tensor))
+    throw py::type_error(std::string("a ") + Py_TYPE(object.ptr())->tp_name + " was given; it must be a tensor");
+  DLTensor found;
+  if (torch().read(object.ptr(), &found) != 0) throw py::error_already_set();
+  return {static_cast<char*>(found.data) + found.byte_offset,
+          found.ndim,
+          found.shape,
+          found.strides,
+          found.code,
+          found.bits,
+          found.device_type,
+          found.device_id};
+}
+
+Tensor tensor_of(py::handle object, int64_t ndim) {
+  const Tensor tensor = tensor_of(object);
+  if (tensor.ndim != ndim) wrong_ndim(tensor.ndim, ndim);
+  return tensor;
+}
+
+Operand operand_of(const Tensor& tensor) {
+  Operand operand{tensor.data, Dtype::f32, {0, 0, 0}};
+  if (tensor.kind == kBfloat && tensor.bits == 16)
+    operand.dtype = Dtype::bf16;
+  else if (tensor.kind == kFloat && tensor.bits == 16)
+    operand.dtype = Dtype::f16;
+  else if (tensor.kind != kFloat || tensor.bits != 32)
+    throw std::invalid_argument("a tensor has another dtype than float32, bfloat16 and float16");
+  if (tensor.ndim > 3) wrong_ndim(tensor.ndim, 3);
+  for (int64_t i = 0; i < tensor.ndim; ++i) operand.strides[i] = tensor.strides[i];
+  return operand;
+}
+
+Operand operand_of(py::handle object, int64_t ndim) {
+  return object.is_none() ? Operand{nullptr, Dtype::f32, {0, 0, 0}} : operand_of(tensor_of(object, ndim));
+}
+
+char* address_of(py::handle object) { return object.is_none() ? nullptr : tensor_of(object).data; }
+
+const int64_t* longs_of(py::handle object) {
+  if (object.is_none()) return nullptr;
+  const Tensor tensor = tensor_of(object);
+  if (!tensor.longs()) throw std::invalid_argument("a tensor has another dtype than int64");
+  return reinterpret_cast<const int64_t*>(tensor.data);
+}
+
+Batch batch_of(const Tensor& x, int64_t table, py::handle index, py::handle bounds) {
+  Batch batch{nullptr, longs_of(index), 0, 0, 0, table};
+  if (bounds.is_none()) {
+    if (x.ndim != 3) wrong_ndim(x.ndim, 3);
+    batch.sequences = x.sizes[0];
+    batch.length = x.sizes[1];
+    batch.tokens = x.sizes[0] * x.sizes[1];
+    return batch;
+  }
+  const Tensor given = tensor_of(bounds, 1);
+  if (given.kind != kInt || given.bits != 32) throw std::invalid_argument("bounds have another dtype than int32");
+  batch.tokens = x.sizes[0];
+  batch.sequences = given.sizes[0] - 1;
+  batch.bounds = reinterpret_cast<const int32_t*>(given.data);
+  return batch;
+}
+
+py::handle entry(py::handle sequence, int64_t i, int64_t size) {
+  if (PyTuple_Check(sequence.ptr()) && PyTuple_GET_SIZE(sequence.ptr()) == size)
+    return PyTuple_GET_ITEM(sequence.ptr(), i);
+  if (PyList_Check(sequence.ptr()) && PyList_GET_SIZE(sequence.ptr()) == size)
+    return PyList_GET_ITEM(sequence.ptr(), i);
+  throw std::invalid_argument("a list or tuple of " + std::to_string(size) + " was expected");
+}
+
+}  // namespace ctxkern

@@ -1,0 +1,50 @@
+// Tensors as Python gives them, read by the C functions that torch offers for DLPack, which call nothing of Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "../../problem.h"
+
+namespace ctxkern {
+
+// A view of a tensor that outlives it.
+struct Tensor {
+  char* data;  // null where there are no elements
+  int64_t ndim;
+  const int64_t *sizes, *strides;
+  uint8_t kind, bits;  // of the dtype, as DLPack has them
+  int32_t device_type, device;
+
+  bool floats() const;
+  bool longs() const;
+  bool same_device(const Tensor& other) const;
+  bool has_sizes(std::initializer_list<int64_t> expected) const;
+  // Whether it may be a parameter of activations x, as ctxkern/dtypes.py has it.
+  bool mixes(const Tensor& x) const;
+};
+
+// Whether each of a tuple is None, a tensor or a parameter of torch, and of no other class.
+bool usual(const pybind11::tuple& tensors);
+
+// Throws what torch raises, TypeError for what is no tensor, ValueError where it does not have `ndim` dimensions.
+Tensor tensor_of(pybind11::handle object);
+Tensor tensor_of(pybind11::handle object, int64_t ndim);
+
+// A tensor of floats with up to three dimensions; absent for None.
+Operand operand_of(const Tensor& tensor);
+Operand operand_of(pybind11::handle object, int64_t ndim);
+
+// The elements of a tensor without gaps; null for None.
+char* address_of(pybind11::handle object);
+const int64_t* longs_of(pybind11::handle object);
+
+// Which row of a table each row of x [B, S, D], or of a packed x [N, D] with bounds, uses.
+Batch batch_of(const Tensor& x, int64_t table, pybind11::handle index, pybind11::handle bounds);
+
+// Entry i of a list or tuple of `size`.
+pybind11::handle entry(pybind11::handle sequence, int64_t i, int64_t size);
+
+}  // namespace ctxkern
