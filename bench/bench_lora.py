@@ -17,7 +17,7 @@ from ctxkern.testing.report import append, family_rows, results_file
 # bfloat16 where torch has units for it: elsewhere its products take a hundred times as long
 DTYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if compute_dtype("cpu", dtype) is dtype]
 # what is no form of the same computation
-_PRICE = ("linear", "one by one", "PEFT")
+_PRICE = ("linear", "one by one", "PEFT", "PEFT in turn")
 
 
 def _check(case, dtype):
@@ -31,7 +31,7 @@ def _line(case, dtype, ms):
     best = min((name for name in ms if name != "ctxkern" and name not in _PRICE), key=ms.get)
     speed, price = ms[best] / ms["ctxkern"], ms["ctxkern"] / ms["linear"]
     loop = ms["one by one"] / ms["ctxkern"]
-    peft = f", PEFT {ms['PEFT'] / ms['ctxkern']:.2f} ×" if "PEFT" in ms else ""
+    peft = "".join(f", {name} {ms[name] / ms['ctxkern']:.2f} ×" for name in ms if name.startswith("PEFT"))
     text = (
         f"{case.id:18} {name_of(dtype):9} ctxkern {ms['ctxkern']:8.3f} ms, {best} {ms[best]:8.3f}: {speed:.2f} ×, "
         f"price {price:.2f}, one by one {loop:.2f} ×{peft}"

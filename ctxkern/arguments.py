@@ -10,13 +10,16 @@ from .registry import resolve
 from .runtime import cpu
 
 
-def fit(*given):
-    """Whether a quick look shows that arguments of `modulated_linear` (x, context, weight, bilinear, bias, context_index,
+def fit(x, *others):
+    """Whether a quick look shows that arguments of `modulated_linear` (x, context, weight, bilinear, bias, index,
     cu_seqlens) pass the checks below and none is cast, as in most calls."""
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return False
+    # torch takes a millisecond to refuse a tensor without memory
+    if torch._C._are_functorch_transforms_active() or not (getattr(x, "is_cpu", False) or getattr(x, "is_cuda", False)):
+        return False
     core = cpu.core()
-    return core is not None and core.modulated_fits(given)
+    return core is not None and core.modulated_fits((x, *others))
 
 
 def activations(op, x, context):

@@ -29,6 +29,7 @@ LORA_CASES = (
     LoraCase(16, 256, 512, 64),
     LoraCase(8, 256, 1024, 64),
     LoraCase(32, 128, 1024, 16),
+    LoraCase(32, 16, 1024, 16),
     LoraCase(64, 32, 1024, 8),
     LoraCase(16, 64, 2048, 32),
     LoraCase(32, 64, 2048, 16),
@@ -88,8 +89,8 @@ def grouped(x, weight, A, B):
     return F.linear(x, weight) + low.view(u, rows, -1) * SCALE
 
 
-def peft_mixed(weight, A, B):
-    """PEFT's mixed batch as a function of x, and its parameters; in evaluation mode, as it refuses to train."""
+def peft_layer(weight, A, B):
+    """A layer of PEFT with the adapters "0", "1", ... and their parameters, A and B of one after the other."""
     from peft import LoraConfig, inject_adapter_in_model
 
     u, rank, _ = A.shape
@@ -97,14 +98,39 @@ def peft_mixed(weight, A, B):
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(*weight.mT.shape, bias=False)})
     for i in range(u):
         inject_adapter_in_model(config, model, adapter_name=str(i))
-    layer = model["layer"].to(weight.dtype).eval()
+    layer = model["layer"].to(weight.dtype)
     layer.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     leaves = []
     for i in range(u):
         for held, given in ((layer.lora_A, A), (layer.lora_B, B)):
             held[str(i)].weight = torch.nn.Parameter(given[i].detach().clone())
             leaves.append(held[str(i)].weight)
-    return functools.partial(layer, adapter_names=[str(i) for i in range(u)]), leaves
+    return layer, leaves
+
+
+def peft_calls(x, weight, A, B, dy, backward):
+    """PEFT's mixed batch, in evaluation mode as it refuses to train, and its training: adapter after adapter, each with
+    its own rows and a backward."""
+    mixed, leaves = peft_layer(weight, A, B)
+    mixed, names = mixed.eval(), [str(i) for i in range(len(A))]
+    each, parameters = peft_layer(weight, A, B)
+    rows = [t.detach().requires_grad_(backward) for t in x.split(1)]
+
+    def together():
+        y = mixed(x, adapter_names=names)
+        return (y, torch.autograd.grad(y, [x, *leaves], dy)) if backward else y
+
+    def in_turn():
+        made = []
+        for i, name in enumerate(names):
+            each.set_adapter(name)
+            y = each(rows[i])
+            made.append(y)
+            if backward:
+                made += torch.autograd.grad(y, [rows[i], *parameters[2 * i : 2 * i + 2]], dy[i : i + 1])
+        return made
+
+    return {"PEFT": together, "PEFT in turn": in_turn}
 
 
 def linear(x, weight, A, B):
@@ -145,6 +171,5 @@ def calls(case, dtype, backward=True):
         for name, fn in forms(case, dtype).items()
     }
     if importlib.util.find_spec("peft") is not None:
-        layer, parameters = peft_mixed(weight, A, B)
-        run["PEFT"] = functools.partial(step, lambda x, *_: layer(x), [x, *parameters] if backward else [])
+        run |= peft_calls(x, weight, A, B, dy, backward)
     return run

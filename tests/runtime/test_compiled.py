@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import ctxkern
+from ctxkern.modulated.operands import Operands
 from ctxkern.runtime import cpu as cpu_runtime
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
@@ -205,3 +206,29 @@ def test_unknown_isa(isa):
     done = core("_C.cpu_isa()", CTXKERN_CPU_ISA=isa)
     assert f"ValueError: CTXKERN_CPU_ISA is '{isa}'" in done.stderr
     assert done.stderr.strip().endswith("takes one of: " + ", ".join(cpu_runtime.cpu_isas()))
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("change", "error", "what"),
+    [
+        ({"x": 1.0}, TypeError, "a float was given; it must be a tensor"),
+        (
+            {"x": torch.zeros(2, 3, 4, dtype=torch.float64)},
+            ValueError,
+            "another dtype than float32, bfloat16 and float16",
+        ),
+        ({"x": torch.zeros(2, 4)}, ValueError, "a tensor has 2 dimensions; it must have 3"),
+        ({"x": torch.zeros(2, 3, 4, device="meta")}, RuntimeError, "meta"),
+        ({"bilinears": [torch.zeros(4, 6)]}, ValueError, "a tensor has 2 dimensions; it must have 3"),
+        ({"bilinears": ()}, ValueError, "a list or tuple of 1 was expected"),
+        ({"context_index": torch.zeros(2, dtype=torch.int32)}, ValueError, "another dtype than int64"),
+        ({"cu_seqlens": torch.zeros(3, dtype=torch.int64)}, ValueError, "another dtype than int32"),
+    ],
+)
+def test_the_core_refuses_what_it_cannot_read(change, error, what):
+    given = {"x": torch.zeros(2, 3, 4), "context": torch.zeros(2, 5), "weights": [None]}
+    given |= {"bilinears": [torch.zeros(4, 6, 5)], "biases": [None]}
+    operands, y = Operands(**given | change), torch.zeros(2, 3, 6)
+    with pytest.raises(error, match=what):
+        cpu_runtime.load().modulated(operands, [y], None, 0.0, 1 << 20, 1, bytes)
