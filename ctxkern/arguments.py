@@ -5,18 +5,17 @@ from torch import Tensor
 
 from . import checks
 from .lora.operands import Operands, Options
+from .ops import ordinary
 from .plan import DEFAULT_WORKSPACE
 from .registry import resolve
 from .runtime import cpu
 
 
 def fit(x, *others):
-    """Whether a quick look shows that arguments of `modulated_linear` (x, context, weight, bilinear, bias, index,
-    cu_seqlens) pass the checks below and none is cast, as in most calls."""
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return False
+    """Whether a quick look shows that a call of `modulated_linear` is ordinary and that its arguments (x, context,
+    weight, bilinear, bias, context_index, cu_seqlens) are plain and pass the checks below, as in most calls."""
     # torch takes a millisecond to refuse a tensor without memory
-    if torch._C._are_functorch_transforms_active() or not (getattr(x, "is_cpu", False) or getattr(x, "is_cuda", False)):
+    if not (ordinary() and (getattr(x, "is_cpu", False) or getattr(x, "is_cuda", False))):
         return False
     core = cpu.core()
     return core is not None and core.modulated_fits((x, *others))

@@ -71,7 +71,8 @@ def modulated_linear(
     Source: Jayakumar et al., Multiplicative Interactions and Where to Find Them (2020).
     """
     op = "modulated_linear"
-    if arguments.fit(x, context, weight, bilinear, bias, context_index, cu_seqlens):
+    seen = arguments.fit(x, context, weight, bilinear, bias, context_index, cu_seqlens)
+    if seen:
         backend = resolve(backend, x.device, x.dtype, "modulated")
     else:
         arguments.activations(op, x, context)
@@ -79,9 +80,12 @@ def modulated_linear(
         arguments.contexts(op, x, context, context_index, cu_seqlens)
         arguments.projection(op, x, context, weight, bilinear, bias)
         backend = arguments.backend_of(backend, x)
-    workspace_bytes = checks.workspace(op, workspace_bytes, x)
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace(x.device.type)
+    else:
+        workspace_bytes = checks.workspace(op, workspace_bytes, x)
     operands = Operands(x, context, (weight,), (bilinear,), (bias,), context_index, cu_seqlens)
-    return modulated(operands, workspace_bytes, backend)[0]
+    return modulated(operands, workspace_bytes, backend, seen)[0]
 
 
 def modulated_qkv(

@@ -21,6 +21,7 @@ from torch.library import Library
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .checks import autocast_enabled, check_bounds, check_index, is_readable
+from .runtime import cpu
 
 _library = Library("ctxkern", "DEF")
 
@@ -90,17 +91,33 @@ def together(tensors):
 
 
 def direct(tensors):
-    """Whether a backend may be called without the dispatcher: all tensors are plain, and no compiler, mode or profiler
-    must see the call. It saves 13 of 75 µs at B=4, S=32, d=64, K=16."""
-    if torch.compiler.is_compiling():
+    """Whether a backend may be called without the dispatcher: all of a tuple are plain or None, and no compiler, mode
+    or profiler must see the call. It saves 13 of 75 µs at B=4, S=32, d=64, K=16."""
+    return not torch.compiler.is_compiling() and _direct(tensors)
+
+
+def _direct(tensors):
+    """The same outside of a compiler."""
+    core = cpu.core()
+    if not (all(t is None or is_plain(t) for t in tensors) if core is None else core.plain(tensors)):
         return False
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_neg() or t._is_zerotensor()):
-            return False
     if torch._C._len_torch_dispatch_stack():
         _tell_flop_counters()
         return False
     return not _profiler_enabled()
+
+
+def ordinary():
+    """Whether nothing sees or changes calls of plain tensors: compiler, tracer, transform, mode, profiler, autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or _profiler_enabled()
+        or _get_tracing_state() is not None
+    )
 
 
 _FLOPS: dict[str, Callable] = {}
@@ -157,14 +174,33 @@ class Family(NamedTuple):
     """How autograd calls the operators of a family; flat: what `Operands.flat` gives, those without a gradient last."""
 
     operands: Any
-    forward: Callable  # (operands, flat, options) → a tuple of outputs
-    backward: Callable  # (douts, flat, options, needs) → gradients, None where not needed
+    run: Callable  # (operands, options) → a sequence of outputs, by a backend
+    run_backward: Callable  # (operands, options, douts, needs) → gradients, None where not needed; likewise
+    forward: Callable  # (operands, options) → a sequence of outputs, by the operator
+    backward: Callable  # (operands, options, douts, needs) → gradients that are needed; likewise
     reference: Callable  # (operands, options) → a tuple of outputs
     constants: int  # how many of `flat` have no gradient: indices, bounds and the like
 
 
+def _forward(family, operands, flat, options):
+    if direct(flat):
+        return tuple(isolated(family.run, operands, options))
+    return tuple(family.forward(operands, options))
+
+
+def _backward(family, flat, options, douts, needs, compiling):
+    """The gradients that `needs` asks for, None for others; where autograd is off."""
+    operands = family.operands.of(flat)
+    if not compiling and _direct((*douts, *flat)):
+        if torch._C._is_any_autocast_enabled():
+            return isolated(family.run_backward, operands, options, douts, needs)
+        return family.run_backward(operands, options, douts, needs)
+    return spread(family.backward(operands, options, douts, needs), needs)
+
+
 def differentiable(family):
-    """The operators of a family as one autograd.Function of (operands or None, options, *operands.flat())."""
+    """The operators of a family as one autograd.Function of (operands, options, *operands.flat()); operands: where a
+    call is ordinary and all of them are plain, else None."""
     end, nothing = -family.constants, (None,) * family.constants
 
     class Forward(torch.autograd.Function):
@@ -172,20 +208,24 @@ def differentiable(family):
         def forward(ctx, operands, options, *flat):
             ctx.options = options
             ctx.save_for_backward(*flat)
-            return family.forward(operands or family.operands.of(flat), flat, options)
+            if operands is None:
+                return _forward(family, family.operands.of(flat), flat, options)
+            return tuple(family.run(operands, options))
 
         @staticmethod
         def backward(ctx, *douts):
-            flat, needs = ctx.saved_tensors, ctx.needs_input_grad[2:end]
-            if not torch.compiler.is_compiling():
+            flat, needs, compiling = ctx.saved_tensors, ctx.needs_input_grad[2:end], torch.compiler.is_compiling()
+            if not compiling:
                 if transformed(*douts):
                     grads = spread(_vjp(family, flat, ctx.options, needs, douts), needs)
                     return None, None, *grads, *nothing
                 if torch.is_grad_enabled():
                     grads = spread(Backward.apply(ctx.options, needs, len(douts), *douts, *flat), needs)
                     return None, None, *grads, *nothing
-            grads = family.backward(douts, flat, ctx.options, needs)
-            return None, None, *grads, *nothing
+            return None, None, *_backward(family, flat, ctx.options, douts, needs, compiling), *nothing
+
+    # without what Function.apply does for torch.func, a frame of Python for each operand
+    Forward.apply_seen = super(torch.autograd.Function, Forward).apply
 
     class Backward(torch.autograd.Function):
         """The gradient as a differentiable function; its own gradient is that of the reference's."""
@@ -196,7 +236,8 @@ def differentiable(family):
             ctx.save_for_backward(*tensors)
             # zeros in place of None would be plain beside DTensors
             ctx.set_materialize_grads(False)
-            return tuple(needed(family.backward(tensors[:n], tensors[n:], options, needs), needs))
+            compiling = torch.compiler.is_compiling()
+            return tuple(needed(_backward(family, tensors[n:], options, tensors[:n], needs, compiling), needs))
 
         @staticmethod
         def backward(ctx, *seconds):
@@ -289,17 +330,19 @@ def check_values(x, table, index, cu_seqlens, what="context_index", lowest=0):
         check_bounds(cu_seqlens, x.shape[0])
 
 
-def call(family, function, operands, options):
-    """The outputs of a family for operands, differentiable; function: that of `differentiable`."""
+def call(family, function, operands, options, seen=False):
+    """The outputs of a family for operands, differentiable; function: that of `differentiable`. seen: the call was
+    found `ordinary`, and all operands plain."""
     flat = operands.flat()
-    if distributed(flat):
+    if not seen and distributed(flat):
         flat = together(flat)
         operands = family.operands.of(flat)
-    if options.backend == "reference" or takes_reference():
+    if options.backend == "reference" or (not seen and takes_reference()):
         return family.reference(operands, options)
     if torch.is_grad_enabled():
         for t in flat:
             if t is not None and t.requires_grad:
-                # a compiler knows tensors as arguments alone
-                return function.apply(None if torch.compiler.is_compiling() else operands, options, *flat)
-    return family.forward(operands, flat, options)
+                if seen:
+                    return function.apply_seen(operands, options, *flat)
+                return function.apply(None, options, *flat)
+    return _forward(family, operands, flat, options)

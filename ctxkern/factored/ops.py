@@ -9,12 +9,10 @@ from ctxkern.ops import (
     check_values,
     contiguous,
     differentiable,
-    direct,
     flop_formula,
     isolated,
     needed,
     operator,
-    spread,
 )
 from ctxkern.reference import gated_linear_ref
 from ctxkern.registry import implementation
@@ -34,11 +32,11 @@ def _factored_fake(x, gate, weight, in_factor, out_factor, *_):
 @operator(f"factored_forward({_TENSORS}) -> Tensor", _factored_fake)
 def factored_forward(*args):
     """y of a linear layer whose weight is gated by a context."""
-    return isolated(_run, Operands(*args[:-2]), Options(*args[-2:]))
+    return isolated(_run, Operands(*args[:-2]), Options(*args[-2:]))[0]
 
 
 def _run(operands, options):
-    return implementation("factored", options.backend, operands.x).forward(operands, options)
+    return (implementation("factored", options.backend, operands.x).forward(operands, options),)
 
 
 def _factored_backward_fake(dout, x, gate, weight, in_factor, out_factor, bias, *others):
@@ -50,12 +48,12 @@ def _factored_backward_fake(dout, x, gate, weight, in_factor, out_factor, bias, 
 def factored_backward(dout, *args):
     """The gradients that `needs` asks for, of (x, gate, weight, in_factor, out_factor, bias) in this order."""
     operands, options, needs = Operands(*args[:-3]), Options(*args[-3:-1]), args[-1]
-    return needed(isolated(_run_backward, operands, dout, options, needs), needs)
+    return needed(isolated(_run_backward, operands, options, (dout,), needs), needs)
 
 
-def _run_backward(operands, dout, options, needs):
+def _run_backward(operands, options, douts, needs):
     module = implementation("factored", options.backend, operands.x)
-    grads = module.backward(dout, operands, options, Gradients.of(needs))
+    grads = module.backward(*douts, operands, options, Gradients.of(needs))
     return [t if t is None else t.contiguous() for t in grads]
 
 
@@ -74,16 +72,12 @@ def _factored_backward_flops(dout, x, gate, weight, in_factor, out_factor, *_, o
     return 2 * _factored_flops(x, weight, in_factor, out_factor)
 
 
-def _forward(operands, flat, options):
-    if direct(flat):
-        return (isolated(_run, operands, options),)
-    return (factored_forward(*flat, *options),)
+def _forward(operands, options):
+    return (factored_forward(*operands, *options),)
 
 
-def _backward(douts, flat, options, needs):
-    if direct((*douts, *flat)):
-        return isolated(_run_backward, Operands.of(flat), douts[0], options, needs)
-    return spread(factored_backward(douts[0], *flat, *options, list(needs)), needs)
+def _backward(operands, options, douts, needs):
+    return factored_backward(*douts, *operands, *options, list(needs))
 
 
 def _reference(operands, _options):
@@ -91,7 +85,7 @@ def _reference(operands, _options):
     return (gated_linear_ref(*operands),)
 
 
-FAMILY = Family(Operands, _forward, _backward, _reference, constants=2)
+FAMILY = Family(Operands, _run, _run_backward, _forward, _backward, _reference, constants=2)
 _function = differentiable(FAMILY)
 
 

@@ -9,14 +9,12 @@ from ctxkern.ops import (
     check_values,
     contiguous,
     differentiable,
-    direct,
     flop_formula,
     isolated,
     like,
     needed,
     operator,
     readable,
-    spread,
 )
 from ctxkern.reference import lora_linear_ref
 from ctxkern.registry import implementation
@@ -37,11 +35,11 @@ def _lora_fake(x, weight, A, B, *_):
 def lora_forward(*args):
     """y of a linear layer with an adapter per sequence."""
     operands, options = Operands(*args[:-4]), Options(*args[-4:])
-    return isolated(_run, operands, options)
+    return isolated(_run, operands, options)[0]
 
 
 def _run(operands, options):
-    return implementation("lora", options.backend, operands.x).forward(operands, options)
+    return (implementation("lora", options.backend, operands.x).forward(operands, options),)
 
 
 def _lora_backward_fake(dout, x, weight, A, B, bias, *others):
@@ -53,12 +51,12 @@ def _lora_backward_fake(dout, x, weight, A, B, bias, *others):
 def lora_backward(dout, *args):
     """The gradients that `needs` asks for, of (x, weight, A, B, bias) in this order."""
     operands, options, needs = Operands(*args[:-5]), Options(*args[-5:-1]), args[-1]
-    return needed(isolated(_run_backward, operands, dout, options, needs), needs)
+    return needed(isolated(_run_backward, operands, options, (dout,), needs), needs)
 
 
-def _run_backward(operands, dout, options, needs):
+def _run_backward(operands, options, douts, needs):
     module = implementation("lora", options.backend, operands.x)
-    return module.backward(dout, operands, options, Gradients.of(needs))
+    return module.backward(*douts, operands, options, Gradients.of(needs))
 
 
 def _lora_flops(x, weight, A, B):
@@ -76,16 +74,12 @@ def _lora_backward_flops(dout, x, weight, A, B, *_, out_shape=None, **__):
     return 2 * _lora_flops(x, weight, A, B)
 
 
-def _forward(operands, flat, options):
-    if direct(flat):
-        return (isolated(_run, operands, options),)
-    return (lora_forward(*flat, *options),)
+def _forward(operands, options):
+    return (lora_forward(*operands, *options),)
 
 
-def _backward(douts, flat, options, needs):
-    if direct((*douts, *flat)):
-        return isolated(_run_backward, Operands.of(flat), douts[0], options, needs)
-    return spread(lora_backward(douts[0], *flat, *options, list(needs)), needs)
+def _backward(operands, options, douts, needs):
+    return lora_backward(*douts, *operands, *options, list(needs))
 
 
 def _reference(operands, options):
@@ -100,7 +94,7 @@ def _reference(operands, options):
     return (lora_linear_ref(x, weight, A, B, scale, bias, ranks=ranks, **spans, **dropout),)
 
 
-FAMILY = Family(Operands, _forward, _backward, _reference, CONSTANTS)
+FAMILY = Family(Operands, _run, _run_backward, _forward, _backward, _reference, CONSTANTS)
 _function = differentiable(FAMILY)
 
 

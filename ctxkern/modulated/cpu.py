@@ -1,5 +1,7 @@
 """C++ kernels on the CPU (csrc/cpu): panel and outer over 32-bit words, the instruction set chosen at run time."""
 
+from operator import attrgetter
+
 import torch
 
 from ctxkern.modulated.native import MOST_BYTES, without_gaps
@@ -11,12 +13,14 @@ from ctxkern.runtime import memory
 # instruction sets that multiply pairs of bfloat16
 _PAIRS = ("avx512_bf16", "amx_bf16")
 
+_nbytes = attrgetter("nbytes")
+
 
 def _call(operands, rows, grads, workspace_bytes):
     """What `_C` takes for a call. rows: y of each projection, or dy where `grads` says which gradients to write."""
     x = operands.x
     tokens = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
-    largest = max([t.nbytes for t in operands.bilinears])
+    largest = max(map(_nbytes, operands.bilinears))
     pairs = x.dtype is torch.bfloat16 and cpu_runtime.load().cpu_isa() in _PAIRS
     above = cpu_outer_above(pairs, grads is not None, largest, tokens, operands.context.dim() == 3)
     return operands, rows, grads, above, min(workspace_bytes, MOST_BYTES), torch.get_num_threads()
@@ -46,7 +50,7 @@ def backward(douts, operands, workspace_bytes, needs):
     """The `Gradients` that `needs` asks for."""
     operands, douts = without_gaps(operands), [contiguous(dout) for dout in douts]
     grads = new_gradients(douts, operands, needs, memory.empty_like)
-    if grads.from_kernels():
+    if needs.x or needs.context or any(needs.weights) or any(needs.bilinears):
         _run(operands, douts, grads, workspace_bytes)
     return grads
 

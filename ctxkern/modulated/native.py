@@ -6,15 +6,15 @@ from ctxkern.modulated.operands import Operands, contiguous
 MOST_BYTES = 1 << 60
 
 
-def _has_gaps(t):
-    return t is not None and not t.is_contiguous()
-
-
 def without_gaps(operands):
     """The same with what kernels read row by row made contiguous; weights and bilinears stay as they lie."""
     x, context, weights, bilinears, biases, index, bounds = operands
-    if index is bounds is None and x.is_contiguous() and context.is_contiguous() and not any(map(_has_gaps, biases)):
-        return operands
+    if index is bounds is None and x.is_contiguous() and context.is_contiguous():
+        for bias in biases:
+            if bias is not None and not bias.is_contiguous():
+                break
+        else:
+            return operands
     biases = [contiguous(bias) for bias in biases]
     return Operands(
         contiguous(x), contiguous(context), weights, bilinears, biases, contiguous(index), contiguous(bounds)

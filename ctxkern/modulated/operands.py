@@ -88,7 +88,8 @@ def check_values(operands):
 def new_outputs(operands):
     """[y], one per projection, not yet written."""
     x = operands.x
-    return [x.new_empty((*x.shape[:-1], t.shape[1])) for t in operands.bilinears]
+    *leading, _ = x.shape
+    return [x.new_empty((*leading, t.shape[1])) for t in operands.bilinears]
 
 
 def fill_with_biases(outs, biases):
@@ -117,5 +118,5 @@ def new_gradients(douts, operands, needs, large=torch.empty_like):
         like(operands.context, memory_format=dense) if needs.context else None,
         [like(w) if need else None for w, need in zip(operands.weights, needs.weights, strict=True)],
         [large(t) if need else None for t, need in zip(operands.bilinears, needs.bilinears, strict=True)],
-        bias_gradients(douts, operands, needs),
+        bias_gradients(douts, operands, needs) if any(needs.biases) else [None] * len(needs.biases),
     )

@@ -10,14 +10,12 @@ from ctxkern.ops import (
     check_values,
     contiguous,
     differentiable,
-    direct,
     flop_formula,
     is_plain,
     isolated,
     like,
     needed,
     operator,
-    spread,
 )
 from ctxkern.reference import modulated_linear_ref
 from ctxkern.registry import implementation
@@ -37,11 +35,11 @@ def _modulated_fake(x, context, weights, bilinears, *_):
 def modulated_forward(x, context, weights, bilinears, biases, context_index, cu_seqlens, workspace_bytes, backend):
     """y of each projection."""
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
-    return isolated(_run, operands, workspace_bytes, backend)
+    return isolated(_run, operands, Options(workspace_bytes, backend))
 
 
-def _run(operands, workspace_bytes, backend):
-    return implementation("modulated", backend, operands.x).forward(operands, workspace_bytes)
+def _run(operands, options):
+    return implementation("modulated", options.backend, operands.x).forward(operands, options.workspace_bytes)
 
 
 def _modulated_backward_fake(douts, x, context, weights, bilinears, biases, _index, _cu, _workspace, _backend, needs):
@@ -61,12 +59,12 @@ def modulated_backward(
 ):
     """The gradients that `needs` asks for, of (x, context, *weights, *bilinears, *biases) in this order."""
     operands = Operands(x, context, weights, bilinears, biases, context_index, cu_seqlens)
-    return needed(isolated(_run_backward, operands, douts, workspace_bytes, backend, needs), needs)
+    return needed(isolated(_run_backward, operands, Options(workspace_bytes, backend), douts, needs), needs)
 
 
-def _run_backward(operands, douts, workspace_bytes, backend, needs):
-    module = implementation("modulated", backend, operands.x)
-    return module.backward(douts, operands, workspace_bytes, Gradients.of(needs)).flat()
+def _run_backward(operands, options, douts, needs):
+    module = implementation("modulated", options.backend, operands.x)
+    return module.backward(douts, operands, options.workspace_bytes, Gradients.of(needs)).flat()
 
 
 def _modulated_flops(x, context, bilinears, index):
@@ -88,18 +86,12 @@ def _modulated_backward_flops(douts, x, context, weights, bilinears, biases, ind
     return 2 * _modulated_flops(x, context, bilinears, index)
 
 
-def _forward(operands, flat, options):
-    if direct(flat):
-        return tuple(isolated(_run, operands, options.workspace_bytes, options.backend))
-    return tuple(modulated_forward(*operands, options.workspace_bytes, options.backend))
+def _forward(operands, options):
+    return modulated_forward(*operands, *options)
 
 
-def _backward(douts, flat, options, needs):
-    operands = Operands.of(flat)
-    if direct((*douts, *flat)):
-        return isolated(_run_backward, operands, douts, options.workspace_bytes, options.backend, needs)
-    grads = modulated_backward(list(douts), *operands, options.workspace_bytes, options.backend, list(needs))
-    return spread(grads, needs)
+def _backward(operands, options, douts, needs):
+    return modulated_backward(list(douts), *operands, *options, list(needs))
 
 
 def _reference(operands, _options):
@@ -111,13 +103,13 @@ def _reference(operands, _options):
     )
 
 
-FAMILY = Family(Operands, _forward, _backward, _reference, constants=2)
+FAMILY = Family(Operands, _run, _run_backward, _forward, _backward, _reference, constants=2)
 _function = differentiable(FAMILY)
 
 
-def modulated(operands, workspace_bytes, backend):
-    """A tuple of outputs, one per projection."""
-    return call(FAMILY, _function, operands, Options(workspace_bytes, backend))
+def modulated(operands, workspace_bytes, backend, seen=False):
+    """A tuple of outputs, one per projection. seen: as in `ops.call`."""
+    return call(FAMILY, _function, operands, Options(workspace_bytes, backend), seen)
 
 
 def with_memory(operands):

@@ -49,6 +49,7 @@ def load() -> ModuleType:
     return module
 
 
+@functools.cache
 def core() -> ModuleType | None:
     """The module _C, or None where it is not available."""
     return _attempt()[0]

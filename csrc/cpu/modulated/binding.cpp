@@ -31,7 +31,7 @@ int64_t threads_for(const Call& q) {
 // ctxkern/arguments.py; false too where that takes a longer look: packed x, a context per token, subclasses.
 bool fits(const py::tuple& given) {
   enum { kX, kContext, kWeight, kBilinear, kBias, kIndex, kBounds, kAll };
-  if (given.size() != kAll || !given[kBounds].is_none() || !usual(given)) return false;
+  if (given.size() != kAll || !given[kBounds].is_none() || !plain(given)) return false;
   for (const int i : {kX, kContext, kBilinear})
     if (given[i].is_none()) return false;
   try {

@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer([](ctxkern::LargeMemory& memory) {
         return py::buffer_info(reinterpret_cast<uint8_t*>(memory.data), static_cast<py::ssize_t>(memory.bytes));
       });
+  m.def("plain", &ctxkern::plain, "Whether each of a tuple is None or a plain tensor.");
   m.def("kept_bytes", &ctxkern::kept_bytes, "Bytes of dropped memory that wait.");
   m.def("release_kept", &ctxkern::release_kept, py::arg("seconds") = 0.0,
         "Gives back to the system memory that has waited for so long.");

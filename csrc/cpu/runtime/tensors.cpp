@@ -42,16 +42,25 @@ struct Torch {
     tensor = reinterpret_cast<PyTypeObject*>(type.release().ptr());
     py::object derived = py::module_::import("torch.nn").attr("Parameter");
     parameter = reinterpret_cast<PyTypeObject*>(derived.release().ptr());
+    is_neg = PyUnicode_InternFromString("is_neg");
+    is_zero = PyUnicode_InternFromString("_is_zerotensor");
     read = api->read;
   }
 
   PyTypeObject *tensor, *parameter;
+  PyObject *is_neg, *is_zero;  // names of methods
   int (*read)(void* object, DLTensor* out);
 };
 
 const Torch& torch() {
   static const Torch torch;
   return torch;
+}
+
+bool says(py::handle tensor, PyObject* method) {
+  const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
 }
 
 [[noreturn]] void wrong_ndim(int64_t found, int64_t ndim) {
@@ -84,11 +93,12 @@ bool Tensor::mixes(const Tensor& x) const {
   return (kind == x.kind && bits == x.bits) || (f32(*this) && half(x)) || (half(*this) && f32(x));
 }
 
-bool usual(const py::tuple& tensors) {
+bool plain(const py::tuple& tensors) {
   const Torch& t = torch();
   for (const py::handle each : tensors) {
+    if (each.is_none()) continue;
     const PyTypeObject* const type = Py_TYPE(each.ptr());
-    if (!each.is_none() && type != t.tensor && type != t.parameter) return false;
+    if ((type != t.tensor && type != t.parameter) || says(each, t.is_neg) || says(each, t.is_zero)) return false;
   }
   return true;
 }

@@ -26,8 +26,8 @@ struct Tensor {
   bool mixes(const Tensor& x) const;
 };
 
-// Whether each of a tuple is None, a tensor or a parameter of torch, and of no other class.
-bool usual(const pybind11::tuple& tensors);
+// Whether each of a tuple is None, or a tensor whose memory may be read as it lies (is_plain of ctxkern/ops.py).
+bool plain(const pybind11::tuple& tensors);
 
 // Throws what torch raises, TypeError for what is no tensor, ValueError where it does not have `ndim` dimensions.
 Tensor tensor_of(pybind11::handle object);
