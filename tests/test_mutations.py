@@ -286,25 +286,29 @@ def test_catches_lora_pieces_under_the_wrong_adapter(monkeypatch):
     ("what", "change"),
     [
         ("y", {"scale": 1.5}),
-        ("y", {"ranks": 0}),
-        ("y", {"scales": 0}),
-        ("y", {"seed": OTHER_SEED.data_ptr()}),
+        ("y", {"ranks": None}),
+        ("y", {"scales": None}),
+        ("y", {"seed": OTHER_SEED}),
         ("y", {"kept_from": 1 << 30}),
-        ("y", {"adds": 0}),
-        ("y", {"d_out": 6}),
-        ("dA", {"dA": 0}),
-        ("dB", {"dB": 0}),
+        ("y", {"adds": False}),
+        ("y", {"B": 6}),
+        ("dA", {"dA": None}),
+        ("dB", {"dB": None}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_catches_a_low_rank_problem_filled_wrongly(monkeypatch, what, change):
-    filled = lora_cpu._run
+def test_catches_a_low_rank_call_made_wrongly(monkeypatch, what, change):
+    made = lora_cpu._run
 
-    def changed(problem, backward, operands):
-        for name, value in change.items():
-            if backward or name not in ("dA", "dB"):
-                setattr(problem, name, value)
-        filled(problem, backward, operands)
+    def changed(operands, rows, gradients, gates, adds, scale, kept_from):
+        if "B" in change:
+            change["B"] = operands.B[:, :6]
+        operands = operands._replace(**{name: change[name] for name in change if hasattr(operands, name)})
+        if gradients is not None:
+            dx, dA, dB = gradients
+            gradients = dx, change.get("dA", dA), change.get("dB", dB)
+        options = change.get("adds", adds), change.get("scale", scale), change.get("kept_from", kept_from)
+        made(operands, rows, gradients, gates, *options)
 
     monkeypatch.setattr(lora_cpu, "_run", changed)
     arguments, dout = lora_arguments(Case("planted", 5, 4, 6, 8, 3, rows=4, index=(3, 0, 3, 1, 0)), 3)
@@ -319,19 +323,21 @@ def test_catches_a_low_rank_problem_filled_wrongly(monkeypatch, what, change):
         check_family(partial(ctxkern.lora_linear, backend="cpu", scale=scale), reference, arguments, dout)
 
     with monkeypatch.context() as whole:
-        whole.setattr(lora_cpu, "_run", filled)
+        whole.setattr(lora_cpu, "_run", made)
         check_it()
     with pytest.raises(AssertionError, match=f"{what}: (rms|not finite)"):
         check_it()
 
 
-@pytest.mark.parametrize(("what", "change"), [("y", "gates"), ("y", "gate_of"), ("dcontext", "products")])
+@pytest.mark.parametrize(
+    ("what", "change"), [("y", "values"), ("y", "rows"), ("dcontext", "products")], ids=lambda value: value
+)
 def test_catches_gates_left_out(monkeypatch, what, change):
-    filled = lora_cpu._run
+    made = lora_cpu._run
 
-    def changed(problem, *rest):
-        setattr(problem, change, 0)
-        filled(problem, *rest)
+    def changed(operands, rows, gradients, gates, *options):
+        without = torch.ones_like(gates.values) if change == "values" else None
+        made(operands, rows, gradients, gates._replace(**{change: without}), *options)
 
     monkeypatch.setattr(lora_cpu, "_run", changed)
     arguments, dout = factored_arguments(Case("planted", 5, 4, 6, 8, 3, rows=20, index=(3, 0, 3, 1, 0)), 3)

@@ -29,9 +29,11 @@ int64_t threads_for(const Call& q) {
 
 // Whether arguments (x, context, weight, bilinear, bias, context_index, cu_seqlens) pass the checks of
 // ctxkern/arguments.py; false too where that takes a longer look: packed x, a context per token, subclasses.
-bool fits(const py::tuple& given) {
+bool fits(py::handle arguments) {
   enum { kX, kContext, kWeight, kBilinear, kBias, kIndex, kBounds, kAll };
-  if (given.size() != kAll || !given[kBounds].is_none() || !plain(given)) return false;
+  if (!plain(arguments)) return false;
+  const auto given = py::reinterpret_borrow<py::tuple>(arguments);
+  if (given.size() != kAll || !given[kBounds].is_none()) return false;
   for (const int i : {kX, kContext, kBilinear})
     if (given[i].is_none()) return false;
   try {
@@ -130,8 +132,12 @@ void advise(const Call& q, bool backward) {
   }
 }
 
-void modulated(py::handle operands, py::handle rows, py::handle grads, double outer_above, int64_t workspace_bytes,
-               int64_t threads, const py::object& allocate) {
+PyObject* modulated(PyObject* const* given) {
+  const py::handle operands = given[0], rows = given[1], grads = given[2];
+  const double outer_above = PyFloat_AsDouble(given[3]);
+  const int64_t workspace_bytes = PyLong_AsLongLong(given[4]), threads = PyLong_AsLongLong(given[5]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const auto allocate = py::reinterpret_borrow<py::object>(given[6]);
   const bool backward = !grads.is_none();
   const Problem problem = problem_of(operands, rows, grads, outer_above, workspace_bytes, threads);
   check_problem(problem, backward);
@@ -140,10 +146,13 @@ void modulated(py::handle operands, py::handle rows, py::handle grads, double ou
   const Kernels& run = kernels(made.call);
   const Tiles tiles = run.tiles(made.call, backward);
   const Workspace workspace(tiles.bytes, allocate);
-  py::gil_scoped_release unlocked;
-  advise(made.call, backward);
-  workspace.advise();
-  (backward ? run.backward : run.forward)(made.call, tiles, workspace.data);
+  {
+    py::gil_scoped_release unlocked;
+    advise(made.call, backward);
+    workspace.advise();
+    (backward ? run.backward : run.forward)(made.call, tiles, workspace.data);
+  }
+  Py_RETURN_NONE;
 }
 
 py::dict modulated_tiles(py::handle operands, py::handle rows, py::handle grads, double outer_above,
@@ -165,14 +174,22 @@ void fill_modulated(uintptr_t address, py::handle operands, py::handle rows, py:
   *reinterpret_cast<Problem*>(address) = problem_of(operands, rows, grads, outer_above, workspace_bytes, 1);
 }
 
+PyObject* modulated_fits(PyObject* const* given) { return PyBool_FromLong(fits(given[0])); }
+
+PyMethodDef methods[] = {
+    method<7, modulated>("modulated",
+                         "Runs projections: (operands, rows, gradients or None, outer_above, workspace_bytes, threads, "
+                         "allocate); allocate(bytes) gives a tensor of bytes."),
+    method<1, modulated_fits>("modulated_fits",
+                              "Whether it is quick to see that arguments of modulated_linear pass its checks."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 void bind_modulated(py::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("problem_layout", &problem_layout, "Where the fields of a problem lie; runtime/problem.py must agree.");
-  m.def("modulated", &modulated,
-        "Runs projections: (operands, rows, gradients or None, outer_above, workspace_bytes, threads, allocate); "
-        "allocate(bytes) gives a tensor of bytes.");
-  m.def("modulated_fits", &fits, "Whether it is quick to see that arguments of modulated_linear pass its checks.");
   m.def("modulated_tiles", &modulated_tiles, "How `modulated` would run the same.");
   m.def("fill_modulated", &fill_modulated, "Fills the struct at an address with the same.");
 }

@@ -28,6 +28,13 @@ std::string force_cpu_isa(const std::string& name) {
   return before;
 }
 
+PyObject* plain(PyObject* const* given) { return PyBool_FromLong(ctxkern::plain(given[0])); }
+
+PyMethodDef methods[] = {
+    ctxkern::method<1, plain>("plain", "Whether each of a tuple is None or a plain tensor."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -45,10 +52,10 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer([](ctxkern::LargeMemory& memory) {
         return py::buffer_info(reinterpret_cast<uint8_t*>(memory.data), static_cast<py::ssize_t>(memory.bytes));
       });
-  m.def("plain", &ctxkern::plain, "Whether each of a tuple is None or a plain tensor.");
   m.def("kept_bytes", &ctxkern::kept_bytes, "Bytes of dropped memory that wait.");
   m.def("release_kept", &ctxkern::release_kept, py::arg("seconds") = 0.0,
         "Gives back to the system memory that has waited for so long.");
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   ctxkern::bind_modulated(m);
   ctxkern::bind_lora(m);
 }

@@ -93,9 +93,11 @@ bool Tensor::mixes(const Tensor& x) const {
   return (kind == x.kind && bits == x.bits) || (f32(*this) && half(x)) || (half(*this) && f32(x));
 }
 
-bool plain(const py::tuple& tensors) {
+bool plain(py::handle tensors) {
+  if (!PyTuple_Check(tensors.ptr())) throw py::type_error("a tuple is taken");
   const Torch& t = torch();
-  for (const py::handle each : tensors) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors.ptr()); ++i) {
+    const py::handle each = PyTuple_GET_ITEM(tensors.ptr(), i);
     if (each.is_none()) continue;
     const PyTypeObject* const type = Py_TYPE(each.ptr());
     if ((type != t.tensor && type != t.parameter) || says(each, t.is_neg) || says(each, t.is_zero)) return false;

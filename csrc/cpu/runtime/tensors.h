@@ -26,8 +26,9 @@ struct Tensor {
   bool mixes(const Tensor& x) const;
 };
 
-// Whether each of a tuple is None, or a tensor whose memory may be read as it lies (is_plain of ctxkern/ops.py).
-bool plain(const pybind11::tuple& tensors);
+// Whether each of a tuple is None, or a tensor whose memory may be read as it lies (is_plain of ctxkern/ops.py). Throws
+// TypeError for what is no tuple.
+bool plain(pybind11::handle tensors);
 
 // Throws what torch raises, TypeError for what is no tensor, ValueError where it does not have `ndim` dimensions.
 Tensor tensor_of(pybind11::handle object);
