@@ -232,3 +232,17 @@ def test_the_core_refuses_what_it_cannot_read(change, error, what):
     operands, y = Operands(**given | change), torch.zeros(2, 3, 6)
     with pytest.raises(error, match=what):
         cpu_runtime.load().modulated(operands, [y], None, 0.0, 1 << 20, 1, bytes)
+
+
+@needs_core
+def test_a_torch_without_functions_for_tensors_leaves_the_core_out():
+    code = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import ctxkern
+print(str(ctxkern.backends()["cpu"]))
+print(list(ctxkern.modulated_linear(torch.zeros(2, 3, 4), torch.zeros(2, 5), None, torch.zeros(4, 6, 5)).shape))
+"""
+    reason, shape = output(code, PACKAGE.parent).splitlines()
+    assert "does not load here (this torch has no table of DLPack 1.x for C" in reason
+    assert shape == "[2, 3, 6]"

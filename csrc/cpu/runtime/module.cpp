@@ -39,6 +39,8 @@ PyMethodDef methods[] = {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of ctxkern.";
+  // here, as importing under a lock of C++ would wait for Python's and the other way round
+  ctxkern::find_torch();
   m.def("cpu_isas", &cpu_isas, "The instruction sets that this build has code for and this machine runs, best last.");
   m.def(
       "cpu_isa", [] { return ctxkern::isa_name(ctxkern::chosen_isa()); },

@@ -52,10 +52,10 @@ struct Torch {
   int (*read)(void* object, DLTensor* out);
 };
 
-const Torch& torch() {
-  static const Torch torch;
-  return torch;
-}
+// Set as the module is loaded, never dropped.
+const Torch* known = nullptr;
+
+const Torch& torch() { return *known; }
 
 bool says(py::handle tensor, PyObject* method) {
   const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
@@ -69,6 +69,10 @@ bool says(py::handle tensor, PyObject* method) {
 }
 
 }  // namespace
+
+void find_torch() {
+  if (known == nullptr) known = new Torch;
+}
 
 bool Tensor::floats() const { return kind == kFloat || (kind == kBfloat && bits == 16); }
 

@@ -10,6 +10,9 @@
 
 namespace ctxkern {
 
+// Imports torch, whose tensors the functions below read; before them. Throws where torch is too old for that.
+void find_torch();
+
 // A view of a tensor that outlives it.
 struct Tensor {
   char* data;  // null where there are no elements
