@@ -5,6 +5,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
+from tables import best_form
 
 from ctxkern.dtypes import name_of
 from ctxkern.functional import factored_modulated_linear
@@ -16,8 +17,6 @@ from ctxkern.testing.report import append, family_rows, results_file
 
 # bfloat16 where torch has units for it: elsewhere its products take a hundred times as long
 DTYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if compute_dtype("cpu", dtype) is dtype]
-# what is no form of the same computation
-_PRICE = ("linear", "bilinear")
 
 
 def test_factored_modulated_linear(request, capsys):
@@ -31,7 +30,7 @@ def test_factored_modulated_linear(request, capsys):
             made = family_rows(case, dtype, calls(case, dtype), seconds)
             rows += made
             ms = {row["peer"]: float(row["p50_ms"]) for row in made}
-            best = min((name for name in ms if name != "ctxkern" and name not in _PRICE), key=ms.get)
+            best = best_form("factored", ms)
             speeds[case.id, name_of(dtype)] = ms[best] / ms["ctxkern"]
             with capsys.disabled():
                 print(

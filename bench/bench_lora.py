@@ -5,6 +5,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
+from tables import best_form
 
 from ctxkern.dtypes import name_of
 from ctxkern.functional import lora_linear
@@ -16,8 +17,6 @@ from ctxkern.testing.report import append, family_rows, results_file
 
 # bfloat16 where torch has units for it: elsewhere its products take a hundred times as long
 DTYPES = [dtype for dtype in (torch.bfloat16, torch.float32) if compute_dtype("cpu", dtype) is dtype]
-# what is no form of the same computation
-_PRICE = ("linear", "one by one", "PEFT", "PEFT in turn")
 
 
 def _check(case, dtype):
@@ -28,7 +27,7 @@ def _check(case, dtype):
 
 def _line(case, dtype, ms):
     """(text, speed over the best form, price)."""
-    best = min((name for name in ms if name != "ctxkern" and name not in _PRICE), key=ms.get)
+    best = best_form("lora", ms)
     speed, price = ms[best] / ms["ctxkern"], ms["ctxkern"] / ms["linear"]
     loop = ms["one by one"] / ms["ctxkern"]
     peft = "".join(f", {name} {ms[name] / ms['ctxkern']:.2f} ×" for name in ms if name.startswith("PEFT"))

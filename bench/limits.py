@@ -11,19 +11,20 @@ import argparse
 from pathlib import Path
 from statistics import geometric_mean
 
-from tables import last_runs
+from tables import best_form, last_runs
 
-# by family: columns that name a case, products with the weight, peers that are no form of the same
+# by family: columns that name a case, products with the weight
 FAMILIES = {
-    "lora": (("adapters", "rows", "d", "rank", "dtype"), 2, ("linear", "one by one", "PEFT", "PEFT in turn")),
-    "factored": (("contexts", "rows", "d", "context_dim", "rank", "dtype"), 3, ("linear", "bilinear")),
+    "lora": (("adapters", "rows", "d", "rank", "dtype"), 2),
+    "factored": (("contexts", "rows", "d", "context_dim", "rank", "dtype"), 3),
 }
 THIN = 6
 
 
 def limits(path, peaks):
     """[(text of a case, dtype, {peer: its time over that of the products})], the best form as "best"."""
-    columns, products, others = FAMILIES[path.name.split("-")[0]]
+    family = path.name.split("-")[0]
+    columns, products = FAMILIES[family]
     found = []
     for sizes, peers in last_runs(path, *columns).items():
         *numbers, dtype = sizes
@@ -31,7 +32,7 @@ def limits(path, peaks):
         ms = {peer: float(row["p50_ms"]) for peer, row in peers.items()}
         flops = 2 * contexts * rows * d * (products * d + THIN * rank)
         at_peak = flops / (peaks[dtype] * int(peers["ctxkern"]["threads"]) * 1e6)
-        ms["best"] = min(taken for peer, taken in ms.items() if peer != "ctxkern" and peer not in others)
+        ms["best"] = ms[best_form(family, ms)]
         found.append((" × ".join(numbers), dtype, {peer: taken / at_peak for peer, taken in ms.items()}))
     return found
 
@@ -46,7 +47,7 @@ def main():
     shown = [peer for peer in ("best", "one by one", "PEFT in turn", "linear", "ctxkern") if peer in found[0][2]]
     for sizes, dtype, times in found:
         print(f"{sizes:28} {dtype:9}", *(f"{peer} {times[peer]:.2f} ×" for peer in shown if peer in times))
-    for dtype in ("bfloat16", "float32"):
+    for dtype in sorted({kind for _, kind, _ in found}):
         mean = geometric_mean([times["best"] for _, kind, times in found if kind == dtype])
         print(f"{dtype}: at most {mean:.2f} × the best form")
     print(f"all: at most {geometric_mean([times['best'] for *_, times in found]):.2f} × the best form")

@@ -18,6 +18,8 @@ HEAD = (
 PASSES = ("forward", "forward+backward")
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _OURS = ("ctxkern", "einsum", "linear")
+# by family: peers that are no form of the same computation
+_NO_FORM = {"lora": ("linear", "one by one", "PEFT", "PEFT in turn"), "factored": ("linear", "bilinear")}
 
 
 def newest(path):
@@ -109,6 +111,11 @@ def last_runs(path, *names):
     return runs
 
 
+def best_form(family, ms):
+    """The fastest peer that computes the same, of ms = {peer: time}."""
+    return min((peer for peer in ms if peer not in ("ctxkern", *_NO_FORM[family])), key=ms.get)
+
+
 def factored_markdown(path):
     """The table of a file of bench_factored.py, and the geometric means by dtype."""
     lines, speeds = [FACTORED_HEAD], {}
@@ -116,7 +123,7 @@ def factored_markdown(path):
         path, "contexts", "rows", "d", "context_dim", "rank", "dtype"
     ).items():
         ms = {peer: float(row["p50_ms"]) for peer, row in peers.items()}
-        best = min((peer for peer in ms if peer not in ("ctxkern", "linear", "bilinear")), key=ms.get)
+        best = best_form("factored", ms)
         speeds.setdefault(SHORT[dtype], []).append((ms["plain"] / ms["ctxkern"], ms[best] / ms["ctxkern"]))
         cells = (
             f"{contexts} × {rows}, {d}, K={k}, {rank}",
@@ -143,8 +150,7 @@ def lora_markdown(path):
     lines, speeds = [LORA_HEAD], {}
     for (adapters, rows, d, rank, dtype), peers in last_runs(path, "adapters", "rows", "d", "rank", "dtype").items():
         ms = {peer: float(row["p50_ms"]) for peer, row in peers.items()}
-        no_form = ("ctxkern", "linear", "one by one", "PEFT", "PEFT in turn")
-        best = min((peer for peer in ms if peer not in no_form), key=ms.get)
+        best = best_form("lora", ms)
         speeds.setdefault(SHORT[dtype], []).append(ms[best] / ms["ctxkern"])
         cells = (
             f"{adapters} × {rows}, {d}, {rank}",

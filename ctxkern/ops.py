@@ -163,7 +163,7 @@ def needed(flat, needs):
 
 
 def spread(grads, needs):
-    """The opposite of `_needed`: None where no gradient was asked for."""
+    """The opposite of `needed`: None where no gradient was asked for."""
     if len(grads) == len(needs):
         return grads
     grads = iter(grads)
