@@ -62,6 +62,7 @@ void beyond(const char* name, Store store, const char* left, const char* right, 
 
 int main() {
   char *const left = zeros(4 << 20), *const right = zeros(1 << 20), *const to = zeros(1 << 20);
+  beyond<1>("float32", Store::f32, left, right, to);
   beyond<2>("float32", Store::f32, left, right, to);
   beyond<2>("added", Store::f32_add, left, right, to);
   beyond<2>("bfloat16", Store::bf16, left, right, to);

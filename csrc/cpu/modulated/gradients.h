@@ -246,6 +246,7 @@ struct SharedRows {
     const float* const right = dy_words[i].panel(u, b.e);
     // in float32 a long sum is cut, as its rounding grows with its length; a half is rounded far more in the end
     const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
+    const int64_t far = dy_words[i].bytes() < kCold ? 0 : steps * NR;  // the next panel
     for (int64_t r = 0; r < b.rows; r += NR) {
       const float* const left = x_words.panel(u, (b.d + r) / NR * NR) + (b.d + r) % NR;
       Out part = out;
@@ -253,8 +254,8 @@ struct SharedRows {
       for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
         const int64_t piece = steps - s < longest ? steps - s : longest;
         product_wide<W>(b.rows - r < NR ? b.rows - r : NR, piece,
-                        {reinterpret_cast<const char*>(left + s * NR), 4, NR * 4}, {right + s * NR, NR, steps * NR},
-                        part);
+                        {reinterpret_cast<const char*>(left + s * NR), 4, NR * 4},
+                        {right + s * NR, NR, steps * NR, far}, part);
         part.store = Store::f32_add;
       }
     }

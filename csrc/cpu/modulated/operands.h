@@ -21,6 +21,9 @@ constexpr int64_t kShortRun = 32;
 // Bytes: rows that lie a multiple of it apart push each other out of the first cache.
 constexpr int64_t kSets = 4096;
 
+// Bytes of rows from which each pass finds them beyond the second cache, and how many rows ahead it asks for them then.
+constexpr int64_t kCold = 4 << 20, kFarRows = 48;
+
 // [N, columns] as a left operand: in place where it can be read so, packed in grouped order where not.
 template <class W>
 class LeftRows {
@@ -53,7 +56,8 @@ class LeftRows {
 
   Left at(int64_t row) const {
     const char* const base = packed_ ? reinterpret_cast<const char*>(buffer_) : source_;
-    return {base + row * row_bytes(), row_bytes(), 4};
+    const int64_t far = rows_->count * row_bytes() < kCold ? 0 : kFarRows * row_bytes();
+    return {base + row * row_bytes(), row_bytes(), 4, far};
   }
 
   template <class F>
@@ -110,7 +114,9 @@ class RowWords {
   RowWords(const Call& q, const char* data, int64_t columns)
       : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {}
 
-  void place(Arena& arena) { buffer_ = arena.take(first(rows_->contexts) * round_up(columns_, NR)); }
+  void place(Arena& arena) { buffer_ = arena.take(bytes() / 4); }
+
+  int64_t bytes() const { return first(rows_->contexts) * round_up(columns_, NR) * 4; }
 
   // Row after row, as memory brings them.
   void pack(int64_t u) const {
@@ -174,12 +180,15 @@ struct Contexts {
   float* along_u = nullptr;
 };
 
-// What `weight_panel` would read for columns e to e + columns, where it lies dense.
-inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t e, int64_t columns) {
+// What `weight_panel` would read for columns e to e + columns, where it lies dense; far: `down` rows and `right` columns
+// from there.
+inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t e, int64_t columns, int64_t down,
+                         int64_t right) {
   Ahead next;
   if (d >= q.d_in || e >= p.d_out || p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return next;
   const int64_t size = size_of(p.bilinear.dtype), there = p.d_out - e < columns ? p.d_out - e : columns;
   next.bytes = there * q.context_dim * size;
+  next.far = (down * p.bilinear.strides[0] + right * p.bilinear.strides[1]) * size;
   for (int64_t i = 0; i < 2; ++i) {
     next.from[i] =
         p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;

@@ -114,7 +114,8 @@ struct PanelForward {
     const int64_t depth = words<W>(t.across), context = context_floats();
     for (int64_t r = 0; r < rows; r += 2) {
       for (int64_t j = 0; j < columns; j += NR) {
-        Ahead next = j + NR < columns ? panel_ahead(q, p, d + r, e + j + NR, NR) : panel_ahead(q, p, d + r + 2, e, NR);
+        Ahead next = j + NR < columns ? panel_ahead(q, p, d + r, e + j + NR, NR, 0, NR)
+                                      : panel_ahead(q, p, d + r + 2, e, NR, 2, 0);
         weight_panel<W>(q, p, d + r, e + j, panel, bias);
         float* const to = weights + j * depth + r / W::PER * NR;
         Out out{reinterpret_cast<char*>(to), context * 4, W::PER == 2 ? Store::pairs : Store::f32, 4 * VL, NR * 4};
@@ -338,8 +339,8 @@ struct PanelBackward {
           row.add(p, d + i, b.e + c, chunk, made, dcontext.at(range), sums, at.row);
         }
         if (!q.dx) continue;
-        Ahead next = c + kChunk < b.columns ? panel_ahead(q, p, d, b.e + c + kChunk, widest)
-                                            : panel_ahead(q, p, d + 2, b.e, widest);
+        Ahead next = c + kChunk < b.columns ? panel_ahead(q, p, d, b.e + c + kChunk, widest, 0, kChunk)
+                                            : panel_ahead(q, p, d + 2, b.e, widest, 0, kChunk);
         for (int64_t j = c; j < c + chunk; j += NR) {
           weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
           Out out{at.weights + r * row_bytes() + j * kWeight, context_bytes(), store_of(R::dtype), 4 * VL, row_bytes()};

@@ -199,7 +199,7 @@ inline std::enable_if_t<std::is_same_v<W, Amx>> product(int64_t rows, int64_t st
   for (int64_t row = 0; row < rows; row += kBlock) {
     const int64_t height = rows - row < kBlock ? rows - row : kBlock;
     sums_of<NV>(height, steps, {a.data + row * a.row, a.row, a.step}, {b.at(lane), b.step}, nullptr, sums);
-    for (int64_t i = 0; ahead && i < 4 * steps; ++i) ahead->fetch<2>();
+    for (int64_t i = 0; ahead && i < 4 * steps; ++i) ahead->fetch<1>();
     put_sums<NV>(height, out, row, lane, sums);
   }
 }

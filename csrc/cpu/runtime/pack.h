@@ -48,7 +48,7 @@ CTXKERN_INLINE V zip_words(const char* first, const char* second, int64_t n) {
 // to[w, lane] = words w of row `lane`: rows of `count` elements along the sum (`step` bytes apart), as lanes of 2·VL.
 template <class W, Dtype D>
 [[gnu::noinline]] void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
-                       int64_t count) {
+                                  int64_t count) {
   const int64_t steps = words<W>(count), size = size_of(D);
   if (step != size && count > 1) {
     for (int64_t s = 0; s < steps; ++s) {
@@ -115,7 +115,7 @@ constexpr Zip kZip;
 // map: the row to read for each, or null. panel: words from one panel of 2·VL lanes to the next.
 template <class W, Dtype D>
 [[gnu::noinline]] void pack_rows(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
-                      int64_t columns, const int64_t* map = nullptr, int64_t panel = 2 * VL) {
+                                 int64_t columns, const int64_t* map = nullptr, int64_t panel = 2 * VL) {
   const int64_t size = size_of(D), steps = words<W>(rows), beyond = panel - 2 * VL;
   const auto at = [&](int64_t r) { return r < rows ? from + (map ? map[r] : r) * row : nullptr; };
   for (int64_t s = 0; s < steps; ++s) {
@@ -154,7 +154,7 @@ template <class W, Dtype D>
 // to[r, w] = words w of row r, as a left operand; padded with zeros to words<W>(columns). to_row: words, as many where 0.
 template <class W, Dtype D>
 [[gnu::noinline]] void pack_left(float* to, const char* from, int64_t row, int64_t rows, int64_t columns,
-                      const int64_t* map = nullptr, int64_t to_row = 0) {
+                                 const int64_t* map = nullptr, int64_t to_row = 0) {
   const int64_t steps = words<W>(columns), apart = to_row > 0 ? to_row : steps;
   for (int64_t r = 0; r < rows; ++r) {
     const char* const p = from + (map ? map[r] : r) * row;

@@ -24,6 +24,9 @@ struct F32 {
   static void enter() {}
   static void leave() {}
   static V multiply_add(V acc, V a, V b) { return acc + a * b; }
+
+  // The word at `a` times every lane of b.
+  CTXKERN_INLINE static V multiply_add_word(V acc, const char* a, V b) { return acc + splat(load<float>(a)) * b; }
 };
 
 #if defined(__AVX512BF16__)
@@ -36,6 +39,12 @@ struct Bf16 {
   static void enter() {}
   static void leave() {}
   static V multiply_add(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+
+  // GCC 12 makes two instructions of it, and on Zen 4 the broadcast takes a third of the time (bench/LOG.md).
+  CTXKERN_INLINE static V multiply_add_word(V acc, const char* a, V b) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
+    return acc;
+  }
 };
 #endif
 
@@ -50,12 +59,14 @@ constexpr int64_t words(int64_t n) {
 struct Left {
   const char* data;
   int64_t row, step;  // bytes
+  int64_t far = 0;    // bytes from a row to one that the second cache shall hold meanwhile; 0: none
 };
 
 struct Right {
   const float* data;
   int64_t step;            // words
   int64_t panel = 2 * VL;  // words from one panel of two vectors to the next
+  int64_t far = 0;         // words to what the second cache shall hold meanwhile; 0: nothing
 
   const float* at(int64_t lane) const { return data + lane / (2 * VL) * panel; }
 };
@@ -177,20 +188,27 @@ template <int NV>
 constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
 
 // Memory to bring near while products run, two lines per step: more at once would fill the buffers of outstanding misses.
-// LEVEL: 3 for the first cache, 2 for the second.
 struct Ahead {
   const char* from[2] = {nullptr, nullptr};
   int64_t bytes = 0;  // of each
   int64_t at = 0;
+  int64_t far = 0;  // bytes from there to what the first cache does not want before that
 
-  template <int LEVEL>
+  // PER 1: into the second cache. PER 2: into the first, and what is far into the second, for which the buffers are not
+  // needed as long.
+  template <int PER>
   CTXKERN_INLINE void fetch() {
     if (at >= bytes) return;
-    __builtin_prefetch(from[0] + at, 0, LEVEL);
-    __builtin_prefetch(from[1] + at, 0, LEVEL);
+    for (const char* const p : from) {
+      __builtin_prefetch(p + at, 0, PER == 2 ? 3 : 2);
+      if (PER == 2) __builtin_prefetch(p + at + far, 0, 2);
+    }
     at += 64;
   }
 };
+
+// Read where it is used: the registers of a tile's loop are all taken.
+inline int64_t now(const int64_t& n) { return *const_cast<const volatile int64_t*>(&n); }
 
 // Rows `row` and on, NV vectors from lane `lane` on. Operands come by reference and unchanged: copies are written in parts
 // and read as vectors, for which a processor waits until all that came before is done (bench/LOG.md).
@@ -230,17 +248,32 @@ template <class W, int MR, int NV>
     if (NV < 4 && a_step == 4) {
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a_row);
+      if (const int64_t far = now(a.far)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + i % 3 * a_row + far, 0, 2);
+      }
+    }
+    if (NV == 2) {
+      if (const int64_t far = now(b.far)) {
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(right + far + i * 16, 0, 2);
+      }
     }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
-      if (NV == 4) next.fetch<W::PER == 2 ? 3 : 2>();
+      if (NV == 4) next.fetch<W::PER>();
       V w[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
-        const V left = splat(load<float>(base[i / 3] + (i % 3) * a_row));
+        const char* const word = base[i / 3] + (i % 3) * a_row;
+        if constexpr (NV == 1) {
+          acc[i][0] = W::multiply_add_word(acc[i][0], word, w[0]);
+        } else {
+          const V left = splat(load<float>(word));
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+          for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+        }
       }
 #pragma GCC unroll 8
       for (int g = 0; g < BASES; ++g) base[g] += a_step;
