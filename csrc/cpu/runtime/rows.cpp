@@ -9,7 +9,8 @@ namespace {
 void check(int64_t sequences, int64_t total, const int32_t* bounds, const int64_t* index, int64_t table,
            bool optional) {
   for (int64_t b = 0; index != nullptr && b < sequences; ++b) {
-    if (index[b] < (optional ? -1 : 0) || index[b] >= table) throw std::invalid_argument("an index lies outside the table");
+    if (index[b] < (optional ? -1 : 0) || index[b] >= table)
+      throw std::invalid_argument("an index lies outside the table");
   }
   if (bounds == nullptr) return;
   bool rising = bounds[0] == 0 && bounds[sequences] == total;

@@ -187,15 +187,15 @@ constexpr int kRegisters = VL == 16 ? 28 : 12;
 template <int NV>
 constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
 
-// Memory to bring near while products run, two lines per step: more at once would fill the buffers of outstanding misses.
+// Memory to bring near while products run, two lines per step: more at once would fill the first cache's buffers of
+// outstanding misses. What is asked for into the second leaves those free, and memory then brings twice as much.
 struct Ahead {
   const char* from[2] = {nullptr, nullptr};
   int64_t bytes = 0;  // of each
   int64_t at = 0;
-  int64_t far = 0;  // bytes from there to what the first cache does not want before that
+  int64_t far = 0;  // bytes from there to what follows it
 
-  // PER 1: into the second cache. PER 2: into the first, and what is far into the second, for which the buffers are not
-  // needed as long.
+  // PER 1: into the second cache. PER 2, which is through sooner: into the first, and what follows into the second.
   template <int PER>
   CTXKERN_INLINE void fetch() {
     if (at >= bytes) return;
@@ -207,8 +207,8 @@ struct Ahead {
   }
 };
 
-// Read where it is used: the registers of a tile's loop are all taken.
-inline int64_t now(const int64_t& n) { return *const_cast<const volatile int64_t*>(&n); }
+// Read from memory where it is used: a tile's loop has no register for it.
+inline int64_t unkept(const int64_t& n) { return *const_cast<const volatile int64_t*>(&n); }
 
 // Rows `row` and on, NV vectors from lane `lane` on. Operands come by reference and unchanged: copies are written in parts
 // and read as vectors, for which a processor waits until all that came before is done (bench/LOG.md).
@@ -248,13 +248,13 @@ template <class W, int MR, int NV>
     if (NV < 4 && a_step == 4) {
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a_row);
-      if (const int64_t far = now(a.far)) {
+      if (const int64_t far = unkept(a.far)) {
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + i % 3 * a_row + far, 0, 2);
       }
     }
     if (NV == 2) {
-      if (const int64_t far = now(b.far)) {
+      if (const int64_t far = unkept(b.far)) {
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(right + far + i * 16, 0, 2);
       }
