@@ -187,8 +187,8 @@ class RowGradients {
     if (whole && !sums.dbilinear && p.dbilinear.strides[2] == 1) {
       Out out{to, p.dbilinear.strides[1] * size, store_of(p.dbilinear.dtype), q_.context_dim};
       const bool past = past_cache(q_, p);
-      // rows without gaps that cannot be written past the cache go through it, whole lines at a time
-      const bool copied = past && !streamable(out) && p.dbilinear.strides[1] == q_.context_dim;
+      // rows without gaps that cannot be written past the cache by whole lines go through it
+      const bool copied = past && !streams_lines(out) && p.dbilinear.strides[1] == q_.context_dim;
       if (copied) out.data = reinterpret_cast<char*>(at.out) + reinterpret_cast<uintptr_t>(to) % 64;
       product_of_rows<W>(columns, steps, left, contexts_.right(g.begin), out, past && !copied);
       if (copied) stream_copy(to, out.data, columns * out.row);

@@ -180,26 +180,41 @@ struct Contexts {
   float* along_u = nullptr;
 };
 
-// What `weight_panel` would read for columns e to e + columns, where it lies dense; far: `down` rows and `right` columns
-// from there.
-inline Ahead panel_ahead(const Call& q, const Projection& p, int64_t d, int64_t e, int64_t columns, int64_t down,
-                         int64_t right) {
+// A row pair of D and a column of E. `after`: what follows it where columns `first` to `end` are taken `step` at a time.
+struct Place {
+  int64_t d, e;
+
+  Place after(int64_t step, int64_t first, int64_t end) const {
+    return e + step < end ? Place{d, e + step} : Place{d + 2, first};
+  }
+};
+
+// What `weight_panel` would read of `columns` columns from a place on, where it lies dense; far: those of the place `then`.
+inline Ahead panel_ahead(const Call& q, const Projection& p, Place at, Place then, int64_t columns) {
   Ahead next;
-  if (d >= q.d_in || e >= p.d_out || p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return next;
-  const int64_t size = size_of(p.bilinear.dtype), there = p.d_out - e < columns ? p.d_out - e : columns;
+  const auto& strides = p.bilinear.strides;
+  if (at.d >= q.d_in || at.e >= p.d_out || strides[2] != 1 || strides[1] != q.context_dim) return next;
+  const int64_t size = size_of(p.bilinear.dtype), there = p.d_out - at.e < columns ? p.d_out - at.e : columns;
   next.bytes = there * q.context_dim * size;
-  next.far = (down * p.bilinear.strides[0] + right * p.bilinear.strides[1]) * size;
+  next.far = ((then.d - at.d) * strides[0] + (then.e - at.e) * strides[1]) * size;
   for (int64_t i = 0; i < 2; ++i) {
-    next.from[i] =
-        p.bilinear.data + ((d + i < q.d_in ? d + i : d) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
+    const int64_t row = at.d + i < q.d_in ? at.d + i : at.d;
+    next.from[i] = p.bilinear.data + (row * strides[0] + at.e * strides[1]) * size;
   }
   return next;
+}
+
+// Blocks that `weight_panel` turns for `panels` panels.
+template <class W>
+inline int64_t blocks_of(const Call& q, int64_t panels) {
+  return panels * 4 * (round_up(words<W>(q.context_dim), VL) / VL);
 }
 
 // A panel of `bilinear` for the product that makes weights: rows d and d + 1, columns e to e + 2·VL, as
 // [words of K, 4·VL lanes], and `bias`: those of weight. Lanes that are not there are zeros.
 template <class W>
-inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t e, float* panel, float* bias) {
+inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t e, float* panel, float* bias,
+                         Ahead* ahead) {
   const int64_t steps = words<W>(q.context_dim);
   const int64_t columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL;
   for (int64_t i = 0; i < 2; ++i) {
@@ -210,7 +225,7 @@ inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t 
       const char* const from = p.bilinear.data + ((d + i) * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
       if (there) {
         pack_lanes<W, D>(panel + i * 2 * VL, 4 * VL, from, p.bilinear.strides[1] * size, p.bilinear.strides[2] * size,
-                         columns, q.context_dim);
+                         columns, q.context_dim, ahead);
       } else {
         for (int64_t s = 0; s < steps; ++s)
           store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});

@@ -114,9 +114,10 @@ struct PanelForward {
     const int64_t depth = words<W>(t.across), context = context_floats();
     for (int64_t r = 0; r < rows; r += 2) {
       for (int64_t j = 0; j < columns; j += NR) {
-        Ahead next = j + NR < columns ? panel_ahead(q, p, d + r, e + j + NR, NR, 0, NR)
-                                      : panel_ahead(q, p, d + r + 2, e, NR, 2, 0);
-        weight_panel<W>(q, p, d + r, e + j, panel, bias);
+        const Place then = Place{d + r, e + j}.after(NR, e, e + columns);
+        Ahead next = panel_ahead(q, p, then, then.after(NR, e, e + columns), NR);
+        next.share(lines_ahead<W, 4>(end - begin, contexts.along_k_words), blocks_of<W>(q, 1));
+        weight_panel<W>(q, p, d + r, e + j, panel, bias, &next);
         float* const to = weights + j * depth + r / W::PER * NR;
         Out out{reinterpret_cast<char*>(to), context * 4, W::PER == 2 ? Store::pairs : Store::f32, 4 * VL, NR * 4};
         out.bias = bias;
@@ -339,10 +340,12 @@ struct PanelBackward {
           row.add(p, d + i, b.e + c, chunk, made, dcontext.at(range), sums, at.row);
         }
         if (!q.dx) continue;
-        Ahead next = c + kChunk < b.columns ? panel_ahead(q, p, d, b.e + c + kChunk, widest, 0, kChunk)
-                                            : panel_ahead(q, p, d + 2, b.e, widest, 0, kChunk);
+        const Place then = Place{d, b.e + c}.after(kChunk, b.e, b.e + b.columns);
+        Ahead next = panel_ahead(q, p, then, then.after(kChunk, b.e, b.e + b.columns), widest);
+        const int64_t panels = round_up(chunk, NR) / NR;
+        next.share(panels * lines_ahead<P, 4>(b.end - b.begin, contexts.along_k_words), blocks_of<P>(q, panels));
         for (int64_t j = c; j < c + chunk; j += NR) {
-          weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias);
+          weight_panel<P>(q, p, d, b.e + j, at.panel, at.bias, &next);
           Out out{at.weights + r * row_bytes() + j * kWeight, context_bytes(), store_of(R::dtype), 4 * VL, row_bytes()};
           out.bias = at.bias;
           product<P, 4>(b.end - b.begin, contexts.along_k_words, contexts.left(b.begin), {at.panel, 4 * VL}, out, 0,

@@ -192,6 +192,9 @@ inline void put_sums(int64_t rows, const Out& out, int64_t row, int64_t lane, co
   for (; i < rows; ++i) put_rows<1, NV>(out, row + i, lane, sums + i * NV * VL);
 }
 
+// Of each, asked for while the unit takes a step.
+constexpr int64_t kLinesAhead = 4;
+
 template <class W, int NV>
 inline std::enable_if_t<std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, const Left& a, const Right& b,
                                                         const Out& out, int64_t lane = 0, Ahead* ahead = nullptr) {
@@ -199,9 +202,14 @@ inline std::enable_if_t<std::is_same_v<W, Amx>> product(int64_t rows, int64_t st
   for (int64_t row = 0; row < rows; row += kBlock) {
     const int64_t height = rows - row < kBlock ? rows - row : kBlock;
     sums_of<NV>(height, steps, {a.data + row * a.row, a.row, a.step}, {b.at(lane), b.step}, nullptr, sums);
-    for (int64_t i = 0; ahead && i < 4 * steps; ++i) ahead->fetch<1>();
+    for (int64_t i = 0; ahead && i < kLinesAhead * steps; ++i) ahead->fetch_second();
     put_sums<NV>(height, out, row, lane, sums);
   }
+}
+
+template <class W, int NV>
+constexpr std::enable_if_t<std::is_same_v<W, Amx>, int64_t> lines_ahead(int64_t rows, int64_t steps) {
+  return (rows + kBlock - 1) / kBlock * kLinesAhead * steps;
 }
 
 // Sums of a block that wait to be put: read at once, they would wait for the matrix unit, and it for them.

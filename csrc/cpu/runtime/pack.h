@@ -46,9 +46,10 @@ CTXKERN_INLINE V zip_words(const char* first, const char* second, int64_t n) {
 }
 
 // to[w, lane] = words w of row `lane`: rows of `count` elements along the sum (`step` bytes apart), as lanes of 2·VL.
+// ahead: memory to ask for meanwhile, or null.
 template <class W, Dtype D>
 [[gnu::noinline]] void pack_lanes(float* to, int64_t to_step, const char* from, int64_t row, int64_t step, int64_t rows,
-                                  int64_t count) {
+                                  int64_t count, Ahead* ahead = nullptr) {
   const int64_t steps = words<W>(count), size = size_of(D);
   if (step != size && count > 1) {
     for (int64_t s = 0; s < steps; ++s) {
@@ -72,6 +73,7 @@ template <class W, Dtype D>
   for (int64_t lane = 0; lane < 2 * VL; lane += VL) {
     const char* const block = from + lane * row;
     for (int64_t s = 0; s < steps; s += VL) {
+      for (int64_t n = ahead ? ahead->each : 0; n > 0; --n) ahead->fetch();
       V r[VL];
       const int64_t left = count - s * W::PER;
       if (lane + VL <= rows && left >= VL * W::PER) {

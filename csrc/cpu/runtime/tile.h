@@ -107,6 +107,11 @@ inline bool streamable(const Out& out) {
   return (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(out.row)) % vector == 0 && out.lanes % VL == 0;
 }
 
+// Whether its streams write whole lines one after another. Parts of a line that come apart reach memory apart.
+inline bool streams_lines(const Out& out) {
+  return streamable(out) && (out.lanes <= 2 * VL || (reinterpret_cast<uintptr_t>(out.data) | out.row) % 64 == 0);
+}
+
 inline Out streamed(Out out) {
   if (out.store == Store::f32) out.store = Store::f32_stream;
   if (out.store == Store::bf16) out.store = Store::bf16_stream;
@@ -187,28 +192,44 @@ constexpr int kRegisters = VL == 16 ? 28 : 12;
 template <int NV>
 constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
 
-// Memory to bring near while products run, two lines per step: more at once would fill the first cache's buffers of
+// Read from memory here, and by itself: a tile's loop has no register for it, or it was written a moment ago.
+template <class T>
+CTXKERN_INLINE T unkept(const T& value) {
+  return *const_cast<const volatile T*>(&value);
+}
+
+// Memory to bring near while products run, two lines a step: more at once would fill the first cache's buffers of
 // outstanding misses. What is asked for into the second leaves those free, and memory then brings twice as much.
 struct Ahead {
   const char* from[2] = {nullptr, nullptr};
   int64_t bytes = 0;  // of each
   int64_t at = 0;
-  int64_t far = 0;  // bytes from there to what follows it
+  int64_t far = 0;   // bytes from there to what follows it
+  int64_t each = 0;  // lines of each that a block which is turned asks for
 
-  // PER 1: into the second cache. PER 2, which is through sooner: into the first, and what follows into the second.
-  template <int PER>
+  // Products will ask for `lines` lines of each; blocks that are turned before them share the others.
+  void share(int64_t lines, int64_t blocks) {
+    const int64_t left = (bytes + 63) / 64 - lines;
+    each = left > 0 && blocks > 0 ? (left + blocks - 1) / blocks : 0;
+  }
+
+  // Into the first cache, and what follows into the second.
   CTXKERN_INLINE void fetch() {
     if (at >= bytes) return;
     for (const char* const p : from) {
-      __builtin_prefetch(p + at, 0, PER == 2 ? 3 : 2);
-      if (PER == 2) __builtin_prefetch(p + at + far, 0, 2);
+      __builtin_prefetch(p + at, 0, 3);
+      __builtin_prefetch(p + at + far, 0, 2);
     }
     at += 64;
   }
-};
 
-// Read from memory where it is used: a tile's loop has no register for it.
-inline int64_t unkept(const int64_t& n) { return *const_cast<const volatile int64_t*>(&n); }
+  // Into the second alone.
+  CTXKERN_INLINE void fetch_second() {
+    if (at >= bytes) return;
+    for (const char* const p : from) __builtin_prefetch(p + at, 0, 2);
+    at += 64;
+  }
+};
 
 // Rows `row` and on, NV vectors from lane `lane` on. Operands come by reference and unchanged: copies are written in parts
 // and read as vectors, for which a processor waits until all that came before is done (bench/LOG.md).
@@ -217,7 +238,10 @@ template <class W, int MR, int NV>
                             Ahead* ahead) {
   const int64_t a_row = a.row, a_step = a.step, b_step = b.step;
   Ahead next;
-  if (ahead) next = *ahead;
+  if (ahead) {
+    next.from[0] = unkept(ahead->from[0]), next.from[1] = unkept(ahead->from[1]);
+    next.bytes = unkept(ahead->bytes), next.at = unkept(ahead->at), next.far = unkept(ahead->far);
+  }
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -260,7 +284,7 @@ template <class W, int MR, int NV>
       }
     }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
-      if (NV == 4) next.fetch<W::PER>();
+      if (NV == 4) next.fetch();
       V w[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
@@ -306,10 +330,15 @@ inline TileFn tile_of(int64_t height) {
   return TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1];
 }
 
+template <int NV>
+constexpr int64_t tiles_of(int64_t rows) {
+  return (rows + kTileRows<NV> - 1) / kTileRows<NV>;
+}
+
 // f(row, height) for tiles of nearly equal height.
 template <int NV, class F>
 inline void each_tile(int64_t rows, F&& f) {
-  const int64_t tiles = (rows + kTileRows<NV> - 1) / kTileRows<NV>;
+  const int64_t tiles = tiles_of<NV>(rows);
   if (tiles == 0) return;
   const int64_t least = rows / tiles, higher = rows % tiles;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
@@ -324,6 +353,12 @@ template <class W, int NV>
 inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, const Left& a, const Right& b,
                                                          const Out& out, int64_t lane = 0, Ahead* ahead = nullptr) {
   each_tile<NV>(rows, [&](int64_t row, int64_t height) { tile_of<W, NV>(height)(steps, a, b, out, row, lane, ahead); });
+}
+
+// Lines of each that such a product asks for ahead, at most.
+template <class W, int NV>
+constexpr std::enable_if_t<!std::is_same_v<W, Amx>, int64_t> lines_ahead(int64_t rows, int64_t steps) {
+  return tiles_of<NV>(rows) * steps;
 }
 
 // All panels of as many lanes as the output has; B must be readable up to a multiple of VL lanes. bias, if any, is padded
