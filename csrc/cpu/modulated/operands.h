@@ -18,9 +18,6 @@ struct Piece {
 // Rows a run below which gathering rows beats products of few rows each (bench/LOG.md).
 constexpr int64_t kShortRun = 32;
 
-// Bytes: rows that lie a multiple of it apart push each other out of the first cache.
-constexpr int64_t kSets = 4096;
-
 // Bytes of rows from which each pass finds them beyond the second cache, and how many rows ahead it asks for them then.
 constexpr int64_t kCold = 4 << 20, kFarRows = 48;
 

@@ -330,15 +330,20 @@ inline TileFn tile_of(int64_t height) {
   return TileTable<W, NV, std::make_integer_sequence<int, kTileRows<NV>>>::of[height - 1];
 }
 
+// Bytes: rows that lie a multiple of it apart share one set of the first cache, which holds eight lines at most.
+constexpr int64_t kSets = 4096;
+
+// The most rows of a tile. Of rows that share a set, no more than stay near while the words of a line are used up.
 template <int NV>
-constexpr int64_t tiles_of(int64_t rows) {
-  return (rows + kTileRows<NV> - 1) / kTileRows<NV>;
+inline int64_t most_rows(const Left& a) {
+  constexpr int64_t kFew = 7, kMost = kTileRows<NV>;
+  return NV < 4 && kMost > kFew && a.step == 4 && a.row % kSets == 0 ? kFew : kMost;
 }
 
-// f(row, height) for tiles of nearly equal height.
-template <int NV, class F>
-inline void each_tile(int64_t rows, F&& f) {
-  const int64_t tiles = tiles_of<NV>(rows);
+// f(row, height) for tiles of nearly equal height, `most` rows at most.
+template <class F>
+inline void each_tile(int64_t rows, int64_t most, F&& f) {
+  const int64_t tiles = (rows + most - 1) / most;
   if (tiles == 0) return;
   const int64_t least = rows / tiles, higher = rows % tiles;
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
@@ -352,13 +357,14 @@ inline void each_tile(int64_t rows, F&& f) {
 template <class W, int NV>
 inline std::enable_if_t<!std::is_same_v<W, Amx>> product(int64_t rows, int64_t steps, const Left& a, const Right& b,
                                                          const Out& out, int64_t lane = 0, Ahead* ahead = nullptr) {
-  each_tile<NV>(rows, [&](int64_t row, int64_t height) { tile_of<W, NV>(height)(steps, a, b, out, row, lane, ahead); });
+  each_tile(rows, most_rows<NV>(a),
+            [&](int64_t row, int64_t height) { tile_of<W, NV>(height)(steps, a, b, out, row, lane, ahead); });
 }
 
 // Lines of each that such a product asks for ahead, at most.
 template <class W, int NV>
 constexpr std::enable_if_t<!std::is_same_v<W, Amx>, int64_t> lines_ahead(int64_t rows, int64_t steps) {
-  return tiles_of<NV>(rows) * steps;
+  return (rows + kTileRows<NV> - 1) / kTileRows<NV> * steps;
 }
 
 // All panels of as many lanes as the output has; B must be readable up to a multiple of VL lanes. bias, if any, is padded
@@ -379,7 +385,7 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int6
 template <class W>
 inline std::enable_if_t<!std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t steps, const Left& a,
                                                                const Right& b, const Out& out) {
-  each_tile<2>(rows, [&](int64_t row, int64_t height) {
+  each_tile(rows, most_rows<2>(a), [&](int64_t row, int64_t height) {
     for (int64_t j = 0; j < out.lanes; j += 2 * VL) {
       if (out.lanes - j > VL) {
         tile_of<W, 2>(height)(steps, a, b, out, row, j, nullptr);
