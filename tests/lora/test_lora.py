@@ -62,6 +62,7 @@ def test_ranks(fn, dtype):
 def test_sizes(fn, dtype):
     """Zero and around the sizes of tiles, strips and blocks, with and without a base weight."""
     sizes = [(2, 0, 5, 6), (0, 3, 5, 6), (2, 3, 0, 6), (2, 3, 5, 0), (1, 1, 1, 1), (2, 300, 31, 129), (3, 17, 257, 64)]
+    sizes += [(2, 17, 2048, 40), (2, 17, 40, 2048)]  # rows that share a set of the first cache
     for B, S, D, E in sizes:
         for weight in (False, True):
             case = Case("sizes", B, S, D, E, 1, weight=weight, bias=weight)

@@ -38,9 +38,13 @@ LARGER = [
     # rows of x, and of dy, that would share one set of the first cache
     Case("rows-pages-apart", 4, 33, 2048, 6, 3, rows=2, index=(0, 1, 0, 1), bias=True),
     Case("rows-of-dy-pages-apart", 4, 33, 6, 2048, 3, rows=2, index=(0, 1, 0, 1)),
+    # the same, copied for products of many columns
+    Case("rows-pages-apart-many-columns", 2, 20, 2048, 136, 3, bias=True),
+    Case("rows-of-dy-pages-apart-many-columns", 2, 20, 136, 2048, 3),
     # gradients of `bilinear` that are written past the caches, from registers and by whole lines
     Case("large", 3, 5, 260, 260, 32),
     Case("large-odd", 3, 5, 260, 261, 31),
+    Case("large-parts-of-lines", 3, 5, 250, 250, 48),
     # four vectors of a row at once: added to, and written past the caches
     Case("many-rows-wide-k", 2, 150, 33, 40, 128),
     Case("large-wide-k", 24, 1, 192, 200, 64),

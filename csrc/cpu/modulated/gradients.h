@@ -217,7 +217,7 @@ struct SharedRows {
       : need_products(products), need_dx(q.dx != nullptr), count(q.projections), x_words(q, q.x.data, q.d_in) {
     // in place all or none, so that one numbering of rows serves them
     bool whole = true;
-    for (int i = 0; i < count; ++i) whole = whole && LeftRows<W>::in_place_along(q.projection[i].d_out);
+    for (int i = 0; i < count; ++i) whole = whole && LeftRows<W>::in_place_along(q.projection[i].d_out, q.d_in);
     for (int i = 0; i < count; ++i) {
       const Projection& p = q.projection[i];
       dy[i] = LeftRows<W>(q, p.rows, p.d_out, whole);

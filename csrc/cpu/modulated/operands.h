@@ -8,6 +8,13 @@
 namespace ctxkern {
 namespace {
 
+// Of y, of all projections.
+inline int64_t columns_of(const Call& q) {
+  int64_t columns = 0;
+  for (int i = 0; i < q.projections; ++i) columns += q.projection[i].d_out;
+  return columns;
+}
+
 // Rows of x (or y) of one context that lie together in a left operand.
 struct Piece {
   int64_t left, count;  // row of the operand
@@ -30,12 +37,14 @@ class LeftRows {
   LeftRows(const Call& q, const char* data, int64_t columns, bool in_place)
       : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {
     const bool long_runs = rows_->count >= kShortRun * rows_->run_count();
-    packed_ = q.x.dtype != W::dtype || !in_place_along(columns) || (rows_->order && !long_runs) || !in_place;
+    packed_ = q.x.dtype != W::dtype || (rows_->order && !long_runs) || !in_place;
   }
 
-  // Whether rows of so many columns can be read where they lie.
-  static bool in_place_along(int64_t columns) {
-    return columns % (W::PER * W::STEP) == 0 && columns * size_of(W::dtype) % kSets != 0;
+  // Whether rows of so many columns are read where they lie, for products of `made` columns: rows that share a set of the
+  // first cache are copied where more panels than a few read them.
+  static bool in_place_along(int64_t columns, int64_t made) {
+    constexpr int64_t kOften = 8 * VL;
+    return columns % (W::PER * W::STEP) == 0 && (columns * size_of(W::dtype) % kSets != 0 || made <= kOften);
   }
 
   void place(Arena& arena) { buffer_ = packed_ ? arena.take(rows_->count * step_words() + 2 * VL) : nullptr; }

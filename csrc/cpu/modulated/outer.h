@@ -62,7 +62,7 @@ struct OuterForward {
       : q(problem),
         t(tiles),
         all(problem),
-        x(all.whole, problem.x.data, problem.d_in, true),
+        x(all.whole, problem.x.data, problem.d_in, LeftRows<W>::in_place_along(problem.d_in, columns_of(problem))),
         depth(words<W>(problem.d_in)) {
     const int64_t each = depth * all.lanes > 0 ? depth * all.lanes : 1;
     columns_at_once = kLaidOut / 4 / each;
@@ -127,7 +127,8 @@ struct OuterForward {
     }
     Out out{reinterpret_cast<char*>(y), NR * 4, Store::f32, lanes};
     out.bias = bias;
-    product_wide<W>(q.rows->count, p.weight.data ? depth : 0, x.at(0), {scratch, NR}, out);
+    product_wide<W>(q.rows->count, 0, x.at(0), {scratch, NR}, out);
+    if (p.weight.data) product_in_pieces<W>(q.rows->count, lanes, depth, kDeepest, x.at(0), {scratch, NR}, y, NR, true);
   }
 
   // Columns of `bilinear`, each as [words of D, K padded].
@@ -191,7 +192,7 @@ struct OuterBackward {
     all.place(arena);
     for (int i = 0; i < q.projections; ++i) {
       const Projection& p = q.projection[i];
-      dy[i] = LeftRows<W>(all.whole, p.rows, p.d_out, true);
+      dy[i] = LeftRows<W>(all.whole, p.rows, p.d_out, LeftRows<W>::in_place_along(p.d_out, q.d_in));
       if (need_z()) dy[i].place(arena);
       need_weight = need_weight || p.dweight.data;
       need_bilinear = need_bilinear || p.dbilinear.data;

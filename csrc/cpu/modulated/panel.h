@@ -58,7 +58,10 @@ struct PanelForward {
   }
 
   PanelForward(const Call& problem, const Tiles& tiles, char* workspace)
-      : q(problem), t(tiles), x(problem, problem.x.data, problem.d_in, true), contexts(problem, false) {
+      : q(problem),
+        t(tiles),
+        x(problem, problem.x.data, problem.d_in, LeftRows<W>::in_place_along(problem.d_in, columns_of(problem))),
+        contexts(problem, false) {
     Arena arena(workspace);
     x.place(arena);
     contexts.place(q, arena);
@@ -267,11 +270,7 @@ struct PanelBackward {
   }
 
   // Whether no projection has columns.
-  bool empty() const {
-    int64_t columns = 0;
-    for (int i = 0; i < q.projections; ++i) columns += q.projection[i].d_out;
-    return columns == 0;
-  }
+  bool empty() const { return columns_of(q) == 0; }
 
   void run() {
     const int64_t count = q.rows->contexts, strips = (q.d_in + t.strip - 1) / t.strip;
