@@ -34,6 +34,7 @@ class LeftRows {
  public:
   LeftRows() = default;
 
+  // in_place: `in_place_along` of what reads them; rows in another order than the contexts are packed even so
   LeftRows(const Call& q, const char* data, int64_t columns, bool in_place)
       : rows_(q.rows), source_(data), columns_(columns), dtype_(q.x.dtype) {
     const bool long_runs = rows_->count >= kShortRun * rows_->run_count();
