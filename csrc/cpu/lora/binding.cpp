@@ -15,17 +15,18 @@ namespace ctxkern {
 namespace {
 
 // Operations below which waking a second thread costs more than it does (bench/LOG.md).
-constexpr double kWorkOfAThread = 0.75e6;
+constexpr double kWorkOfAThread = 0.5e6;
 
-int64_t threads_for(const LoraCall& q) {
-  const double most = 2.0 * q.rows_of->count * q.rank * static_cast<double>(q.d_in + q.d_out) / kWorkOfAThread;
+int64_t threads_for(const LoraCall& q, bool backward) {
+  const double work = 2.0 * q.rows_of->count * q.rank * static_cast<double>(q.d_in + q.d_out) * (backward ? 3 : 1);
+  const double most = work / kWorkOfAThread;
   if (most < static_cast<double>(q.threads)) return most < 1 ? 1 : static_cast<int64_t>(most);
   return q.threads;
 }
 
 // A call, and what it looks at.
 struct Made {
-  explicit Made(const LoraProblem& problem) {
+  Made(const LoraProblem& problem, bool backward) {
     static_cast<LoraProblem&>(call) = problem;
     const Batch& batch = call.batch;
     grouped = group_rows(batch.sequences, batch.length, batch.tokens, batch.bounds, batch.index, batch.table, true);
@@ -44,7 +45,7 @@ struct Made {
     call.rows_of = &rows;
     call.blocks = blocks.data();
     call.block_first = first.data();
-    call.threads = threads_for(call);
+    call.threads = threads_for(call, backward);
   }
   Made(const Made&) = delete;
 
@@ -101,7 +102,7 @@ void lora(py::handle operands, py::handle rows, py::handle gradients, py::handle
   check_problem(problem, backward);
   check_ranks(problem);
   release_kept(kept_seconds());
-  const Made made(problem);
+  const Made made(problem, backward);
   const LoraKernels& run = lora_kernels_for(chosen_isa(), problem.x.dtype);
   const Workspace workspace(run.bytes(made.call, backward), allocate);
   py::gil_scoped_release unlocked;

@@ -15,14 +15,15 @@ namespace ctxkern {
 namespace {
 
 // Operations below which waking a second thread costs more than it does (bench/LOG.md).
-constexpr double kWorkOfAThread = 0.75e6;
+constexpr double kWorkOfAThread = 0.5e6;
 
-int64_t threads_for(const Call& q) {
+int64_t threads_for(const Call& q, bool backward) {
   double columns = 0;
   for (int i = 0; i < q.projections; ++i) columns += static_cast<double>(q.projection[i].d_out);
   const double rows = static_cast<double>(q.batch.tokens + q.rows->contexts * q.context_dim) *
                       static_cast<double>(q.outer ? q.context_dim : 1);
-  const double most = 2 * rows * static_cast<double>(q.d_in) * columns / kWorkOfAThread;
+  const double work = 2 * rows * static_cast<double>(q.d_in) * columns * (backward ? 3 : 1);
+  const double most = work / kWorkOfAThread;
   if (most < static_cast<double>(q.threads)) return most < 1 ? 1 : static_cast<int64_t>(most);
   return q.threads;
 }
@@ -104,14 +105,14 @@ Problem problem_of(py::handle operands, py::handle rows, py::handle grads, doubl
 
 // A call, and the rows that it looks at.
 struct Made {
-  explicit Made(const Problem& problem) {
+  Made(const Problem& problem, bool backward) {
     static_cast<Problem&>(call) = problem;
     const Batch& batch = call.batch;
     grouped = group_rows(batch.sequences, batch.length, batch.tokens, batch.bounds, batch.index, batch.table);
     rows = grouped.view();
     call.rows = &rows;
     call.outer = static_cast<double>(rows.contexts) > call.outer_above;
-    call.threads = threads_for(call);
+    call.threads = threads_for(call, backward);
   }
   Made(const Made&) = delete;
 
@@ -142,7 +143,7 @@ PyObject* modulated(PyObject* const* given) {
   const Problem problem = problem_of(operands, rows, grads, outer_above, workspace_bytes, threads);
   check_problem(problem, backward);
   release_kept(kept_seconds());
-  const Made made(problem);
+  const Made made(problem, backward);
   const Kernels& run = kernels(made.call);
   const Tiles tiles = run.tiles(made.call, backward);
   const Workspace workspace(tiles.bytes, allocate);
@@ -157,8 +158,9 @@ PyObject* modulated(PyObject* const* given) {
 
 py::dict modulated_tiles(py::handle operands, py::handle rows, py::handle grads, double outer_above,
                          int64_t workspace_bytes, int64_t threads) {
-  const Made made(problem_of(operands, rows, grads, outer_above, workspace_bytes, threads));
-  const Tiles tiles = kernels(made.call).tiles(made.call, !grads.is_none());
+  const bool backward = !grads.is_none();
+  const Made made(problem_of(operands, rows, grads, outer_above, workspace_bytes, threads), backward);
+  const Tiles tiles = kernels(made.call).tiles(made.call, backward);
   py::dict found;
   found["outer"] = made.call.outer;
   found["contexts"] = made.rows.contexts;

@@ -217,6 +217,9 @@ inline int64_t blocks_of(const Call& q, int64_t panels) {
   return panels * 4 * (round_up(words<W>(q.context_dim), VL) / VL);
 }
 
+// How many rows of weight ahead a panel asks for its columns, a line or two of a row at a time.
+constexpr int64_t kWeightRows = 8;
+
 // A panel of `bilinear` for the product that makes weights: rows d and d + 1, columns e to e + 2·VL, as
 // [words of K, 4·VL lanes], and `bias`: those of weight. Lanes that are not there are zeros.
 template <class W>
@@ -238,11 +241,15 @@ inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t 
           store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});
       }
     });
+    const auto& strides = p.weight.strides;
     const int64_t size = size_of(p.weight.dtype);
     const bool weighted = there && p.weight.data;
-    pack_vector(bias + i * 2 * VL, p.weight.dtype,
-                p.weight.data + (weighted ? ((d + i) * p.weight.strides[0] + e * p.weight.strides[1]) * size : 0),
-                weighted ? p.weight.strides[1] : 1, weighted ? columns : 0, 2 * VL);
+    const char* const from = p.weight.data + (weighted ? ((d + i) * strides[0] + e * strides[1]) * size : 0);
+    if (weighted && strides[1] == 1 && d + i + kWeightRows < q.d_in) {
+      const char* const later = from + kWeightRows * strides[0] * size;
+      for (const int64_t at : {int64_t{0}, columns * size - 1}) __builtin_prefetch(later + at, 0, 2);
+    }
+    pack_vector(bias + i * 2 * VL, p.weight.dtype, from, weighted ? strides[1] : 1, weighted ? columns : 0, 2 * VL);
   }
 }
 
