@@ -11,14 +11,33 @@ from .registry import resolve
 from .runtime import cpu
 
 
+def _looks(x):
+    """The compiled core, to look at the arguments of an ordinary call with; else None."""
+    # torch takes a millisecond to refuse a tensor without memory
+    if ordinary() and (getattr(x, "is_cpu", False) or getattr(x, "is_cuda", False)):
+        return cpu.core()
+    return None
+
+
 def fit(x, *others):
     """Whether a quick look shows that a call of `modulated_linear` is ordinary and that its arguments (x, context,
     weight, bilinear, bias, context_index, cu_seqlens) are plain and pass the checks below, as in most calls."""
-    # torch takes a millisecond to refuse a tensor without memory
-    if not (ordinary() and (getattr(x, "is_cpu", False) or getattr(x, "is_cuda", False))):
-        return False
-    core = cpu.core()
+    core = _looks(x)
     return core is not None and core.modulated_fits((x, *others))
+
+
+def fit_low_rank(x, scale, dropout, *others):
+    """The same for `lora_linear`: (x, weight, A, B, bias, adapter_index, cu_seqlens, ranks)."""
+    if type(scale) not in (float, int) or type(dropout) not in (float, int) or dropout != 0:
+        return False
+    core = _looks(x)
+    return core is not None and core.lora_fits((x, *others))
+
+
+def seen(operands):
+    """Whether a call whose arguments passed the checks below is ordinary, and its operands plain."""
+    core = _looks(operands.x)
+    return core is not None and core.plain(operands.flat())
 
 
 def activations(op, x, context):

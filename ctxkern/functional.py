@@ -12,6 +12,8 @@ from . import arguments, checks, ops
 from .dtypes import accumulator
 from .factored.operands import Operands as FactoredOperands
 from .factored.ops import factored
+from .lora.operands import Operands as LoraOperands
+from .lora.operands import Options as LoraOptions
 from .lora.ops import lora
 from .lora.plan import LoraPlan
 from .lora.plan import plan as lora_plan
@@ -226,6 +228,9 @@ def lora_linear(
 
     Source: Hu et al., LoRA (2021).
     """
+    if arguments.fit_low_rank(x, scale, dropout, weight, A, B, bias, adapter_index, cu_seqlens, ranks):
+        options = LoraOptions(DEFAULT_WORKSPACE, resolve(backend, x.device, x.dtype, "lora"), float(scale), 0.0)
+        return lora(LoraOperands(x, weight, A, B, bias, None, ranks, None, adapter_index, cu_seqlens), options, True)
     given = (x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, seed)
     return lora(*arguments.low_rank("lora_linear", backend, *given))
 
@@ -289,7 +294,8 @@ def factored_modulated_linear(
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
     operands = FactoredOperands(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)
-    return factored(operands, ops.Options(DEFAULT_WORKSPACE, arguments.backend_of(backend, x, "factored")))
+    options = ops.Options(DEFAULT_WORKSPACE, arguments.backend_of(backend, x, "factored"))
+    return factored(operands, options, arguments.seen(operands))
 
 
 def explain(

@@ -1,6 +1,5 @@
 """What callers get wrong: every error names the argument, what it got and what it takes; inputs stay as they are."""
 
-import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 import ctxkern
-from ctxkern import arguments
 
 B, S, D, E, K, R = 2, 3, 4, 6, 5, 2
 
@@ -313,79 +311,3 @@ def test_values_that_a_transform_wraps_are_checked():
         torch.func.grad(loss)(X, index(2, 0))
     several = torch.func.vmap(loss, (None, 0))(X, torch.stack((index(0, 1), index(1, 0))))
     assert several.shape == (2,)
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-# of modulated_linear: what fits first, then what does not with it, or is not looked at
-GIVEN = (
-    [
-        X,
-        X.double(),
-        X.half(),
-        X.int(),
-        PACKED,
-        zeros(B, S, D + 1),
-        SPARSE,
-        NESTED,
-        X.to("meta"),
-        X.as_subclass(Subclass),
-        1,
-    ],
-    [
-        zeros(B, K),
-        zeros(B, K).half(),
-        zeros(B, K).int(),
-        zeros(B + 1, K),
-        zeros(B, K + 1),
-        zeros(B, S, K),
-        zeros(K),
-        None,
-    ],
-    [zeros(D, E), None, zeros(D, E).half(), zeros(D, E).double(), zeros(E, D), zeros(D, E).to("meta"), 0.5],
-    [
-        zeros(D, E, K),
-        zeros(D, E, K).bfloat16(),
-        zeros(D, E + 1, K),
-        zeros(E, D, K),
-        zeros(D, E),
-        zeros(D, E, K + 1),
-        None,
-    ],
-    [zeros(E), None, zeros(E + 1), zeros(1, E), zeros(E).double(), zeros(E).bool(), [0.0] * E],
-    [index(0, 1), None, index(0), ints(0, 1), index(0, 1).view(1, 2), index(0, 1).to("meta"), [0, 1]],
-    [None, ints(0, 3, 7), ints(0, 7), index(0, 3, 7)],
-)
-
-
-def checked(x, context, weight, bilinear, bias, context_index, cu_seqlens):
-    """Whether the checks, one by one, pass arguments of modulated_linear."""
-    try:
-        arguments.activations("op", x, context)
-        arguments.contexts("op", x, context, context_index, cu_seqlens)
-        arguments.projection("op", x, context, weight, bilinear, bias)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-@pytest.mark.skipif(not ctxkern.backends()["cpu"], reason=str(ctxkern.backends()["cpu"]))
-def test_a_quick_look_passes_only_what_the_checks_pass():
-    fits = [values[0] for values in GIVEN]
-    assert arguments.fit(*fits)
-    assert arguments.fit(*fits[:5], None, None)
-    assert not arguments.fit(*fits[:-1])
-    quick = slow = 0
-    for a, b in itertools.combinations(range(len(GIVEN)), 2):
-        for first, second in itertools.product(GIVEN[a], GIVEN[b]):
-            given = [*fits]
-            given[a], given[b] = first, second
-            if arguments.fit(*given):
-                assert checked(*given), given
-                quick += 1
-            else:
-                slow += checked(*given)
-    assert quick > 50
-    assert slow > 0

@@ -6,5 +6,5 @@ from ctxkern.lora import cpu
 
 from .operands import lora_backward, lora_forward
 
-forward = partial(lora_forward, cpu)
-backward = partial(lora_backward, cpu)
+forward = partial(lora_forward, cpu, together=True)
+backward = partial(lora_backward, cpu, together=True)

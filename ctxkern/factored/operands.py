@@ -70,10 +70,17 @@ def gate_rows(operands):
         return None
     if bounds is None:
         each = torch.arange(len(x), device=x.device) if index is None else index
-        return each.repeat_interleave(x.shape[1], output_size=x.shape[0] * x.shape[1])
+        return each.unsqueeze(1).expand(-1, x.shape[1]).flatten()
     token = torch.arange(len(x), dtype=torch.int32, device=x.device)
     sequence = torch.bucketize(token, bounds[1:], right=True)
     return sequence if index is None else index[sequence]
+
+
+def _gates(operands, products, together):
+    values, (x, index, bounds) = operands.gate.flatten(0, -2).contiguous(), (operands.x, *operands[6:])
+    if together and bounds is None and not operands.per_token:
+        return Gates(values, index if index is None else index.contiguous(), products, x.shape[1])
+    return Gates(values, gate_rows(operands), products)
 
 
 def gate_gradient(products, operands):
@@ -110,30 +117,30 @@ class _Call(NamedTuple):
     gates: Gates
 
 
-def _as_lora(operands, options, products=None):
-    x, gate, weight, in_factor, out_factor, bias = operands[:6]
+def _as_lora(operands, options, together, products=None):
+    x, _, weight, in_factor, out_factor, bias = operands[:6]
     if x.device.type == "cpu":
         check_values(operands)
     transposed = None if weight is None else weight.mT
     lora = LoraOperands(
         x.reshape(1, x.shape[:-1].numel(), x.shape[-1]), transposed, in_factor.mT[None], out_factor.mT[None], bias
     )
-    gates = Gates(gate.flatten(0, -2).contiguous(), gate_rows(operands), products)
-    return _Call(lora, LoraOptions(options.workspace_bytes, options.backend, 1.0, 0.0), gates)
+    options = LoraOptions(options.workspace_bytes, options.backend, 1.0, 0.0)
+    return _Call(lora, options, _gates(operands, products, together))
 
 
-def lora_forward(backend, operands, options):
-    """y by the forward of a low-rank backend."""
-    y = backend.forward(*_as_lora(operands, options))
+def lora_forward(backend, operands, options, together=False):
+    """y by the forward of a low-rank backend. together: whether it takes `Gates.length`."""
+    y = backend.forward(*_as_lora(operands, options, together))
     return y.view(*operands.x.shape[:-1], y.shape[-1])
 
 
-def lora_backward(backend, dout, operands, options, needs):
-    """The `Gradients` that `needs` asks for, by the backward of a low-rank backend."""
+def lora_backward(backend, dout, operands, options, needs, together=False):
+    """The `Gradients` that `needs` asks for, by the backward of a low-rank backend; likewise."""
     x, gate, rank = operands.x, operands.gate, operands.gate.shape[-1]
     tokens = x.shape[:-1].numel()
     products = gate.new_empty((tokens, rank)) if needs.gate else None
-    call = _as_lora(operands, options, products)
+    call = _as_lora(operands, options, together, products)
     wanted = LoraGradients(needs.x, needs.weight, needs.in_factor, needs.out_factor, needs.bias)
     given = backend.backward(dout.reshape(1, tokens, dout.shape[-1]), call.operands, call.options, wanted, call.gates)
     return Gradients(

@@ -89,6 +89,6 @@ FAMILY = Family(Operands, _run, _run_backward, _forward, _backward, _reference, 
 _function = differentiable(FAMILY)
 
 
-def factored(operands, options):
-    """The output of a linear layer whose weight is gated by a context."""
-    return call(FAMILY, _function, operands, options)[0]
+def factored(operands, options, seen=False):
+    """The output of a linear layer whose weight is gated by a context. seen: as in `ops.call`."""
+    return call(FAMILY, _function, operands, options, seen)[0]

@@ -98,6 +98,6 @@ FAMILY = Family(Operands, _run, _run_backward, _forward, _backward, _reference, 
 _function = differentiable(FAMILY)
 
 
-def lora(operands, options):
-    """The output of a linear layer with an adapter per sequence."""
-    return call(FAMILY, _function, operands, options)[0]
+def lora(operands, options, seen=False):
+    """The output of a linear layer with an adapter per sequence. seen: as in `ops.call`."""
+    return call(FAMILY, _function, operands, options, seen)[0]

@@ -24,6 +24,38 @@ int64_t threads_for(const LoraCall& q, bool backward) {
   return q.threads;
 }
 
+// Whether arguments (x, weight, A, B, bias, adapter_index, cu_seqlens, ranks) pass the checks of ctxkern/arguments.py;
+// false too where that takes a longer look: packed x, subclasses.
+bool fits(py::handle arguments) {
+  enum { kX, kWeight, kA, kB, kBias, kIndex, kBounds, kRanks, kAll };
+  if (!plain(arguments)) return false;
+  const auto given = py::reinterpret_borrow<py::tuple>(arguments);
+  if (given.size() != kAll || !given[kBounds].is_none()) return false;
+  for (const int i : {kX, kA, kB})
+    if (given[i].is_none()) return false;
+  try {
+    const Tensor x = tensor_of(given[kX]), A = tensor_of(given[kA]), B = tensor_of(given[kB]);
+    if (x.ndim != 3 || A.ndim != 3 || B.ndim != 3 || !x.floats() || !A.mixes(x) || !B.mixes(x)) return false;
+    const int64_t table = A.sizes[0], rank = A.sizes[1], d_in = x.sizes[2], d_out = B.sizes[1];
+    if (A.sizes[2] != d_in || !B.has_sizes({table, d_out, rank})) return false;
+    const auto parameter = [&](int i, std::initializer_list<int64_t> sizes) {
+      if (given[i].is_none()) return true;
+      const Tensor t = tensor_of(given[i]);
+      return t.mixes(x) && t.has_sizes(sizes);
+    };
+    const auto longs = [&](int i, int64_t size) {
+      const Tensor t = tensor_of(given[i]);
+      return t.longs() && t.same_device(x) && t.has_sizes({size});
+    };
+    if (!parameter(kWeight, {d_out, d_in}) || !parameter(kBias, {d_out})) return false;
+    if (!given[kRanks].is_none() && !longs(kRanks, table)) return false;
+    return given[kIndex].is_none() ? table == x.sizes[0] : longs(kIndex, x.sizes[0]);
+  } catch (const py::error_already_set&) {
+    // not one that has memory
+    return false;
+  }
+}
+
 // A call, and what it looks at.
 struct Made {
   Made(const LoraProblem& problem, bool backward) {
@@ -56,6 +88,19 @@ struct Made {
   LoraCall call;
 };
 
+// Row of the gates of each row of x, where one of a problem, or one in order, is for several rows of x (`Gates.length`);
+// else nothing.
+std::vector<int64_t> gate_of_rows(const LoraProblem& q, py::handle gates) {
+  const int64_t length = gates.is_none() ? 1 : PyLong_AsLongLong(entry(gates, 3, 4).ptr());
+  if (length == -1 && PyErr_Occurred()) throw py::error_already_set();
+  std::vector<int64_t> found(length > 1 ? static_cast<size_t>(q.batch.tokens) : 0);
+  for (size_t n = 0; n < found.size(); ++n) {
+    const int64_t at = static_cast<int64_t>(n) / length;
+    found[n] = q.gate_of ? q.gate_of[at] : at;
+  }
+  return found;
+}
+
 // The problem of `Operands` and `Gates`, or None, of ctxkern/lora/operands.py, without gaps where kernels read row by row.
 // rows: y, or dy; gradients: dx, dA, dB, each or all None; the others: fields of the problem.
 LoraProblem problem_of(py::handle operands, py::handle rows, py::handle gradients, py::handle gates, bool adds,
@@ -86,28 +131,37 @@ LoraProblem problem_of(py::handle operands, py::handle rows, py::handle gradient
     q.dB = address_of(entry(gradients, 2, 3));
   }
   if (!gates.is_none()) {
-    const Tensor values = tensor_of(entry(gates, 0, 3), 2);
+    const Tensor values = tensor_of(entry(gates, 0, 4), 2);
     q.gates = reinterpret_cast<const float*>(values.data);
     q.gate_rows = values.sizes[0];
-    q.gate_of = longs_of(entry(gates, 1, 3));
-    q.products = reinterpret_cast<float*>(address_of(entry(gates, 2, 3)));
+    q.gate_of = longs_of(entry(gates, 1, 4));
+    q.products = reinterpret_cast<float*>(address_of(entry(gates, 2, 4)));
   }
   return q;
 }
 
-void lora(py::handle operands, py::handle rows, py::handle gradients, py::handle gates, bool adds, double scale,
-          int64_t kept_from, int64_t threads, const py::object& allocate) {
-  const bool backward = !gradients.is_none();
-  const LoraProblem problem = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, threads);
+PyObject* lora(PyObject* const* given) {
+  const py::handle operands = given[0], rows = given[1], gradients = given[2], gates = given[3];
+  const bool adds = PyObject_IsTrue(given[4]) == 1, backward = !gradients.is_none();
+  const double scale = PyFloat_AsDouble(given[5]);
+  const int64_t kept_from = PyLong_AsLongLong(given[6]), threads = PyLong_AsLongLong(given[7]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const auto allocate = py::reinterpret_borrow<py::object>(given[8]);
+  LoraProblem problem = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, threads);
   check_problem(problem, backward);
+  const std::vector<int64_t> gate_of = gate_of_rows(problem, gates);
+  if (!gate_of.empty()) problem.gate_of = gate_of.data();
   check_ranks(problem);
   release_kept(kept_seconds());
   const Made made(problem, backward);
   const LoraKernels& run = lora_kernels_for(chosen_isa(), problem.x.dtype);
   const Workspace workspace(run.bytes(made.call, backward), allocate);
-  py::gil_scoped_release unlocked;
-  workspace.advise();
-  (backward ? run.backward : run.forward)(made.call, workspace.data);
+  {
+    py::gil_scoped_release unlocked;
+    workspace.advise();
+    (backward ? run.backward : run.forward)(made.call, workspace.data);
+  }
+  Py_RETURN_NONE;
 }
 
 // At the address of a struct of runtime/problem.py, for libraries without Python.
@@ -116,12 +170,20 @@ void fill_lora(uintptr_t address, py::handle operands, py::handle rows, py::hand
   *reinterpret_cast<LoraProblem*>(address) = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, 1);
 }
 
+PyObject* lora_fits(PyObject* const* given) { return PyBool_FromLong(fits(given[0])); }
+
+PyMethodDef methods[] = {
+    method<9, lora>("lora",
+                    "Runs the update: (operands, rows, (dx, dA, dB) or None, gates or None, adds, scale, kept_from, "
+                    "threads, allocate); allocate(bytes) gives a tensor of bytes."),
+    method<1, lora_fits>("lora_fits", "Whether it is quick to see that arguments of lora_linear pass its checks."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
 }  // namespace
 
 void bind_lora(py::module_& m) {
-  m.def("lora", &lora,
-        "Runs the update: (operands, rows, (dx, dA, dB) or None, gates or None, adds, scale, kept_from, threads, "
-        "allocate); allocate(bytes) gives a tensor of bytes.");
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.def("fill_lora", &fill_lora, "Fills the struct at an address with the same.");
 }
 
