@@ -38,18 +38,10 @@ bool fits(py::handle arguments) {
     if (x.ndim != 3 || A.ndim != 3 || B.ndim != 3 || !x.floats() || !A.mixes(x) || !B.mixes(x)) return false;
     const int64_t table = A.sizes[0], rank = A.sizes[1], d_in = x.sizes[2], d_out = B.sizes[1];
     if (A.sizes[2] != d_in || !B.has_sizes({table, d_out, rank})) return false;
-    const auto parameter = [&](int i, std::initializer_list<int64_t> sizes) {
-      if (given[i].is_none()) return true;
-      const Tensor t = tensor_of(given[i]);
-      return t.mixes(x) && t.has_sizes(sizes);
-    };
-    const auto longs = [&](int i, int64_t size) {
-      const Tensor t = tensor_of(given[i]);
-      return t.longs() && t.same_device(x) && t.has_sizes({size});
-    };
-    if (!parameter(kWeight, {d_out, d_in}) || !parameter(kBias, {d_out})) return false;
-    if (!given[kRanks].is_none() && !longs(kRanks, table)) return false;
-    return given[kIndex].is_none() ? table == x.sizes[0] : longs(kIndex, x.sizes[0]);
+    if (!may_be_parameter(given[kWeight], x, {d_out, d_in}) || !may_be_parameter(given[kBias], x, {d_out}))
+      return false;
+    if (!given[kRanks].is_none() && !may_be_longs(given[kRanks], x, table)) return false;
+    return given[kIndex].is_none() ? table == x.sizes[0] : may_be_longs(given[kIndex], x, x.sizes[0]);
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;

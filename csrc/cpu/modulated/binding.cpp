@@ -42,15 +42,9 @@ bool fits(py::handle arguments) {
     if (x.ndim != 3 || context.ndim != 2 || bilinear.ndim != 3 || !x.floats()) return false;
     const int64_t d_in = x.sizes[2], d_out = bilinear.sizes[1];
     if (!context.mixes(x) || !bilinear.mixes(x) || !bilinear.has_sizes({d_in, d_out, context.sizes[1]})) return false;
-    const auto parameter = [&](int i, std::initializer_list<int64_t> sizes) {
-      if (given[i].is_none()) return true;
-      const Tensor t = tensor_of(given[i]);
-      return t.mixes(x) && t.has_sizes(sizes);
-    };
-    if (!parameter(kWeight, {d_in, d_out}) || !parameter(kBias, {d_out})) return false;
-    if (given[kIndex].is_none()) return context.sizes[0] == x.sizes[0];
-    const Tensor index = tensor_of(given[kIndex]);
-    return index.longs() && index.same_device(x) && index.has_sizes({x.sizes[0]});
+    if (!may_be_parameter(given[kWeight], x, {d_in, d_out}) || !may_be_parameter(given[kBias], x, {d_out}))
+      return false;
+    return given[kIndex].is_none() ? context.sizes[0] == x.sizes[0] : may_be_longs(given[kIndex], x, x.sizes[0]);
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;

@@ -130,6 +130,17 @@ Tensor tensor_of(py::handle object, int64_t ndim) {
   return tensor;
 }
 
+bool may_be_parameter(py::handle object, const Tensor& x, std::initializer_list<int64_t> sizes) {
+  if (object.is_none()) return true;
+  const Tensor t = tensor_of(object);
+  return t.mixes(x) && t.has_sizes(sizes);
+}
+
+bool may_be_longs(py::handle object, const Tensor& x, int64_t size) {
+  const Tensor t = tensor_of(object);
+  return t.longs() && t.same_device(x) && t.has_sizes({size});
+}
+
 Operand operand_of(const Tensor& tensor) {
   Operand operand{tensor.data, Dtype::f32, {0, 0, 0}};
   if (tensor.kind == kBfloat && tensor.bits == 16)

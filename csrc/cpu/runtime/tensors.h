@@ -37,6 +37,10 @@ bool plain(pybind11::handle tensors);
 Tensor tensor_of(pybind11::handle object);
 Tensor tensor_of(pybind11::handle object, int64_t ndim);
 
+// Whether an argument is None or a parameter of activations x; whether it is `size` values of int64 next to x.
+bool may_be_parameter(pybind11::handle object, const Tensor& x, std::initializer_list<int64_t> sizes);
+bool may_be_longs(pybind11::handle object, const Tensor& x, int64_t size);
+
 // A tensor of floats with up to three dimensions; absent for None.
 Operand operand_of(const Tensor& tensor);
 Operand operand_of(pybind11::handle object, int64_t ndim);
