@@ -29,9 +29,12 @@ def interleaved(fns, seconds=1.0, min_rounds=5, max_rounds=200, device="cpu"):
     """{name: Timing} of callables, one call of each a round, so that a slow moment of the machine meets all of them, in
     another order every round: what one leaves in caches and in the allocator would else always meet the same next.
 
-    seconds: the time aimed at for all rounds together. Each callable runs once before.
+    seconds: the time aimed at for all rounds together. Each callable runs twice before: what a library sets up for a
+    new shape would else count as the time of a round.
     """
     samples = {name: [] for name in fns}
+    for fn in fns.values():
+        _timed(fn, device)
     started = time.perf_counter()
     for fn in fns.values():
         _timed(fn, device)
