@@ -77,9 +77,9 @@ def gate_rows(operands):
 
 
 def _gates(operands, products, together):
-    values, (x, index, bounds) = operands.gate.flatten(0, -2).contiguous(), (operands.x, *operands[6:])
-    if together and bounds is None and not operands.per_token:
-        return Gates(values, index if index is None else index.contiguous(), products, x.shape[1])
+    values, index = operands.gate.flatten(0, -2).contiguous(), operands.context_index
+    if together and operands.cu_seqlens is None and not operands.per_token:
+        return Gates(values, index if index is None else index.contiguous(), products, operands.x.shape[1])
     return Gates(values, gate_rows(operands), products)
 
 

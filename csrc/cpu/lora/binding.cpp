@@ -6,6 +6,7 @@
 #include "../runtime/memory.h"
 #include "../runtime/module.h"
 #include "../runtime/tensors.h"
+#include "../runtime/threads.h"
 #include "../runtime/workspace.h"
 #include "lora.h"
 
@@ -14,14 +15,9 @@ namespace py = pybind11;
 namespace ctxkern {
 namespace {
 
-// Operations below which waking a second thread costs more than it does (bench/LOG.md).
-constexpr double kWorkOfAThread = 0.5e6;
-
 int64_t threads_for(const LoraCall& q, bool backward) {
-  const double work = 2.0 * q.rows_of->count * q.rank * static_cast<double>(q.d_in + q.d_out) * (backward ? 3 : 1);
-  const double most = work / kWorkOfAThread;
-  if (most < static_cast<double>(q.threads)) return most < 1 ? 1 : static_cast<int64_t>(most);
-  return q.threads;
+  const double work = 2.0 * q.rows_of->count * q.rank * static_cast<double>(q.d_in + q.d_out);
+  return threads_worth(work, backward, q.threads);
 }
 
 // Whether arguments (x, weight, A, B, bias, adapter_index, cu_seqlens, ranks) pass the checks of ctxkern/arguments.py;
@@ -85,11 +81,11 @@ struct Made {
 std::vector<int64_t> gate_of_rows(const LoraProblem& q, py::handle gates) {
   const int64_t length = gates.is_none() ? 1 : PyLong_AsLongLong(entry(gates, 3, 4).ptr());
   if (length == -1 && PyErr_Occurred()) throw py::error_already_set();
-  std::vector<int64_t> found(length > 1 ? static_cast<size_t>(q.batch.tokens) : 0);
-  for (size_t n = 0; n < found.size(); ++n) {
-    const int64_t at = static_cast<int64_t>(n) / length;
-    found[n] = q.gate_of ? q.gate_of[at] : at;
-  }
+  std::vector<int64_t> found;
+  if (length <= 1) return found;
+  found.reserve(static_cast<size_t>(q.batch.tokens));
+  for (int64_t at = 0; at < q.batch.tokens / length; ++at)
+    found.insert(found.end(), static_cast<size_t>(length), q.gate_of ? q.gate_of[at] : at);
   return found;
 }
 

@@ -6,6 +6,7 @@
 #include "../runtime/memory.h"
 #include "../runtime/module.h"
 #include "../runtime/tensors.h"
+#include "../runtime/threads.h"
 #include "../runtime/workspace.h"
 #include "modulated.h"
 
@@ -14,18 +15,12 @@ namespace py = pybind11;
 namespace ctxkern {
 namespace {
 
-// Operations below which waking a second thread costs more than it does (bench/LOG.md).
-constexpr double kWorkOfAThread = 0.5e6;
-
 int64_t threads_for(const Call& q, bool backward) {
   double columns = 0;
   for (int i = 0; i < q.projections; ++i) columns += static_cast<double>(q.projection[i].d_out);
   const double rows = static_cast<double>(q.batch.tokens + q.rows->contexts * q.context_dim) *
                       static_cast<double>(q.outer ? q.context_dim : 1);
-  const double work = 2 * rows * static_cast<double>(q.d_in) * columns * (backward ? 3 : 1);
-  const double most = work / kWorkOfAThread;
-  if (most < static_cast<double>(q.threads)) return most < 1 ? 1 : static_cast<int64_t>(most);
-  return q.threads;
+  return threads_worth(2 * rows * static_cast<double>(q.d_in) * columns, backward, q.threads);
 }
 
 // Whether arguments (x, context, weight, bilinear, bias, context_index, cu_seqlens) pass the checks of
