@@ -2,42 +2,35 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import checks
 from .lora.operands import Operands, Options
-from .ops import ordinary
 from .plan import DEFAULT_WORKSPACE
 from .registry import resolve
 from .runtime import cpu
 
 
-def _looks(x):
-    """The compiled core, to look at the arguments of an ordinary call with; else None."""
-    # torch takes a millisecond to refuse a tensor without memory
-    if ordinary() and (getattr(x, "is_cpu", False) or getattr(x, "is_cuda", False)):
-        return cpu.core()
-    return None
+def fit(*arguments):
+    """Whether a quick look shows that nothing sees or changes a call of `modulated_linear`, and that its arguments (x,
+    context, weight, bilinear, bias, context_index, cu_seqlens) are plain and pass the checks below: so in most calls.
+    """
+    core = None if is_dynamo_compiling() else cpu.core()
+    return core is not None and core.modulated_fits(arguments)
 
 
-def fit(x, *others):
-    """Whether a quick look shows that a call of `modulated_linear` is ordinary and that its arguments (x, context,
-    weight, bilinear, bias, context_index, cu_seqlens) are plain and pass the checks below, as in most calls."""
-    core = _looks(x)
-    return core is not None and core.modulated_fits((x, *others))
-
-
-def fit_low_rank(x, scale, dropout, *others):
+def fit_low_rank(scale, dropout, *arguments):
     """The same for `lora_linear`: (x, weight, A, B, bias, adapter_index, cu_seqlens, ranks)."""
     if type(scale) not in (float, int) or type(dropout) not in (float, int) or dropout != 0:
         return False
-    core = _looks(x)
-    return core is not None and core.lora_fits((x, *others))
+    core = None if is_dynamo_compiling() else cpu.core()
+    return core is not None and core.lora_fits(arguments)
 
 
 def seen(operands):
-    """Whether a call whose arguments passed the checks below is ordinary, and its operands plain."""
-    core = _looks(operands.x)
-    return core is not None and core.plain(operands.flat())
+    """The same of operands whose arguments passed the checks below."""
+    core = None if is_dynamo_compiling() else cpu.core()
+    return core is not None and core.ordinary_call(operands.flat())
 
 
 def activations(op, x, context):

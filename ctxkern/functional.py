@@ -228,7 +228,7 @@ def lora_linear(
 
     Source: Hu et al., LoRA (2021).
     """
-    if arguments.fit_low_rank(x, scale, dropout, weight, A, B, bias, adapter_index, cu_seqlens, ranks):
+    if arguments.fit_low_rank(scale, dropout, x, weight, A, B, bias, adapter_index, cu_seqlens, ranks):
         options = LoraOptions(DEFAULT_WORKSPACE, resolve(backend, x.device, x.dtype, "lora"), float(scale), 0.0)
         return lora(LoraOperands(x, weight, A, B, bias, None, ranks, None, adapter_index, cu_seqlens), options, True)
     given = (x, weight, A, B, scale, bias, adapter_index, cu_seqlens, ranks, dropout, seed)

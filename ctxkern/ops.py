@@ -17,6 +17,7 @@ import torch
 from torch._C import _dispatch_keys, _get_tracing_state
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.library import Library
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -105,19 +106,6 @@ def _direct(tensors):
         _tell_flop_counters()
         return False
     return not _profiler_enabled()
-
-
-def ordinary():
-    """Whether nothing sees or changes calls of plain tensors: compiler, tracer, transform, mode, profiler, autocast."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-        or _profiler_enabled()
-        or _get_tracing_state() is not None
-    )
 
 
 _FLOPS: dict[str, Callable] = {}
@@ -214,7 +202,12 @@ def differentiable(family):
 
         @staticmethod
         def backward(ctx, *douts):
-            flat, needs, compiling = ctx.saved_tensors, ctx.needs_input_grad[2:end], torch.compiler.is_compiling()
+            flat, needs = ctx.saved_tensors, ctx.needs_input_grad[2:end]
+            core = None if is_dynamo_compiling() else cpu.core()
+            if core is not None and core.ordinary_backward(douts, flat):
+                grads = family.run_backward(family.operands.of(flat), ctx.options, douts, needs)
+                return None, None, *grads, *nothing
+            compiling = torch.compiler.is_compiling()
             if not compiling:
                 if transformed(*douts):
                     grads = spread(_vjp(family, flat, ctx.options, needs, douts), needs)

@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctxkern
 from ctxkern import arguments
+from ctxkern.runtime import cpu as cpu_runtime
 
 B, S, D, E, K, R = 2, 3, 4, 6, 5, 2
 pytestmark = pytest.mark.skipif(not ctxkern.backends()["cpu"], reason=str(ctxkern.backends()["cpu"]))
@@ -104,6 +107,10 @@ GIVEN = {
 }
 
 
+def lora_look(x, scale, dropout, *others):
+    return arguments.fit_low_rank(scale, dropout, x, *others)
+
+
 def modulated_linear(x, context, weight, bilinear, bias, context_index, cu_seqlens):
     arguments.activations("op", x, context)
     arguments.contexts("op", x, context, context_index, cu_seqlens)
@@ -117,7 +124,7 @@ def lora_linear(x, scale, dropout, weight, A, B, bias, adapter_index, cu_seqlens
 
 CHECKS = {
     "modulated_linear": (arguments.fit, modulated_linear),
-    "lora_linear": (arguments.fit_low_rank, lora_linear),
+    "lora_linear": (lora_look, lora_linear),
 }
 
 
@@ -155,3 +162,63 @@ def test_it_passes_calls_without_an_index(name):
     fits[at] = None
     assert look(*fits)
     assert not look(*fits[:-1])
+
+
+def dispatched():
+    return TorchDispatchMode()
+
+
+def differentiated():
+    return forward_ad.dual_level()
+
+
+def profiled():
+    return torch.autograd.profiler.profile()
+
+
+def cast():
+    return torch.autocast("cpu")
+
+
+@pytest.mark.parametrize("mode", [dispatched, differentiated, profiled, cast])
+@pytest.mark.parametrize("name", GIVEN)
+def test_it_passes_no_call_that_something_sees(name, mode):
+    look, fits = CHECKS[name][0], [each[0] for each in GIVEN[name]]
+    with mode():
+        assert not look(*fits)
+    assert look(*fits)
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_it_passes_no_gradient_of_a_transform(transform):
+    passed = []
+
+    def of(dy):
+        passed.append(ordinary_backward((dy,), ()))
+        return dy.sum()
+
+    ordinary_backward = cpu_runtime.load().ordinary_backward
+    with torch.no_grad():
+        assert ordinary_backward((zeros(E),), (zeros(E), None))
+        assert not ordinary_backward((zeros(E),), (zeros(E).as_subclass(Subclass),))
+        assert not ordinary_backward((torch._neg_view(zeros(E)),), ())
+        transform(of)(zeros(E))
+    assert not ordinary_backward((zeros(E),), ())
+    assert passed == [False]
+
+
+def test_it_passes_no_batched_gradient_of_an_outer_call():
+    class Looked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            passed.append(cpu_runtime.load().ordinary_backward((dy,), ()))
+            return dy * 1
+
+    passed, x = [], zeros(E).requires_grad_()
+    torch.autograd.grad(Looked.apply(x), x, torch.eye(E), is_grads_batched=True)
+    torch.autograd.grad(Looked.apply(x), x, torch.ones(E))
+    assert passed == [False, True]

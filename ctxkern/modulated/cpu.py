@@ -1,58 +1,45 @@
 """C++ kernels on the CPU (csrc/cpu): panel and outer over 32-bit words, the instruction set chosen at run time."""
 
-from operator import attrgetter
-
 import torch
 
 from ctxkern.modulated.native import MOST_BYTES, without_gaps
-from ctxkern.modulated.operands import Gradients, check_values, contiguous, new_gradients, new_outputs
-from ctxkern.modulated.plan import Problem, cpu_outer_above, describe
+from ctxkern.modulated.operands import Gradients, check_values, contiguous
+from ctxkern.modulated.plan import Problem, cpu_terms, describe
+from ctxkern.plan import forced
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.runtime import memory
-
-# instruction sets that multiply pairs of bfloat16
-_PAIRS = ("avx512_bf16", "amx_bf16")
-
-_nbytes = attrgetter("nbytes")
-
-
-def _call(operands, rows, grads, workspace_bytes):
-    """What `_C` takes for a call. rows: y of each projection, or dy where `grads` says which gradients to write."""
-    x = operands.x
-    tokens = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
-    largest = max(map(_nbytes, operands.bilinears))
-    pairs = x.dtype is torch.bfloat16 and cpu_runtime.load().cpu_isa() in _PAIRS
-    above = cpu_outer_above(pairs, grads is not None, largest, tokens, operands.context.dim() == 3)
-    return operands, rows, grads, above, min(workspace_bytes, MOST_BYTES), torch.get_num_threads()
 
 
 def _allocate(size):
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
-def _run(operands, rows, grads, workspace_bytes):
+def forward(operands, workspace_bytes):
+    """[y], one per projection, in the dtype of x and the leading shape of x."""
+    run = cpu_runtime.load().modulated_forward
+    terms, most = cpu_terms(False, forced.strategy), min(workspace_bytes, MOST_BYTES)
+    limits = terms, most, torch.get_num_threads(), _allocate
     try:
-        cpu_runtime.load().modulated(*_call(operands, rows, grads, workspace_bytes), _allocate)
+        outs = run(operands, *limits)
+        return run(without_gaps(operands), *limits) if outs is None else outs
     except ValueError:
         check_values(operands)
         raise
 
 
-def forward(operands, workspace_bytes):
-    """[y], one per projection, in the dtype of x and the leading shape of x."""
-    operands = without_gaps(operands)
-    outs = new_outputs(operands)
-    _run(operands, outs, None, workspace_bytes)
-    return outs
-
-
 def backward(douts, operands, workspace_bytes, needs):
     """The `Gradients` that `needs` asks for."""
-    operands, douts = without_gaps(operands), [contiguous(dout) for dout in douts]
-    grads = new_gradients(douts, operands, needs, memory.empty_like)
-    if needs.x or needs.context or any(needs.weights) or any(needs.bilinears):
-        _run(operands, douts, grads, workspace_bytes)
-    return grads
+    run = cpu_runtime.load().modulated_backward
+    terms, most = cpu_terms(True, forced.strategy), min(workspace_bytes, MOST_BYTES)
+    options = needs, memory.empty_like, terms, most, torch.get_num_threads(), _allocate
+    try:
+        grads = run(douts, operands, *options)
+        if grads is None:
+            grads = run([contiguous(dout) for dout in douts], without_gaps(operands), *options)
+        return Gradients(*grads)
+    except ValueError:
+        check_values(operands)
+        raise
 
 
 def plan(operands, workspace_bytes, backward):
@@ -62,7 +49,14 @@ def plan(operands, workspace_bytes, backward):
     x, (weight,), (bilinear,) = operands.x, operands.weights, operands.bilinears
     grads = Gradients(x, operands.context, [weight], [bilinear], [None]) if backward else None
     # x stands for y, which is not touched
-    tiles = cpu_runtime.load().modulated_tiles(*_call(operands, [x], grads, workspace_bytes))
+    tiles = cpu_runtime.load().modulated_tiles(
+        operands,
+        [x],
+        grads,
+        cpu_terms(backward, forced.strategy),
+        min(workspace_bytes, MOST_BYTES),
+        torch.get_num_threads(),
+    )
     d_in, d_out, context_dim = bilinear.shape
     return describe(
         Problem(

@@ -107,16 +107,13 @@ def bias_gradients(douts, operands, needs):
     ]
 
 
-def new_gradients(douts, operands, needs, large=torch.empty_like):
-    """The `Gradients` that `needs` asks for: biases done, the others not yet written; of x and context without gaps.
-
-    large: what allocates those of `bilinears`.
-    """
+def new_gradients(douts, operands, needs):
+    """The `Gradients` that `needs` asks for: biases done, the others not yet written; of x and context without gaps."""
     like, dense = torch.empty_like, torch.contiguous_format
     return Gradients(
         like(operands.x, memory_format=dense) if needs.x else None,
         like(operands.context, memory_format=dense) if needs.context else None,
         [like(w) if need else None for w, need in zip(operands.weights, needs.weights, strict=True)],
-        [large(t) if need else None for t, need in zip(operands.bilinears, needs.bilinears, strict=True)],
+        [like(t) if need else None for t, need in zip(operands.bilinears, needs.bilinears, strict=True)],
         bias_gradients(douts, operands, needs) if any(needs.biases) else [None] * len(needs.biases),
     )

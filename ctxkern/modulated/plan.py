@@ -69,15 +69,14 @@ def outer_above(terms, tokens, per_token=False):
     return (rows * tokens + fixed) / contexts
 
 
-def cpu_outer_above(pairs, backward, bilinear_bytes, tokens, per_token):
-    """`outer_above` of the C++ kernels; pairs: words are two bfloat16 along the sum."""
-    return _cpu_outer_above(pairs, backward, bilinear_bytes > _CPU_CACHED, tokens, per_token, forced.strategy)
-
-
-@lru_cache(maxsize=1024)
-def _cpu_outer_above(pairs, backward, uncached, tokens, per_token, _strategy):
-    rows, contexts, fixed = _CPU_TERMS["bf16" if pairs else "f32", "backward" if backward else "forward"]
-    return outer_above((rows, contexts, fixed if uncached else 0.0), tokens, per_token)
+@lru_cache
+def cpu_terms(backward, strategy):
+    """Those of the C++ kernels, by words of one float32 and of two bfloat16: (rows, contexts, fixed, bytes
+    of `bilinear` up to which there is no fixed part). strategy: `forced.strategy`."""
+    if strategy is not None:
+        return ((0.0, 1.0, -1.0 if strategy == "outer" else float("inf"), -1.0),) * 2
+    which = "backward" if backward else "forward"
+    return tuple((*_CPU_TERMS[words, which], float(_CPU_CACHED)) for words in ("f32", "bf16"))
 
 
 def gpu_terms():

@@ -9,9 +9,6 @@ import torch
 
 from . import cpu
 
-# allocators keep smaller ones themselves
-_LARGE = 8 << 20
-
 
 def kept_bytes() -> int:
     """Bytes of dropped results that are kept."""
@@ -24,9 +21,7 @@ def release() -> None:
 
 
 def empty_like(t):
-    """torch.empty_like on the CPU."""
-    if t.nbytes < _LARGE:
-        return torch.empty_like(t)
+    """torch.empty_like on the CPU, for results of 8 MiB and more: allocators keep smaller ones themselves."""
     try:
         memory = cpu.load().LargeMemory(t.nbytes)
     except MemoryError:

@@ -15,6 +15,7 @@ import torch
 
 import ctxkern
 from ctxkern.modulated.operands import Operands
+from ctxkern.modulated.plan import cpu_terms
 from ctxkern.runtime import cpu as cpu_runtime
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
@@ -229,9 +230,9 @@ def test_unknown_isa(isa):
 def test_the_core_refuses_what_it_cannot_read(change, error, what):
     given = {"x": torch.zeros(2, 3, 4), "context": torch.zeros(2, 5), "weights": [None]}
     given |= {"bilinears": [torch.zeros(4, 6, 5)], "biases": [None]}
-    operands, y = Operands(**given | change), torch.zeros(2, 3, 6)
+    operands, terms = Operands(**given | change), cpu_terms(False, None)
     with pytest.raises(error, match=what):
-        cpu_runtime.load().modulated(operands, [y], None, 0.0, 1 << 20, 1, bytes)
+        cpu_runtime.load().modulated_forward(operands, terms, 1 << 20, 1, bytes)
 
 
 @needs_core

@@ -24,7 +24,7 @@ int64_t threads_for(const LoraCall& q, bool backward) {
 // false too where that takes a longer look: packed x, subclasses.
 bool fits(py::handle arguments) {
   enum { kX, kWeight, kA, kB, kBias, kIndex, kBounds, kRanks, kAll };
-  if (!plain(arguments)) return false;
+  if (!ordinary_call(arguments)) return false;
   const auto given = py::reinterpret_borrow<py::tuple>(arguments);
   if (given.size() != kAll || !given[kBounds].is_none()) return false;
   for (const int i : {kX, kA, kB})

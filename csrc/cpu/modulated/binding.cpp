@@ -27,7 +27,7 @@ int64_t threads_for(const Call& q, bool backward) {
 // ctxkern/arguments.py; false too where that takes a longer look: packed x, a context per token, subclasses.
 bool fits(py::handle arguments) {
   enum { kX, kContext, kWeight, kBilinear, kBias, kIndex, kBounds, kAll };
-  if (!plain(arguments)) return false;
+  if (!ordinary_call(arguments)) return false;
   const auto given = py::reinterpret_borrow<py::tuple>(arguments);
   if (given.size() != kAll || !given[kBounds].is_none()) return false;
   for (const int i : {kX, kContext, kBilinear})
@@ -110,7 +110,7 @@ struct Made {
   Call call;
 };
 
-const Kernels& kernels(const Call& q) { return kernels_for(chosen_isa(), q.x.dtype); }
+const Kernels& kernels_of(const Call& q) { return kernels_for(chosen_isa(), q.x.dtype); }
 
 void advise(const Call& q, bool backward) {
   const int64_t size = size_of(q.x.dtype);
@@ -122,34 +122,125 @@ void advise(const Call& q, bool backward) {
   }
 }
 
-PyObject* modulated(PyObject* const* given) {
-  const py::handle operands = given[0], rows = given[1], grads = given[2];
-  const double outer_above = PyFloat_AsDouble(given[3]);
-  const int64_t workspace_bytes = PyLong_AsLongLong(given[4]), threads = PyLong_AsLongLong(given[5]);
+// Bytes of a result from which on memory for large ones pays (ctxkern/runtime/memory.py).
+constexpr int64_t kLarge = 8 << 20;
+
+// What the functions of Python below take last: (terms, workspace_bytes, threads, allocate). terms: as `cpu_terms` of
+// ctxkern/modulated/plan.py; allocate(bytes): a tensor of bytes.
+struct Limits {
+  explicit Limits(PyObject* const* given)
+      : terms(given[0]),
+        workspace_bytes(PyLong_AsLongLong(given[1])),
+        threads(PyLong_AsLongLong(given[2])),
+        allocate(py::reinterpret_borrow<py::object>(given[3])) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+  }
+
+  py::handle terms;
+  int64_t workspace_bytes, threads;
+  py::object allocate;
+};
+
+int64_t projections_of(py::handle operands) {
+  return static_cast<int64_t>(PySequence_Size(entry(operands, 2, 7).ptr()));
+}
+
+// The number of contexts above which the outer form takes less time (`outer_above` of ctxkern/modulated/plan.py).
+double outer_above(py::handle operands, py::handle terms) {
+  const Tensor x = tensor_of(entry(operands, 0, 7)), context = tensor_of(entry(operands, 1, 7));
+  if (context.ndim == 3) return -1;
+  int64_t tokens = 1, bytes = 0;
+  for (int64_t i = 0; i + 1 < x.ndim; ++i) tokens *= x.sizes[i];
+  const py::handle bilinears = entry(operands, 3, 7);
+  const int64_t projections = projections_of(operands);
+  for (int64_t i = 0; i < projections; ++i) {
+    const int64_t found = tensor_of(entry(bilinears, i, projections)).bytes();
+    bytes = found > bytes ? found : bytes;
+  }
+  const bool pairs = operand_of(x).dtype == Dtype::bf16 && chosen_isa() >= Isa::avx512_bf16;
+  const py::handle chosen = entry(terms, pairs, 2);
+  const auto term = [&](int64_t i) { return PyFloat_AsDouble(entry(chosen, i, 4).ptr()); };
+  const double fixed = static_cast<double>(bytes) > term(3) ? term(2) : 0;
+  const double above = (term(0) * static_cast<double>(tokens) + fixed) / term(1);
   if (PyErr_Occurred()) throw py::error_already_set();
-  const auto allocate = py::reinterpret_borrow<py::object>(given[6]);
+  return above;
+}
+
+void run(py::handle operands, py::handle rows, py::handle grads, const Limits& limits) {
   const bool backward = !grads.is_none();
-  const Problem problem = problem_of(operands, rows, grads, outer_above, workspace_bytes, threads);
+  const Problem problem =
+      problem_of(operands, rows, grads, outer_above(operands, limits.terms), limits.workspace_bytes, limits.threads);
   check_problem(problem, backward);
   release_kept(kept_seconds());
   const Made made(problem, backward);
-  const Kernels& run = kernels(made.call);
-  const Tiles tiles = run.tiles(made.call, backward);
-  const Workspace workspace(tiles.bytes, allocate);
-  {
-    py::gil_scoped_release unlocked;
-    advise(made.call, backward);
-    workspace.advise();
-    (backward ? run.backward : run.forward)(made.call, tiles, workspace.data);
-  }
-  Py_RETURN_NONE;
+  const Kernels& kernels = kernels_of(made.call);
+  const Tiles tiles = kernels.tiles(made.call, backward);
+  const Workspace workspace(tiles.bytes, limits.allocate);
+  py::gil_scoped_release unlocked;
+  advise(made.call, backward);
+  workspace.advise();
+  (backward ? kernels.backward : kernels.forward)(made.call, tiles, workspace.data);
 }
 
-py::dict modulated_tiles(py::handle operands, py::handle rows, py::handle grads, double outer_above,
+// Whether what kernels read row by row has no gaps.
+bool without_gaps(py::handle operands) {
+  const auto operand = [&](int64_t i) { return entry(operands, i, 7); };
+  for (const int64_t i : {0, 1, 5, 6})
+    if (!operand(i).is_none() && !tensor_of(operand(i)).dense()) return false;
+  return all_dense(operand(4));
+}
+
+PyObject* forward(PyObject* const* given) {
+  if (!without_gaps(given[0])) Py_RETURN_NONE;
+  const py::handle operands = given[0], x = entry(operands, 0, 7), bilinears = entry(operands, 3, 7);
+  const Tensor rows = tensor_of(x);
+  const int64_t projections = projections_of(operands);
+  py::list outs(projections);
+  for (int64_t i = 0; i < projections; ++i)
+    outs[i] = new_rows(x, rows, tensor_of(entry(bilinears, i, projections), 3).sizes[1]);
+  run(operands, outs, py::none(), Limits(given + 1));
+  return outs.release().ptr();
+}
+
+PyObject* backward(PyObject* const* given) {
+  if (!all_dense(given[0]) || !without_gaps(given[1])) Py_RETURN_NONE;
+  const py::handle douts = given[0], operands = given[1], needs = given[2], large = given[3];
+  const auto projections = static_cast<int64_t>(PySequence_Size(douts.ptr()));
+  bool any = false;  // is for the kernels
+  const auto made = [&](py::handle need, py::handle of, auto&& make) -> py::object {
+    if (need.ptr() != Py_True) return py::none();
+    any = true;
+    return make(of);
+  };
+  const auto each = [&](int64_t operand, int64_t gradient, auto&& make) {
+    const py::handle tensors = entry(operands, operand, 7), wanted = entry(needs, gradient, 5);
+    py::list found(projections);
+    for (int64_t i = 0; i < projections; ++i)
+      found[i] = made(entry(wanted, i, projections), entry(tensors, i, projections), make);
+    return found;
+  };
+  const py::tuple grads = py::make_tuple(
+      made(entry(needs, 0, 5), entry(operands, 0, 7), empty_like),
+      made(entry(needs, 1, 5), entry(operands, 1, 7), empty_like), each(2, 2, empty_like),
+      each(3, 3, [&](py::handle of) { return tensor_of(of).bytes() < kLarge ? empty_like(of) : large(of); }),
+      py::list(projections));
+  if (any) run(operands, douts, grads, Limits(given + 4));
+  const py::handle biases = entry(operands, 4, 7), wanted = entry(needs, 4, 5);
+  py::list dbiases(projections);
+  for (int64_t i = 0; i < projections; ++i) {
+    const py::handle dout = entry(douts, i, projections);
+    dbiases[i] = entry(wanted, i, projections).ptr() == Py_True
+                     ? sum_of_rows(dout, tensor_of(dout).ndim, entry(biases, i, projections))
+                     : py::none();
+  }
+  return py::make_tuple(grads[0], grads[1], grads[2], grads[3], dbiases).release().ptr();
+}
+
+py::dict modulated_tiles(py::handle operands, py::handle rows, py::handle grads, py::handle terms,
                          int64_t workspace_bytes, int64_t threads) {
   const bool backward = !grads.is_none();
-  const Made made(problem_of(operands, rows, grads, outer_above, workspace_bytes, threads), backward);
-  const Tiles tiles = kernels(made.call).tiles(made.call, backward);
+  const Made made(problem_of(operands, rows, grads, outer_above(operands, terms), workspace_bytes, threads), backward);
+  const Tiles tiles = kernels_of(made.call).tiles(made.call, backward);
   py::dict found;
   found["outer"] = made.call.outer;
   found["contexts"] = made.rows.contexts;
@@ -168,9 +259,14 @@ void fill_modulated(uintptr_t address, py::handle operands, py::handle rows, py:
 PyObject* modulated_fits(PyObject* const* given) { return PyBool_FromLong(fits(given[0])); }
 
 PyMethodDef methods[] = {
-    method<7, modulated>("modulated",
-                         "Runs projections: (operands, rows, gradients or None, outer_above, workspace_bytes, threads, "
-                         "allocate); allocate(bytes) gives a tensor of bytes."),
+    method<5, forward>(
+        "modulated_forward",
+        "[y], one per projection, of (operands, terms, workspace_bytes, threads, allocate); None where what is "
+        "read row by row has gaps."),
+    method<8, backward>(
+        "modulated_backward",
+        "The gradients that `needs` asks for, or None likewise, of (douts, operands, needs, large, terms, "
+        "workspace_bytes, threads, allocate); large(bilinear) makes the memory of a gradient of 8 MiB and more."),
     method<1, modulated_fits>("modulated_fits",
                               "Whether it is quick to see that arguments of modulated_linear pass its checks."),
     {nullptr, nullptr, 0, nullptr},

@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "modes.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -30,8 +31,24 @@ std::string force_cpu_isa(const std::string& name) {
 
 PyObject* plain(PyObject* const* given) { return PyBool_FromLong(ctxkern::plain(given[0])); }
 
+PyObject* ordinary_call(PyObject* const* given) { return PyBool_FromLong(ctxkern::ordinary_call(given[0])); }
+
+PyObject* ordinary_backward(PyObject* const* given) {
+  const py::handle douts = given[0];
+  if (!ctxkern::ordinary() || ctxkern::grad_enabled() || !ctxkern::plain(douts) || !ctxkern::plain(given[1]))
+    Py_RETURN_FALSE;
+  for (const py::handle each : py::reinterpret_borrow<py::tuple>(douts))
+    if (ctxkern::wrapped(each)) Py_RETURN_FALSE;
+  Py_RETURN_TRUE;
+}
+
 PyMethodDef methods[] = {
     ctxkern::method<1, plain>("plain", "Whether each of a tuple is None or a plain tensor."),
+    ctxkern::method<1, ordinary_call>(
+        "ordinary_call", "The same, where the first is on a CPU or GPU and nothing sees or changes the call."),
+    ctxkern::method<2, ordinary_backward>(
+        "ordinary_backward",
+        "(gradients, others): the same of a backward; autograd is off, and no transform wraps a gradient."),
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -41,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of ctxkern.";
   // here, as importing under a lock of C++ would wait for Python's and the other way round
   ctxkern::find_torch();
+  ctxkern::find_modes();
   m.def("cpu_isas", &cpu_isas, "The instruction sets that this build has code for and this machine runs, best last.");
   m.def(
       "cpu_isa", [] { return ctxkern::isa_name(ctxkern::chosen_isa()); },

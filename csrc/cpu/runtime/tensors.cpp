@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "modes.h"
+
 namespace py = pybind11;
 
 namespace ctxkern {
@@ -33,7 +35,8 @@ constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 // torch's tensors: their type, and the functions that read them.
 struct Torch {
   Torch() {
-    py::object type = py::module_::import("torch").attr("Tensor");
+    const auto module = py::module_::import("torch");
+    py::object type = module.attr("Tensor");
     const py::object table = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
     const auto* api = table.is_none() ? nullptr : table.cast<py::capsule>().get_pointer<ExchangeApi>();
     while (api && api->major > 1) api = api->previous;
@@ -44,11 +47,20 @@ struct Torch {
     parameter = reinterpret_cast<PyTypeObject*>(derived.release().ptr());
     is_neg = PyUnicode_InternFromString("is_neg");
     is_zero = PyUnicode_InternFromString("_is_zerotensor");
+    like = py::object(module.attr("empty_like")).release().ptr();
+    new_empty = PyUnicode_InternFromString("new_empty");
+    sum = PyUnicode_InternFromString("sum");
+    to = PyUnicode_InternFromString("to");
+    dtype = PyUnicode_InternFromString("dtype");
+    is_cpu = PyUnicode_InternFromString("is_cpu");
+    is_cuda = PyUnicode_InternFromString("is_cuda");
     read = api->read;
   }
 
   PyTypeObject *tensor, *parameter;
-  PyObject *is_neg, *is_zero;  // names of methods
+  PyObject* like;
+  PyObject *is_neg, *is_zero, *new_empty, *sum, *to;  // names of methods
+  PyObject *is_cpu, *is_cuda, *dtype;                 // of attributes
   int (*read)(void* object, DLTensor* out);
 };
 
@@ -57,11 +69,16 @@ const Torch* known = nullptr;
 
 const Torch& torch() { return *known; }
 
-bool says(py::handle tensor, PyObject* method) {
-  const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
-  if (!answer) throw py::error_already_set();
-  return answer.ptr() == Py_True;
+py::object made(PyObject* answer) {
+  if (answer == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer);
 }
+
+bool is_true(PyObject* answer) { return made(answer).ptr() == Py_True; }
+
+bool says(py::handle tensor, PyObject* method) { return is_true(PyObject_CallMethodNoArgs(tensor.ptr(), method)); }
+
+bool has(py::handle tensor, PyObject* attribute) { return is_true(PyObject_GetAttr(tensor.ptr(), attribute)); }
 
 [[noreturn]] void wrong_ndim(int64_t found, int64_t ndim) {
   throw std::invalid_argument("a tensor has " + std::to_string(found) + " dimensions; it must have " +
@@ -72,6 +89,22 @@ bool says(py::handle tensor, PyObject* method) {
 
 void find_torch() {
   if (known == nullptr) known = new Torch;
+}
+
+int64_t Tensor::bytes() const {
+  int64_t found = bits / 8;
+  for (int64_t i = 0; i < ndim; ++i) found *= sizes[i];
+  return found;
+}
+
+bool Tensor::dense() const {
+  int64_t stride = 1, gaps = 0;
+  for (int64_t i = ndim - 1; i >= 0; --i) {
+    if (sizes[i] == 0) return true;
+    gaps += sizes[i] != 1 && strides[i] != stride;
+    stride *= sizes[i];
+  }
+  return gaps == 0;
 }
 
 bool Tensor::floats() const { return kind == kFloat || (kind == kBfloat && bits == 16); }
@@ -107,6 +140,13 @@ bool plain(py::handle tensors) {
     if ((type != t.tensor && type != t.parameter) || says(each, t.is_neg) || says(each, t.is_zero)) return false;
   }
   return true;
+}
+
+bool ordinary_call(py::handle tensors) {
+  if (!ordinary() || !plain(tensors) || PyTuple_GET_SIZE(tensors.ptr()) == 0) return false;
+  const py::handle x = PyTuple_GET_ITEM(tensors.ptr(), 0);
+  // torch takes a millisecond to refuse to read a tensor without memory
+  return !x.is_none() && (has(x, torch().is_cpu) || has(x, torch().is_cuda));
 }
 
 Tensor tensor_of(py::handle object) {
@@ -182,6 +222,31 @@ Batch batch_of(const Tensor& x, int64_t table, py::handle index, py::handle boun
   batch.sequences = given.sizes[0] - 1;
   batch.bounds = reinterpret_cast<const int32_t*>(given.data);
   return batch;
+}
+
+py::object empty_like(py::handle tensor) { return made(PyObject_CallOneArg(torch().like, tensor.ptr())); }
+
+py::object new_rows(py::handle x, const Tensor& as, int64_t columns) {
+  py::tuple sizes(as.ndim);
+  for (int64_t i = 0; i < as.ndim; ++i) sizes[i] = py::int_(i + 1 < as.ndim ? as.sizes[i] : columns);
+  return made(PyObject_CallMethodOneArg(x.ptr(), torch().new_empty, sizes.ptr()));
+}
+
+py::object sum_of_rows(py::handle rows, int64_t ndim, py::handle like) {
+  py::tuple over(ndim - 1);
+  for (int64_t i = 0; i + 1 < ndim; ++i) over[i] = py::int_(i);
+  const py::object sum = made(PyObject_CallMethodOneArg(rows.ptr(), torch().sum, over.ptr()));
+  const py::object dtype = made(PyObject_GetAttr(like.ptr(), torch().dtype));
+  return made(PyObject_CallMethodOneArg(sum.ptr(), torch().to, dtype.ptr()));
+}
+
+bool all_dense(py::handle tensors) {
+  const auto count = static_cast<int64_t>(PySequence_Size(tensors.ptr()));
+  for (int64_t i = 0; i < count; ++i) {
+    const py::handle each = entry(tensors, i, count);
+    if (!each.is_none() && !tensor_of(each).dense()) return false;
+  }
+  return true;
 }
 
 py::handle entry(py::handle sequence, int64_t i, int64_t size) {

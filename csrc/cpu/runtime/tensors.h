@@ -21,6 +21,8 @@ struct Tensor {
   uint8_t kind, bits;  // of the dtype, as DLPack has them
   int32_t device_type, device;
 
+  int64_t bytes() const;
+  bool dense() const;  // rows after one another without gaps
   bool floats() const;
   bool longs() const;
   bool same_device(const Tensor& other) const;
@@ -32,6 +34,9 @@ struct Tensor {
 // Whether each of a tuple is None, or a tensor whose memory may be read as it lies (is_plain of ctxkern/ops.py). Throws
 // TypeError for what is no tuple.
 bool plain(pybind11::handle tensors);
+
+// The same of a tuple that begins with x, on a CPU or GPU, in a call that nothing sees or changes (modes.h).
+bool ordinary_call(pybind11::handle tensors);
 
 // Throws what torch raises, TypeError for what is no tensor, ValueError where it does not have `ndim` dimensions.
 Tensor tensor_of(pybind11::handle object);
@@ -51,6 +56,15 @@ const int64_t* longs_of(pybind11::handle object);
 
 // Which row of a table each row of x [B, S, D], or of a packed x [N, D] with bounds, uses.
 Batch batch_of(const Tensor& x, int64_t table, pybind11::handle index, pybind11::handle bounds);
+
+// New tensors of torch: like another, as x with other sizes but the last, and the sums over all rows of rows of x or dy in the
+// dtype of another.
+pybind11::object empty_like(pybind11::handle tensor);
+pybind11::object new_rows(pybind11::handle x, const Tensor& as, int64_t columns);
+pybind11::object sum_of_rows(pybind11::handle rows, int64_t ndim, pybind11::handle like);
+
+// Whether each of a list or tuple is None or dense.
+bool all_dense(pybind11::handle tensors);
 
 // Entry i of a list or tuple of `size`.
 pybind11::handle entry(pybind11::handle sequence, int64_t i, int64_t size);
