@@ -35,6 +35,12 @@ LARGER = [
     Case("interleaved-runs", 12, 40, 32, 48, 16, rows=3, index=(0, 1, 2) * 4),
     Case("interleaved-short-runs", 12, 3, 32, 48, 16, rows=3, index=(2, 1, 0) * 4),
     Case("k-major", 4, 12, 20, 36, 24),
+    # weights that contexts change nothing of, and rows that several threads lay out
+    Case("without-contexts", 3, 70, 37, 45, 0, bias=True),
+    Case("without-contexts-k-major", 2, 150, 600, 136, 0),
+    Case("without-contexts-apart", 2, 20, 70, 50, 0),
+    Case("pieces-of-rows", 5, 0, 2048, 136, 3, lengths=(1, 64, 200, 0, 131)),
+    Case("pieces-of-rows-shared", 12, 43, 20, 36, 5, rows=3, index=(0, 1, 2) * 4),
     # rows of x, and of dy, that would share one set of the first cache
     Case("rows-pages-apart", 4, 33, 2048, 6, 3, rows=2, index=(0, 1, 0, 1), bias=True),
     Case("rows-of-dy-pages-apart", 4, 33, 6, 2048, 3, rows=2, index=(0, 1, 0, 1)),
@@ -71,7 +77,9 @@ def k_major(inputs):
 
 def inputs_of(case, *dtypes):
     made = make_inputs(case, *dtypes)
-    return k_major(made) if case.id == "k-major" else made
+    if case.id.endswith("apart") and case.K == 0:
+        made.weight = torch.stack([made.weight, made.weight], -1)[..., 0]
+    return k_major(made) if case.id.endswith("k-major") else made
 
 
 @pytest.fixture

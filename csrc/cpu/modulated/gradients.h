@@ -233,11 +233,11 @@ struct SharedRows {
     }
   }
 
-  void pack(int64_t u) const {
-    if (need_products) x_words.pack(u);
+  void pack(int64_t u, int64_t at, int64_t rows) const {
+    if (need_products) x_words.pack(u, at, rows);
     for (int i = 0; i < count; ++i) {
-      if (need_dx) dy[i].pack(u);
-      if (need_products) dy_words[i].pack(u);
+      if (need_dx) dy[i].pack(u, at, rows);
+      if (need_products) dy_words[i].pack(u, at, rows);
     }
   }
 

@@ -15,6 +15,32 @@ inline int64_t columns_of(const Call& q) {
   return columns;
 }
 
+// Rows that are laid out at a time. Pieces of a context begin at multiples of the other, as words and steps of sums do.
+constexpr int64_t kRowsAtOnce = 128, kRowsApart = 64;
+
+// f(u, at, count): rows of context u from its row `at` on, all rows in pieces for threads to share.
+template <class W, class F>
+inline void pieces_of_rows(const Rows& rows, int64_t threads, F&& f) {
+  static_assert(kRowsApart % (W::PER * W::STEP) == 0, "a piece ends where a step does");
+  const int64_t pieces = (rows.count + kRowsAtOnce - 1) / kRowsAtOnce;
+  parallel<W>(threads, pieces, [&](int64_t piece, int) {
+    const int64_t begin = piece * kRowsAtOnce, end = begin + kRowsAtOnce;
+    int64_t u = 0, after = rows.contexts;  // binary search for the context of the first row
+    while (after - u > 1) {
+      const int64_t middle = u + (after - u) / 2;
+      (rows.first[middle] <= begin ? u : after) = middle;
+    }
+    for (; u < rows.contexts && rows.first[u] < end; ++u) {
+      const int64_t count = rows.first[u + 1] - rows.first[u];
+      const auto cut = [&](int64_t row) {
+        const int64_t at = row <= rows.first[u] ? 0 : round_up(row - rows.first[u], kRowsApart);
+        return at < count ? at : count;
+      };
+      if (cut(begin) < cut(end)) f(u, cut(begin), cut(end) - cut(begin));
+    }
+  });
+}
+
 // Rows of x (or y) of one context that lie together in a left operand.
 struct Piece {
   int64_t left, count;  // row of the operand
@@ -50,10 +76,10 @@ class LeftRows {
 
   void place(Arena& arena) { buffer_ = packed_ ? arena.take(rows_->count * step_words() + 2 * VL) : nullptr; }
 
-  // Rows of context u; in any order of contexts.
-  void pack(int64_t u) const {
+  // Rows of context u, as `pieces_of_rows` has them.
+  void pack(int64_t u, int64_t at, int64_t count) const {
     if (!packed_) return;
-    const int64_t begin = rows_->first[u], count = rows_->first[u + 1] - begin, row = columns_ * size_of(dtype_);
+    const int64_t begin = rows_->first[u] + at, row = columns_ * size_of(dtype_);
     const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
     with_source<W>(dtype_, [&](auto type) {
       pack_left<W, decltype(type)::value>(buffer_ + begin * step_words(), source_ + (map ? 0 : begin * row), row, count,
@@ -125,13 +151,13 @@ class RowWords {
 
   int64_t bytes() const { return first(rows_->contexts) * round_up(columns_, NR) * 4; }
 
-  // Row after row, as memory brings them.
-  void pack(int64_t u) const {
-    const int64_t begin = rows_->first[u], size = size_of(dtype_), row = columns_ * size;
+  // The same, row after row, as memory brings them.
+  void pack(int64_t u, int64_t at, int64_t count) const {
+    const int64_t begin = rows_->first[u] + at, size = size_of(dtype_), row = columns_ * size;
     const int64_t* const map = rows_->order ? rows_->order + begin : nullptr;
     with_source<W>(dtype_, [&](auto type) {
-      pack_rows<W, decltype(type)::value>(panel(u, 0), NR, source_ + (map ? 0 : begin * row), row, size,
-                                          rows_->first[u + 1] - begin, columns_, map, steps(u) * NR);
+      pack_rows<W, decltype(type)::value>(panel(u, 0) + at / W::PER * NR, NR, source_ + (map ? 0 : begin * row), row,
+                                          size, count, columns_, map, steps(u) * NR);
     });
   }
 
@@ -215,6 +241,27 @@ inline Ahead panel_ahead(const Call& q, const Projection& p, Place at, Place the
 template <class W>
 inline int64_t blocks_of(const Call& q, int64_t panels) {
   return panels * 4 * (round_up(words<W>(q.context_dim), VL) / VL);
+}
+
+// `weight` alone where contexts change nothing of it: rows d to d + rows, columns e to e + columns as panels of 2·VL lanes,
+// [words of rows, lanes] at the beginning of `depth` words each.
+template <class W>
+inline void lay_out_weight(const Projection& p, int64_t d, int64_t rows, int64_t e, int64_t columns, float* to,
+                           int64_t depth) {
+  constexpr int64_t NR = 2 * VL;
+  const int64_t size = size_of(p.weight.dtype), row = p.weight.strides[0] * size, column = p.weight.strides[1] * size;
+  with_source<W>(p.weight.dtype, [&](auto type) {
+    constexpr Dtype D = decltype(type)::value;
+    for (int64_t j = 0; j < columns; j += NR) {
+      const char* const from = p.weight.data + d * row + (e + j) * column;
+      const int64_t lanes = columns - j < NR ? columns - j : NR;
+      if (row == size) {
+        pack_lanes<W, D>(to + j * depth, NR, from, column, row, lanes, rows);
+      } else {
+        pack_rows<W, D>(to + j * depth, NR, from, row, column, rows, lanes);
+      }
+    }
+  });
 }
 
 // How many rows of weight ahead a panel asks for its columns, a line or two of a row at a time.

@@ -79,7 +79,7 @@ struct OuterForward {
 
   void run() const {
     if (q.rows->count == 0) return;
-    if (x.packed()) x.pack(0);
+    if (x.packed()) pieces_of_rows<W>(*all.whole.rows, t.threads, [&](auto... piece) { x.pack(piece...); });
     all.pack();
     int64_t first[kMaxProjections + 1] = {0};
     for (int i = 0; i < q.projections; ++i) first[i + 1] = first[i] + round_up(q.projection[i].d_out, NR) / NR;
@@ -229,11 +229,13 @@ struct OuterBackward {
     const int64_t strips = (q.d_in + t.strip - 1) / t.strip;
     if (q.dx || need_bilinear) all.pack();
     dcontext.clear();
-    if (need_weight || need_bilinear) x.pack(0);
-    for (int i = 0; i < q.projections; ++i) {
-      if (need_z()) dy[i].pack(0);
-      if (q.projection[i].dweight.data) dy_words[i].pack(0);
-    }
+    pieces_of_rows<W>(*all.whole.rows, t.threads, [&](auto... piece) {
+      if (need_weight || need_bilinear) x.pack(piece...);
+      for (int i = 0; i < q.projections; ++i) {
+        if (need_z()) dy[i].pack(piece...);
+        if (q.projection[i].dweight.data) dy_words[i].pack(piece...);
+      }
+    });
     parallel<W>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
       const Thread at = place(arena, Thread{});

@@ -46,7 +46,7 @@ struct PanelForward {
     if (W::PER == 1 && t.across > kDeepest) t.across = kDeepest;
     while (bytes() > limit && t.across > kShortest) t.across = round_up(t.across / 2, W::PER * W::STEP * 2);
     while (bytes() > share && t.group > 1) t.group = (t.group + 1) / 2;
-    while (t.across == deep && 2 * bytes() <= kBlockBytes && t.strip / NR * 4 * threads <= widest) t.strip *= 2;
+    while (t.across == deep && 2 * bytes() <= kBlockBytes && t.strip / NR * 8 * threads <= widest) t.strip *= 2;
     const int64_t strips = widest > 0 ? round_up(widest, t.strip / NR) / (t.strip / NR) * q.projections : 1;
     if (strips < threads) {
       const int64_t parts = (threads + strips - 1) / strips, group = (contexts + parts - 1) / parts;
@@ -82,7 +82,7 @@ struct PanelForward {
   void run() const {
     const int64_t count = q.rows->contexts;
     if (count == 0) return;
-    if (x.packed()) parallel<W>(t.threads, count, [&](int64_t u, int) { x.pack(u); });
+    if (x.packed()) pieces_of_rows<W>(*q.rows, t.threads, [&](auto... piece) { x.pack(piece...); });
     contexts.pack(q);
     int64_t first[kMaxProjections + 1] = {0};
     const int64_t groups = (count + t.group - 1) / t.group;
@@ -115,6 +115,10 @@ struct PanelForward {
     float* const bias = scratch + contexts.along_k_words * 4 * VL;
     float* const weights = scratch + weights_at;
     const int64_t depth = words<W>(t.across), context = context_floats();
+    if (q.context_dim == 0 && p.weight.data) {
+      for (int64_t u = 0; u < end - begin; ++u) lay_out_weight<W>(p, d, rows, e, columns, weights + u * context, depth);
+      return;
+    }
     for (int64_t r = 0; r < rows; r += 2) {
       for (int64_t j = 0; j < columns; j += NR) {
         const Place then = Place{d + r, e + j}.after(NR, e, e + columns);
@@ -273,11 +277,11 @@ struct PanelBackward {
   bool empty() const { return columns_of(q) == 0; }
 
   void run() {
-    const int64_t count = q.rows->contexts, strips = (q.d_in + t.strip - 1) / t.strip;
+    const int64_t strips = (q.d_in + t.strip - 1) / t.strip;
     if (need_contexts()) contexts.pack(q);
     dcontext.clear();
     if (q.dx && empty()) std::memset(q.dx, 0, static_cast<size_t>(q.batch.tokens * q.d_in * size_of(q.x.dtype)));
-    parallel<R>(t.threads, count, [&](int64_t u, int) { shared.pack(u); });
+    pieces_of_rows<R>(*q.rows, t.threads, [&](auto... piece) { shared.pack(piece...); });
     parallel<R>(t.threads, t.ranges, [&](int64_t range, int thread) {
       Arena arena(threads + thread * each_thread);
       Thread at = place(arena, Thread{});
