@@ -7,7 +7,7 @@ dx = dy weight^T + (v ∘ gate) in_factor^T, din_factor = x^T (v ∘ gate), dout
 import torch
 
 from ctxkern.factored.operands import Gradients, check_values, gate_gradient, gate_rows
-from ctxkern.lora.operands import base_gradients, base_product
+from ctxkern.lora.base import base_gradients, base_product
 from ctxkern.plan import compute_dtype
 
 

@@ -1,10 +1,26 @@
-"""C++ kernels on the CPU (csrc/cpu/lora) around torch's own product with the base weight."""
+"""C++ kernels on the CPU (csrc/cpu/lora) around the product with the base weight: torch's own, or that of the modulated
+kernels (csrc/cpu/modulated) where it takes less time."""
 
 import torch
 
 from ctxkern.lora import native
+from ctxkern.lora.base import on_cpu_is_own
 from ctxkern.lora.operands import check_values
+from ctxkern.modulated import cpu as modulated
+from ctxkern.modulated.operands import Operands
+from ctxkern.plan import DEFAULT_WORKSPACE
 from ctxkern.runtime import cpu as cpu_runtime
+
+
+def _own_product(x, weight, bias=None, turned=False):
+    """As `own` of `base`: a modulated projection without a context."""
+    columns = weight.shape[0 if turned else 1]
+    if not on_cpu_is_own(len(x), columns, x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype):
+        return None
+    weight = weight.mT if turned else weight
+    context, bilinear = x.new_empty(1, 0), x.new_empty(*weight.shape, 0)
+    (y,) = modulated.forward(Operands(x[None], context, [weight], [bilinear], [bias]), DEFAULT_WORKSPACE)
+    return y[0]
 
 
 def _allocate(size):
@@ -21,9 +37,9 @@ def _run(operands, *call):
 
 def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
-    return native.forward(operands, options, gates, _run)
+    return native.forward(operands, options, gates, _run, _own_product)
 
 
 def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
-    return native.backward(dout, operands, options, needs, gates, _run)
+    return native.backward(dout, operands, options, needs, gates, _run, _own_product)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ctxkern.checks import check_bounds, check_index, check_ranks, is_readable
-from ctxkern.dtypes import accumulator
-from ctxkern.plan import compute_dtype
+
+from .base import base_gradients, base_product
 
 
 class Options(NamedTuple):
@@ -87,7 +87,10 @@ def _contiguous(t):
 def without_gaps(operands):
     """The same with what kernels read row by row made contiguous; weight, A and B stay as they lie."""
     x, weight, A, B, bias, *constants = operands
-    return Operands(_contiguous(x), weight, A, B, bias, *map(_contiguous, constants))
+    for t in (x, *constants):
+        if t is not None and not t.is_contiguous():
+            return Operands(_contiguous(x), weight, A, B, bias, *map(_contiguous, constants))
+    return operands
 
 
 def check_values(operands):
@@ -101,12 +104,12 @@ def check_values(operands):
         check_ranks(ranks, A.shape[1])
 
 
-def new_output(operands, workspace_bytes):
-    """(y [N, E], whether the update is added to it or written over it) of operands without gaps."""
+def new_output(operands, workspace_bytes, own=None):
+    """(y [N, E], whether the update is added to it or written over it) of operands without gaps; own: as in `base`."""
     x, weight, _, B, bias = operands[:5]
     flat = x.flatten(0, -2)
     if weight is not None:
-        return base_product(flat, weight, bias, workspace_bytes), True
+        return base_product(flat, weight, bias, workspace_bytes, own), True
     if bias is not None:
         return bias.to(x.dtype).expand(len(flat), -1).contiguous(), True
     if operands.adapter_index is not None:
@@ -114,66 +117,13 @@ def new_output(operands, workspace_bytes):
     return x.new_empty(len(flat), B.shape[1]), False
 
 
-def new_gradients(dy, operands, needs, workspace_bytes):
+def new_gradients(dy, operands, needs, workspace_bytes, own=None):
     """(dx [N, D], whether the update is added to it, dweight, dbias) likewise, for dy [N, E]; None: not asked for."""
     x, weight, _, _, bias = operands[:5]
     flat = x.flatten(0, -2)
-    dx, dweight, dbias = base_gradients(flat, dy, weight, bias, needs, workspace_bytes)
+    dx, dweight, dbias = base_gradients(flat, dy, weight, bias, needs, workspace_bytes, own)
     adds = dx is not None
     if needs.x and not adds:
         adds = operands.adapter_index is not None
         dx = flat.new_zeros(flat.shape) if adds else flat.new_empty(flat.shape)
     return dx, adds, dweight, dbias
-
-
-def strips_of_weight(weight, dim, compute, workspace_bytes):
-    """Slices of a dimension of weight [E, D]: one, or as many as keep a cast copy within the workspace."""
-    size, other = weight.shape[dim], weight.shape[1 - dim]
-    step = size if weight.dtype == compute else workspace_bytes // max(1, other * compute.itemsize)
-    return [slice(i, i + step) for step in (max(1, step),) for i in range(0, size, step)]
-
-
-def base_product(x, weight, bias, workspace_bytes):
-    """x [N, D] weight^T + bias as [N, E], by torch's own product, in the dtype of x."""
-    compute = compute_dtype(x.device.type, x.dtype)
-    if weight.dtype == x.dtype == compute and (bias is None or bias.dtype == compute):
-        return torch.nn.functional.linear(x, weight, bias)
-    wide = x.to(compute)
-    y = wide.new_empty(len(x), weight.shape[0])
-    for strip in strips_of_weight(weight, 0, compute, workspace_bytes):
-        y[:, strip] = wide @ weight[strip].to(compute).mT
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
-
-
-def _weight_gradient(x, dy, weight, workspace_bytes):
-    """dy^T x [E, D] in the dtype and the layout of weight, which saves turning it where that is [D, E] in memory."""
-    turned = weight.mT.is_contiguous()
-    if weight.dtype == x.dtype:
-        return (x.mT @ dy).mT if turned else dy.mT @ x
-    dweight = torch.empty_like(weight)
-    for strip in strips_of_weight(weight, 0, x.dtype, workspace_bytes):
-        if turned:
-            dweight.mT[:, strip] = x.mT @ dy[:, strip]
-        else:
-            dweight[strip] = dy[:, strip].mT @ x
-    return dweight
-
-
-def base_gradients(x, dy, weight, bias, needs, workspace_bytes):
-    """(dx, dweight, dbias) of it for x [N, D] and dy [N, E]; None where they are not asked for, or without weight."""
-    compute = compute_dtype(x.device.type, x.dtype)
-    dx = dweight = dbias = None
-    wide = dy.to(compute)
-    if needs.x and weight is not None:
-        if weight.dtype == compute:
-            dx = wide @ weight
-        else:
-            dx = wide.new_empty(x.shape)
-            for strip in strips_of_weight(weight, 1, compute, workspace_bytes):
-                torch.mm(wide, weight[:, strip].to(compute), out=dx[:, strip])
-        dx = dx.to(x.dtype)
-    if needs.weight:
-        dweight = _weight_gradient(x.to(compute), wide, weight, workspace_bytes)
-    if needs.bias:
-        dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias.dtype)
-    return dx, dweight, dbias

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from ctxkern.dtypes import name_of
 from ctxkern.plan import compute_dtype, floor
 
-from .operands import strips_of_weight
+from .base import on_cpu_is_own, strips_of_weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPlan:
     """How a low-rank call runs. Counts are of what was asked for, forward or backward, with every rank at its largest.
 
-    base: what computes x weightᵀ, or its gradients: a product of torch's library, as it is the fastest one there is
-    and the update needs of y one more pass at most. flops, bytes: of base and update. linear_flops: of the base alone.
+    base: what computes x weightᵀ, or the gradient of x: a product of torch's library, as it is the fastest one there is
+    and the update needs of y one more pass at most, or of C++ where that is faster. flops, bytes: of base and update.
+    linear_flops: of the base alone.
     floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates are not known.
     """
 
@@ -46,9 +47,13 @@ class LoraPlan:
         )
 
 
-def _base(weight, x, workspace_bytes):
+def _base(operands, workspace_bytes, backend, backward):
+    x, weight, *_, bias = operands[:5]
     if weight is None:
         return "none"
+    dtypes = (weight.dtype, x.dtype, *([] if bias is None or backward else [bias.dtype]))
+    if backend == "cpu" and on_cpu_is_own(x.shape[:-1].numel(), weight.shape[1 if backward else 0], *dtypes):
+        return f"a product of C++ in {name_of(x.dtype)}"
     compute = compute_dtype(x.device.type, x.dtype)
     library = "torch's product (cuBLAS)" if x.device.type == "cuda" else "torch's product"
     text = f"{library} in {name_of(compute)}"
@@ -80,7 +85,7 @@ def plan(operands, options, backend, backward):
     seconds, rates = floor(x.device.type, x.dtype, base + update, moved)
     return LoraPlan(
         backend=backend,
-        base=_base(weight, x, options.workspace_bytes),
+        base=_base(operands, options.workspace_bytes, backend, backward),
         backward=backward,
         tokens=tokens,
         adapters=adapters,

@@ -6,7 +6,8 @@ Backward, with h_u = x_u A_u^T and g_u = scale dy_u B_u: dx = dy weight + g A, d
 import torch
 
 from ctxkern.checks import check_index, check_ranks, is_readable
-from ctxkern.lora.operands import Gradients, base_gradients, base_product
+from ctxkern.lora.base import base_gradients, base_product
+from ctxkern.lora.operands import Gradients
 from ctxkern.plan import compute_dtype
 from ctxkern.reference import lora_dropout_mask
 from ctxkern.runtime.rows import group_rows

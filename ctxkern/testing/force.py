@@ -16,7 +16,8 @@ def force(*, strategy=None, tiles=None, backend=None, isa=None, library=None):
         strategy: "panel" or "outer"; a context per token takes outer all the same.
         tiles: {kernel: `Tile`} in place of rows of the Triton tile table.
         backend: a name of `ctxkern.backends()`, for calls that name none.
-        library: whether Triton's panel form takes the library's products where every context has as many rows.
+        library: whether Triton's panel form takes the library's products where every context has as many rows, and
+            low-rank layers in float32 on the CPU that with their base weight.
         isa: a name of `ctxkern.runtime.cpu.cpu_isas()`, for the C++ kernels.
 
     Raises:

@@ -11,10 +11,13 @@ from helpers.backends import best, everywhere, on
 from torch import nn
 
 import ctxkern
+from ctxkern.lora import base
+from ctxkern.lora import cpu as lora_cpu
 from ctxkern.nn import DynamicLoraLinear
 from ctxkern.reference import lora_dropout_mask, lora_linear_ref
 from ctxkern.testing.cases import CASES, Case
 from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.force import force
 from ctxkern.testing.oracle import check_family, differentiate
 
 # dtypes of x, the adapters and the weight
@@ -46,6 +49,33 @@ def test_the_case_table(fn, dtypes):
     for case in TABLE:
         arguments, dout = lora_arguments(case, 3, *dtypes)
         check_family(fn, lora_linear_ref, arguments, dout, case.id)
+
+
+@pytest.mark.skipif(not ctxkern.backends()["cpu"], reason=str(ctxkern.backends()["cpu"]))
+@pytest.mark.parametrize("dtypes", [DTYPES["f32"], DTYPES["bf16"]], ids=["f32", "bf16"])
+def test_the_base_by_our_own_product(dtypes, monkeypatch):
+    fn, product, calls = functools.partial(ctxkern.lora_linear, backend="cpu"), lora_cpu.modulated.forward, []
+    monkeypatch.setattr(lora_cpu.modulated, "forward", lambda *args: calls.append(1) or product(*args))
+    for case in (*TABLE, Case("many-rows", 3, 150, 70, 90, 1, bias=True)):
+        arguments, dout = lora_arguments(case, 3, *dtypes)
+        weight = arguments["weight"]
+        for given in (weight, weight if weight is None else weight.mT.contiguous().mT):
+            with force(library=False):
+                check_family(fn, lora_linear_ref, arguments | {"weight": given}, dout, case.id)
+    assert bool(calls) == (dtypes[0] is torch.float32)
+
+
+def test_our_own_product_is_taken_where_it_is_faster(monkeypatch):
+    taken = [256, 128, torch.float32], [1024, 4096, torch.float32, torch.float32]
+    refused = [255, 128, torch.float32], [1024, 127, torch.float32], [1024, 1024, torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for name, there in (("AMD EPYC 9654", True), ("INTEL(R) XEON(R)", False)):
+        monkeypatch.setattr(base.cpu, "cpu_name", lambda name=name: name)
+        monkeypatch.setattr(base.cpu, "cpu_isa", lambda: "avx512")
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        base._beats_library.cache_clear()
+        assert [base.on_cpu_is_own(*given) for given in (*taken, *refused)] == [there] * 2 + [False] * 3
+    base._beats_library.cache_clear()
 
 
 @everywhere
@@ -327,6 +357,11 @@ class TestExplain:
         assert plan.backend == (backend or "cpu")
         assert plan.base == "torch's product in float32"
         assert plan.base in str(plan)
+        with force(library=False):
+            own = ctxkern.explain_lora(**arguments, backend=backend)
+            back = ctxkern.explain_lora(**arguments, backend=backend, backward=True)
+        expected = plan.base if backend == "portable" else "a product of C++ in float32"
+        assert (own.base, back.base) == (expected, expected)
         assert ctxkern.explain_lora(**(arguments | {"weight": None})).base == "none"
         half = arguments | {"weight": arguments["weight"].bfloat16()}
         assert "weight cast from bfloat16 in 1 strip" in ctxkern.explain_lora(**half).base
