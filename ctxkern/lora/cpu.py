@@ -5,10 +5,10 @@ import torch
 
 from ctxkern.lora import native
 from ctxkern.lora.base import on_cpu_is_own
-from ctxkern.lora.operands import check_values
+from ctxkern.lora.operands import Gradients, check_values
 from ctxkern.modulated import cpu as modulated
 from ctxkern.modulated.operands import Operands
-from ctxkern.plan import DEFAULT_WORKSPACE
+from ctxkern.plan import DEFAULT_WORKSPACE, compute_dtype
 from ctxkern.runtime import cpu as cpu_runtime
 
 
@@ -27,19 +27,40 @@ def _allocate(size):
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
-def _run(operands, *call):
+def _checked(operands, function, *given):
     try:
-        cpu_runtime.load().lora(operands, *call, torch.get_num_threads(), _allocate)
+        return function(*given, torch.get_num_threads(), _allocate)
     except ValueError:
         check_values(operands)
         raise
 
 
+def _run(operands, *call):
+    _checked(operands, cpu_runtime.load().lora, operands, *call)
+
+
+def _is_short(operands, options, gates):
+    """Whether C++ may see to all of a call: the base product is torch's, in the dtype of x."""
+    x, weight = operands.x, operands.weight
+    if gates is not None or options.dropout or weight is None or compute_dtype("cpu", x.dtype) is not x.dtype:
+        return False
+    rows = x.shape[:-1].numel()
+    return x.dtype is not torch.float32 or not on_cpu_is_own(rows, max(weight.shape), x.dtype, weight.dtype)
+
+
 def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
+    if _is_short(operands, options, gates):
+        y = _checked(operands, cpu_runtime.load().lora_forward, operands, options.scale)
+        if y is not None:
+            return y
     return native.forward(operands, options, gates, _run, _own_product)
 
 
 def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
+    if _is_short(operands, options, gates):
+        grads = _checked(operands, cpu_runtime.load().lora_backward, dout, operands, needs, options.scale)
+        if grads is not None:
+            return Gradients(*grads)
     return native.backward(dout, operands, options, needs, gates, _run, _own_product)

@@ -65,6 +65,25 @@ def test_the_base_by_our_own_product(dtypes, monkeypatch):
     assert bool(calls) == (dtypes[0] is torch.float32)
 
 
+@everywhere
+@pytest.mark.parametrize(
+    "dtypes", [DTYPES["f32"], DTYPES["bf16"], DTYPES["bf16-f32-adapters"]], ids=["f32", "bf16", "mixed"]
+)
+@pytest.mark.parametrize("leaves", [("x", "A", "B"), ("A", "B"), ("x",), ("B",)], ids=" ".join)
+def test_a_frozen_base(fn, dtypes, leaves):
+    for case in TABLE:
+        arguments, dout = lora_arguments(case, 3, *dtypes)
+        found = []
+        for trained in (leaves, (*leaves, "weight")):
+            wanted = [name for name in trained if arguments[name] is not None]
+            given = arguments | {name: arguments[name].detach().requires_grad_() for name in wanted}
+            y = fn(**given)
+            grads = torch.autograd.grad(y, [given[name] for name in wanted], dout)
+            found.append([y, *grads[: len(leaves)]])
+        for frozen, everything in zip(*found, strict=True):
+            assert torch.equal(frozen, everything), case.id
+
+
 def test_our_own_product_is_taken_where_it_is_faster(monkeypatch):
     taken = [256, 128, torch.float32], [1024, 4096, torch.float32, torch.float32]
     refused = [255, 128, torch.float32], [1024, 127, torch.float32], [1024, 1024, torch.float32, torch.bfloat16]

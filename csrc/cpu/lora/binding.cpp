@@ -128,28 +128,75 @@ LoraProblem problem_of(py::handle operands, py::handle rows, py::handle gradient
   return q;
 }
 
-PyObject* lora(PyObject* const* given) {
-  const py::handle operands = given[0], rows = given[1], gradients = given[2], gates = given[3];
-  const bool adds = PyObject_IsTrue(given[4]) == 1, backward = !gradients.is_none();
-  const double scale = PyFloat_AsDouble(given[5]);
-  const int64_t kept_from = PyLong_AsLongLong(given[6]), threads = PyLong_AsLongLong(given[7]);
-  if (PyErr_Occurred()) throw py::error_already_set();
-  const auto allocate = py::reinterpret_borrow<py::object>(given[8]);
-  LoraProblem problem = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, threads);
+// The update of a problem that `problem_of` made, whose gates are those of ctxkern/lora/operands.py, or None.
+void run(LoraProblem& problem, py::handle gates, bool backward, const py::object& allocate) {
   check_problem(problem, backward);
   const std::vector<int64_t> gate_of = gate_of_rows(problem, gates);
   if (!gate_of.empty()) problem.gate_of = gate_of.data();
   check_ranks(problem);
   release_kept(kept_seconds());
   const Made made(problem, backward);
-  const LoraKernels& run = lora_kernels_for(chosen_isa(), problem.x.dtype);
-  const Workspace workspace(run.bytes(made.call, backward), allocate);
-  {
-    py::gil_scoped_release unlocked;
-    workspace.advise();
-    (backward ? run.backward : run.forward)(made.call, workspace.data);
-  }
+  const LoraKernels& kernels = lora_kernels_for(chosen_isa(), problem.x.dtype);
+  const Workspace workspace(kernels.bytes(made.call, backward), allocate);
+  py::gil_scoped_release unlocked;
+  workspace.advise();
+  (backward ? kernels.backward : kernels.forward)(made.call, workspace.data);
+}
+
+PyObject* lora(PyObject* const* given) {
+  const py::handle operands = given[0], rows = given[1], gradients = given[2], gates = given[3];
+  const bool adds = PyObject_IsTrue(given[4]) == 1;
+  const double scale = PyFloat_AsDouble(given[5]);
+  const int64_t kept_from = PyLong_AsLongLong(given[6]), threads = PyLong_AsLongLong(given[7]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  LoraProblem problem = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, threads);
+  run(problem, gates, !gradients.is_none(), py::reinterpret_borrow<py::object>(given[8]));
   Py_RETURN_NONE;
+}
+
+// Whether what kernels read row by row has no gaps, and all that torch multiplies has the dtype of x.
+bool is_short(py::handle operands) {
+  const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
+  if (operand(1).is_none()) return false;
+  const Tensor x = tensor_of(operand(0));
+  for (const int64_t i : {1, 4})
+    if (!operand(i).is_none() && operand_of(tensor_of(operand(i))).dtype != operand_of(x).dtype) return false;
+  for (const int64_t i : {5, 6, 7, 8, 9})
+    if (!operand(i).is_none() && !tensor_of(operand(i)).dense()) return false;
+  return x.dense();
+}
+
+PyObject* lora_forward(PyObject* const* given) {
+  const py::handle operands = given[0];
+  const double scale = PyFloat_AsDouble(given[1]);
+  const int64_t threads = PyLong_AsLongLong(given[2]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!is_short(operands)) Py_RETURN_NONE;
+  const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
+  py::object y = linear(operand(0), operand(1), operand(4));
+  LoraProblem problem = problem_of(operands, y, py::none(), py::none(), true, scale, 0, threads);
+  run(problem, py::none(), false, py::reinterpret_borrow<py::object>(given[3]));
+  return y.release().ptr();
+}
+
+PyObject* lora_backward(PyObject* const* given) {
+  const py::handle dout = given[0], operands = given[1], needs = given[2];
+  const double scale = PyFloat_AsDouble(given[3]);
+  const int64_t threads = PyLong_AsLongLong(given[4]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
+  const auto needed = [&](int64_t i) { return entry(needs, i, 5).ptr() == Py_True; };
+  if (needed(1) || needed(4) || !is_short(operands) || !tensor_of(dout).dense()) Py_RETURN_NONE;
+  const auto of_adapters = [&](int64_t i) -> py::object {
+    if (!needed(i)) return py::none();
+    const Tensor t = tensor_of(operand(i), 3);
+    return new_rows(operand(i), t, t.sizes[2]);
+  };
+  const py::object dx = needed(0) ? matmul(dout, operand(1)) : py::none();
+  const py::tuple gradients = py::make_tuple(dx, of_adapters(2), of_adapters(3));
+  LoraProblem problem = problem_of(operands, dout, gradients, py::none(), true, scale, 0, threads);
+  if (needed(0) || needed(2) || needed(3)) run(problem, py::none(), true, py::reinterpret_borrow<py::object>(given[5]));
+  return py::make_tuple(dx, py::none(), gradients[1], gradients[2], py::none()).release().ptr();
 }
 
 // At the address of a struct of runtime/problem.py, for libraries without Python.
@@ -164,6 +211,14 @@ PyMethodDef methods[] = {
     method<9, lora>("lora",
                     "Runs the update: (operands, rows, (dx, dA, dB) or None, gates or None, adds, scale, kept_from, "
                     "threads, allocate); allocate(bytes) gives a tensor of bytes."),
+    method<4, lora_forward>(
+        "lora_forward",
+        "y of (operands, scale, threads, allocate) with torch's product of the base weight; None where that has "
+        "another dtype than x, or what is read row by row has gaps."),
+    method<6, lora_backward>(
+        "lora_backward",
+        "The gradients of (dout, operands, needs, scale, threads, allocate), or None likewise and where weight or bias "
+        "need theirs."),
     method<1, lora_fits>("lora_fits", "Whether it is quick to see that arguments of lora_linear pass its checks."),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -48,6 +48,9 @@ struct Torch {
     is_neg = PyUnicode_InternFromString("is_neg");
     is_zero = PyUnicode_InternFromString("_is_zerotensor");
     like = py::object(module.attr("empty_like")).release().ptr();
+    linear = py::object(py::module_::import("torch._C._nn").attr("linear")).release().ptr();
+    matmul = py::object(module.attr("matmul")).release().ptr();
+    contiguous = PyUnicode_InternFromString("contiguous");
     new_empty = PyUnicode_InternFromString("new_empty");
     sum = PyUnicode_InternFromString("sum");
     to = PyUnicode_InternFromString("to");
@@ -58,9 +61,9 @@ struct Torch {
   }
 
   PyTypeObject *tensor, *parameter;
-  PyObject* like;
-  PyObject *is_neg, *is_zero, *new_empty, *sum, *to;  // names of methods
-  PyObject *is_cpu, *is_cuda, *dtype;                 // of attributes
+  PyObject *like, *linear, *matmul;
+  PyObject *is_neg, *is_zero, *contiguous, *new_empty, *sum, *to;  // names of methods
+  PyObject *is_cpu, *is_cuda, *dtype;                              // of attributes
   int (*read)(void* object, DLTensor* out);
 };
 
@@ -238,6 +241,18 @@ py::object sum_of_rows(py::handle rows, int64_t ndim, py::handle like) {
   const py::object sum = made(PyObject_CallMethodOneArg(rows.ptr(), torch().sum, over.ptr()));
   const py::object dtype = made(PyObject_GetAttr(like.ptr(), torch().dtype));
   return made(PyObject_CallMethodOneArg(sum.ptr(), torch().to, dtype.ptr()));
+}
+
+py::object linear(py::handle x, py::handle weight, py::handle bias) {
+  PyObject* const given[] = {x.ptr(), weight.ptr(), bias.ptr()};
+  const py::object y = made(PyObject_Vectorcall(torch().linear, given, 3, nullptr));
+  return made(PyObject_CallMethodNoArgs(y.ptr(), torch().contiguous));
+}
+
+py::object matmul(py::handle rows, py::handle weight) {
+  PyObject* const given[] = {rows.ptr(), weight.ptr()};
+  const py::object product = made(PyObject_Vectorcall(torch().matmul, given, 2, nullptr));
+  return made(PyObject_CallMethodNoArgs(product.ptr(), torch().contiguous));
 }
 
 bool all_dense(py::handle tensors) {

@@ -63,6 +63,10 @@ pybind11::object empty_like(pybind11::handle tensor);
 pybind11::object new_rows(pybind11::handle x, const Tensor& as, int64_t columns);
 pybind11::object sum_of_rows(pybind11::handle rows, int64_t ndim, pybind11::handle like);
 
+// torch's products: x weight^T + bias without gaps, or bias None, and rows weight.
+pybind11::object linear(pybind11::handle x, pybind11::handle weight, pybind11::handle bias);
+pybind11::object matmul(pybind11::handle rows, pybind11::handle weight);
+
 // Whether each of a list or tuple is None or dense.
 bool all_dense(pybind11::handle tensors);
 
