@@ -6,6 +6,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import checks
 from .lora.operands import Operands, Options
+from .ops import distributed, together
 from .plan import DEFAULT_WORKSPACE
 from .registry import resolve
 from .runtime import cpu
@@ -25,6 +26,13 @@ def fit_low_rank(scale, dropout, *arguments):
         return False
     core = None if is_dynamo_compiling() else cpu.core()
     return core is not None and core.lora_fits(arguments)
+
+
+def fit_factored(*arguments):
+    """The same for `factored_modulated_linear`: (x, context, weight, in_factor, context_factor, out_factor, bias,
+    context_index, cu_seqlens)."""
+    core = None if is_dynamo_compiling() else cpu.core()
+    return core is not None and core.factored_fits(arguments)
 
 
 def seen(operands):
@@ -62,6 +70,29 @@ def projection(op, x, context, weight, bilinear, bias, names=("weight", "bilinea
         checks.fits(op, names[0], weight, x, (d_in, d_out), "[D, E]")
     if bias is not None:
         checks.fits(op, names[2], bias, x, (d_out,), "[E]")
+
+
+def factored(op, x, context, weight, in_factor, context_factor, out_factor, bias, context_index, cu_seqlens):
+    """Those of `factored_modulated_linear` as (x, context, weight, in_factor, context_factor, out_factor, bias)."""
+    activations(op, x, context)
+    factors = (("in_factor", in_factor, "[D, R]"), ("context_factor", context_factor, "[K, R]"))
+    for name, t, takes in (*factors, ("out_factor", out_factor, "[R, E]")):
+        checks.tensor(op, name, t, (2,), takes)
+    parameters = (context, weight, in_factor, context_factor, out_factor, bias)
+    x, (context, weight, in_factor, context_factor, out_factor, bias) = checks.autocast(x, parameters)
+    contexts(op, x, context, context_index, cu_seqlens)
+    for name, t in (("in_factor", in_factor), ("context_factor", context_factor), ("out_factor", out_factor)):
+        checks.parameter(op, name, t, x)
+    rank, d_out = out_factor.shape
+    checks.shape(op, "in_factor", in_factor, (x.shape[-1], rank), "[D, R]")
+    checks.shape(op, "context_factor", context_factor, (context.shape[-1], rank), "[K, R]")
+    if weight is not None:
+        checks.fits(op, "weight", weight, x, (x.shape[-1], d_out), "[D, E]")
+    if bias is not None:
+        checks.fits(op, "bias", bias, x, (d_out,), "[E]")
+    if distributed((context, context_factor)):
+        _, context, context_factor = together((x, context, context_factor))
+    return x, context, weight, in_factor, context_factor, out_factor, bias
 
 
 def backend_of(name, x, family="modulated"):

@@ -272,28 +272,16 @@ def factored_modulated_linear(
 
     Source: Kolda and Bader, Tensor Decompositions and Applications (2009), section 3.
     """
-    op = "factored_modulated_linear"
-    arguments.activations(op, x, context)
-    factors = (("in_factor", in_factor, "[D, R]"), ("context_factor", context_factor, "[K, R]"))
-    for name, t, takes in (*factors, ("out_factor", out_factor, "[R, E]")):
-        checks.tensor(op, name, t, (2,), takes)
-    parameters = (context, weight, in_factor, context_factor, out_factor, bias)
-    x, (context, weight, in_factor, context_factor, out_factor, bias) = checks.autocast(x, parameters)
-    arguments.contexts(op, x, context, context_index, cu_seqlens)
-    for name, t in (("in_factor", in_factor), ("context_factor", context_factor), ("out_factor", out_factor)):
-        checks.parameter(op, name, t, x)
-    rank, d_out = out_factor.shape
-    checks.shape(op, "in_factor", in_factor, (x.shape[-1], rank), "[D, R]")
-    checks.shape(op, "context_factor", context_factor, (context.shape[-1], rank), "[K, R]")
-    if weight is not None:
-        checks.fits(op, "weight", weight, x, (x.shape[-1], d_out), "[D, E]")
-    if bias is not None:
-        checks.fits(op, "bias", bias, x, (d_out,), "[E]")
-    if ops.distributed((context, context_factor)):
-        _, context, context_factor = ops.together((x, context, context_factor))
+    given = (x, context, weight, in_factor, context_factor, out_factor, bias, context_index, cu_seqlens)
+    seen = arguments.fit_factored(*given)
+    if not seen:
+        given = arguments.factored("factored_modulated_linear", *given)
+        x, context, weight, in_factor, context_factor, out_factor, bias = given
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
     operands = FactoredOperands(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)
+    if seen:
+        return factored(operands, ops.Options(DEFAULT_WORKSPACE, resolve(backend, x.device, x.dtype, "factored")), True)
     options = ops.Options(DEFAULT_WORKSPACE, arguments.backend_of(backend, x, "factored"))
     return factored(operands, options, arguments.seen(operands))
 

@@ -44,6 +44,16 @@ X = [
     zeros(B, S, D).as_subclass(Subclass),
     1,
 ]
+CONTEXT = [
+    zeros(B, K),
+    zeros(B, K).half(),
+    zeros(B, K).int(),
+    zeros(B + 1, K),
+    zeros(B, K + 1),
+    zeros(B, S, K),
+    zeros(K),
+    None,
+]
 BIAS = [zeros(E), None, zeros(E + 1), zeros(1, E), zeros(E).double(), zeros(E).bool(), [0.0] * E]
 INDEX = [longs(0, 1), None, longs(0), ints(0, 1), longs(0, 1).view(1, 2), longs(0, 1).to("meta"), [0, 1]]
 BOUNDS = [None, ints(0, 3, 7), ints(0, 7), longs(0, 3, 7)]
@@ -76,16 +86,7 @@ def of_three(*shape):
 GIVEN = {
     "modulated_linear": (
         X,
-        [
-            zeros(B, K),
-            zeros(B, K).half(),
-            zeros(B, K).int(),
-            zeros(B + 1, K),
-            zeros(B, K + 1),
-            zeros(B, S, K),
-            zeros(K),
-            None,
-        ],
+        CONTEXT,
         weights(D, E),
         of_three(D, E, K),
         BIAS,
@@ -103,6 +104,17 @@ GIVEN = {
         INDEX,
         BOUNDS,
         [longs(1, 2), None, longs(1), ints(1, 2), longs(1, 2).to("meta"), 1],
+    ),
+    "factored_modulated_linear": (
+        X,
+        CONTEXT,
+        weights(D, E),
+        weights(D, R),
+        weights(K, R),
+        weights(R, E),
+        BIAS,
+        INDEX,
+        BOUNDS,
     ),
 }
 
@@ -122,9 +134,14 @@ def lora_linear(x, scale, dropout, weight, A, B, bias, adapter_index, cu_seqlens
     arguments.low_rank("op", None, *given)
 
 
+def factored_modulated_linear(*given):
+    arguments.factored("op", *given)
+
+
 CHECKS = {
     "modulated_linear": (arguments.fit, modulated_linear),
     "lora_linear": (lora_look, lora_linear),
+    "factored_modulated_linear": (arguments.fit_factored, factored_modulated_linear),
 }
 
 

@@ -44,6 +44,31 @@ bool fits(py::handle arguments) {
   }
 }
 
+// The same of factored_modulated_linear: (x, context, weight, in_factor, context_factor, out_factor, bias, context_index,
+// cu_seqlens).
+bool factored_fits(py::handle arguments) {
+  enum { kX, kContext, kWeight, kIn, kOf, kOut, kBias, kIndex, kBounds, kAll };
+  if (!ordinary_call(arguments)) return false;
+  const auto given = py::reinterpret_borrow<py::tuple>(arguments);
+  if (given.size() != kAll || !given[kBounds].is_none()) return false;
+  for (const int i : {kX, kContext, kIn, kOf, kOut})
+    if (given[i].is_none()) return false;
+  try {
+    const Tensor x = tensor_of(given[kX]), context = tensor_of(given[kContext]), out = tensor_of(given[kOut]);
+    if (x.ndim != 3 || context.ndim != 2 || out.ndim != 2 || !x.floats() || !context.mixes(x) || !out.mixes(x))
+      return false;
+    const int64_t d_in = x.sizes[2], rank = out.sizes[0], d_out = out.sizes[1];
+    if (!may_be_parameter(given[kIn], x, {d_in, rank}) || !may_be_parameter(given[kOf], x, {context.sizes[1], rank}))
+      return false;
+    if (!may_be_parameter(given[kWeight], x, {d_in, d_out}) || !may_be_parameter(given[kBias], x, {d_out}))
+      return false;
+    return given[kIndex].is_none() ? context.sizes[0] == x.sizes[0] : may_be_longs(given[kIndex], x, x.sizes[0]);
+  } catch (const py::error_already_set&) {
+    // not one that has memory
+    return false;
+  }
+}
+
 // A call, and what it looks at.
 struct Made {
   Made(const LoraProblem& problem, bool backward) {
@@ -207,6 +232,8 @@ void fill_lora(uintptr_t address, py::handle operands, py::handle rows, py::hand
 
 PyObject* lora_fits(PyObject* const* given) { return PyBool_FromLong(fits(given[0])); }
 
+PyObject* factored_look(PyObject* const* given) { return PyBool_FromLong(factored_fits(given[0])); }
+
 PyMethodDef methods[] = {
     method<9, lora>("lora",
                     "Runs the update: (operands, rows, (dx, dA, dB) or None, gates or None, adds, scale, kept_from, "
@@ -220,6 +247,7 @@ PyMethodDef methods[] = {
         "The gradients of (dout, operands, needs, scale, threads, allocate), or None likewise and where weight or bias "
         "need theirs."),
     method<1, lora_fits>("lora_fits", "Whether it is quick to see that arguments of lora_linear pass its checks."),
+    method<1, factored_look>("factored_fits", "The same of factored_modulated_linear."),
     {nullptr, nullptr, 0, nullptr},
 };
 
