@@ -13,21 +13,30 @@ from ctxkern.dtypes import accumulator
 from ctxkern.plan import compute_dtype, forced
 from ctxkern.runtime import cpu
 
-# rows, and columns for each thread, from which that of the C++ kernels in float32 takes less time than MKL's on an AMD
-# processor with AVX-512 (bench/LOG.md)
+# Rows, and columns for each thread, from which products of the C++ kernels take less time than torch's on an AMD processor
+# with AVX-512: in float32 than MKL's, in bfloat16 than oneDNN's where they go along with the update (bench/LOG.md).
 _LEAST_ROWS, _LEAST_COLUMNS = 256, 64
 
 
 def on_cpu_is_own(rows, columns, *dtypes):
     """Whether the backend cpu takes its own product, of so many rows and columns and tensors of these dtypes."""
-    few = rows < _LEAST_ROWS or columns < _LEAST_COLUMNS * torch.get_num_threads()
-    if (few if forced.library is None else forced.library) or set(dtypes) != {torch.float32}:
-        return False
-    return forced.library is False or _beats_library()
+    return set(dtypes) == {torch.float32} and _pays(rows, columns)
+
+
+def on_cpu_goes_along(rows, columns, *dtypes):
+    """Whether it takes one that goes along with the update, if the rows of adapters allow it."""
+    pairs = set(dtypes) == {torch.bfloat16} and cpu.cpu_isa() in ("avx512_bf16", "amx_bf16")
+    return (pairs or set(dtypes) == {torch.float32}) and _pays(rows, columns)
+
+
+def _pays(rows, columns):
+    if forced.library is not None:
+        return not forced.library
+    return rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS * torch.get_num_threads() and _is_measured()
 
 
 @cache
-def _beats_library():
+def _is_measured():
     return cpu.cpu_isa().startswith("avx512") and "AMD" in cpu.cpu_name() and torch.backends.mkl.is_available()
 
 

@@ -1,10 +1,10 @@
-"""C++ kernels on the CPU (csrc/cpu/lora) around the product with the base weight: torch's own, or that of the modulated
-kernels (csrc/cpu/modulated) where it takes less time."""
+"""C++ kernels on the CPU (csrc/cpu/lora) around the product with the base weight: torch's own, or where it takes less time
+one that goes along with them, or that of the modulated kernels (csrc/cpu/modulated)."""
 
 import torch
 
 from ctxkern.lora import native
-from ctxkern.lora.base import on_cpu_is_own
+from ctxkern.lora.base import on_cpu_goes_along, on_cpu_is_own
 from ctxkern.lora.operands import Gradients, check_values
 from ctxkern.modulated import cpu as modulated
 from ctxkern.modulated.operands import Operands
@@ -40,18 +40,23 @@ def _run(operands, *call):
 
 
 def _is_short(operands, options, gates):
-    """Whether C++ may see to all of a call: the base product is torch's, in the dtype of x."""
+    """Whether C++ may see to all of a call: its base has the dtype of x and of torch's product."""
     x, weight = operands.x, operands.weight
-    if gates is not None or options.dropout or weight is None or compute_dtype("cpu", x.dtype) is not x.dtype:
-        return False
-    rows = x.shape[:-1].numel()
-    return x.dtype is not torch.float32 or not on_cpu_is_own(rows, max(weight.shape), x.dtype, weight.dtype)
+    plain = gates is None and not options.dropout and weight is not None
+    return plain and compute_dtype("cpu", x.dtype) is x.dtype
+
+
+def _base(operands):
+    """(whether the base product is ours in any case, whether it may go along with the update)"""
+    x, weight = operands.x, operands.weight
+    given = x.shape[:-1].numel(), min(weight.shape), x.dtype, weight.dtype
+    return on_cpu_is_own(*given), on_cpu_goes_along(*given)
 
 
 def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
     if _is_short(operands, options, gates):
-        y = _checked(operands, cpu_runtime.load().lora_forward, operands, options.scale)
+        y = _checked(operands, cpu_runtime.load().lora_forward, operands, options.scale, *_base(operands))
         if y is not None:
             return y
     return native.forward(operands, options, gates, _run, _own_product)
@@ -60,7 +65,8 @@ def forward(operands, options, gates=None):
 def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
     if _is_short(operands, options, gates):
-        grads = _checked(operands, cpu_runtime.load().lora_backward, dout, operands, needs, options.scale)
+        given = dout, operands, needs, options.scale, *_base(operands)
+        grads = _checked(operands, cpu_runtime.load().lora_backward, *given)
         if grads is not None:
             return Gradients(*grads)
     return native.backward(dout, operands, options, needs, gates, _run, _own_product)

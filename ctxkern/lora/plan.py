@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from ctxkern.dtypes import name_of
 from ctxkern.plan import compute_dtype, floor
+from ctxkern.runtime import cpu
 
-from .base import on_cpu_is_own, strips_of_weight
+from .base import on_cpu_goes_along, on_cpu_is_own, strips_of_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +48,23 @@ class LoraPlan:
         )
 
 
-def _base(operands, workspace_bytes, backend, backward):
+def _base(operands, options, backend, backward):
     x, weight, *_, bias = operands[:5]
     if weight is None:
         return "none"
-    dtypes = (weight.dtype, x.dtype, *([] if bias is None or backward else [bias.dtype]))
-    if backend == "cpu" and on_cpu_is_own(x.shape[:-1].numel(), weight.shape[1 if backward else 0], *dtypes):
-        return f"a product of C++ in {name_of(x.dtype)}"
+    if backend == "cpu":
+        given = x.shape[:-1].numel(), weight.shape[1 if backward else 0], x.dtype, weight.dtype
+        own, core = f"a product of C++ in {name_of(x.dtype)}", cpu.core()
+        if on_cpu_goes_along(*given) and not options.dropout and core.plain(operands) and core.lora_along(operands):
+            return f"{own}, with the update"
+        if on_cpu_is_own(*given) and (backward or bias is None or bias.dtype is x.dtype):
+            return own
     compute = compute_dtype(x.device.type, x.dtype)
     library = "torch's product (cuBLAS)" if x.device.type == "cuda" else "torch's product"
     text = f"{library} in {name_of(compute)}"
     if weight.dtype is compute:
         return text
-    count = len(strips_of_weight(weight, 0, compute, workspace_bytes))
+    count = len(strips_of_weight(weight, 0, compute, options.workspace_bytes))
     return f"{text}, weight cast from {name_of(weight.dtype)} in {count} strip{'s' if count > 1 else ''}"
 
 
@@ -85,7 +90,7 @@ def plan(operands, options, backend, backward):
     seconds, rates = floor(x.device.type, x.dtype, base + update, moved)
     return LoraPlan(
         backend=backend,
-        base=_base(operands, options.workspace_bytes, backend, backward),
+        base=_base(operands, options, backend, backward),
         backward=backward,
         tokens=tokens,
         adapters=adapters,

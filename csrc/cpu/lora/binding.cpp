@@ -153,18 +153,24 @@ LoraProblem problem_of(py::handle operands, py::handle rows, py::handle gradient
   return q;
 }
 
-// The update of a problem that `problem_of` made, whose gates are those of ctxkern/lora/operands.py, or None.
-void run(LoraProblem& problem, py::handle gates, bool backward, const py::object& allocate) {
+// Runs a problem that `problem_of` made, whose gates are those of ctxkern/lora/operands.py, or None.
+void run(LoraProblem& problem, py::handle gates, bool backward, const py::object& allocate, const Operand& base = {},
+         const Operand& bias = {}) {
   check_problem(problem, backward);
   const std::vector<int64_t> gate_of = gate_of_rows(problem, gates);
   if (!gate_of.empty()) problem.gate_of = gate_of.data();
   check_ranks(problem);
   release_kept(kept_seconds());
-  const Made made(problem, backward);
+  Made made(problem, backward);
+  made.call.base = base;
+  made.call.bias = bias;
   const LoraKernels& kernels = lora_kernels_for(chosen_isa(), problem.x.dtype);
   const Workspace workspace(kernels.bytes(made.call, backward), allocate);
   py::gil_scoped_release unlocked;
   workspace.advise();
+  if (base.data && backward) advise_huge(problem.dx, problem.batch.tokens * problem.d_in * size_of(problem.x.dtype));
+  if (base.data && !backward)
+    advise_huge(problem.rows, problem.batch.tokens * problem.d_out * size_of(problem.x.dtype));
   (backward ? kernels.backward : kernels.forward)(made.call, workspace.data);
 }
 
@@ -191,36 +197,58 @@ bool is_short(py::handle operands) {
   return x.dense();
 }
 
+// Whether the base product of a call goes along with the update.
+bool goes_along(py::handle operands) {
+  const py::handle x = entry(operands, 0, 10);
+  // x stands for y, which is not touched
+  const LoraProblem problem = problem_of(operands, x, py::none(), py::none(), true, 1, 0, 1);
+  return problem.batch.tokens > 0 && takes_base(Made(problem, false).call);
+}
+
+PyObject* lora_along(PyObject* const* given) { return PyBool_FromLong(is_short(given[0]) && goes_along(given[0])); }
+
 PyObject* lora_forward(PyObject* const* given) {
   const py::handle operands = given[0];
   const double scale = PyFloat_AsDouble(given[1]);
-  const int64_t threads = PyLong_AsLongLong(given[2]);
+  const bool own = given[2] == Py_True, asked = given[3] == Py_True;
+  const int64_t threads = PyLong_AsLongLong(given[4]);
   if (PyErr_Occurred()) throw py::error_already_set();
   if (!is_short(operands)) Py_RETURN_NONE;
   const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
-  py::object y = linear(operand(0), operand(1), operand(4));
+  const bool along = asked && goes_along(operands);
+  if (own && !along) Py_RETURN_NONE;
+  const Tensor x = tensor_of(operand(0)), weight = tensor_of(operand(1), 2);
+  py::object y = along ? new_rows(operand(0), x, weight.sizes[0]) : linear(operand(0), operand(1), operand(4));
   LoraProblem problem = problem_of(operands, y, py::none(), py::none(), true, scale, 0, threads);
-  run(problem, py::none(), false, py::reinterpret_borrow<py::object>(given[3]));
+  const Operand none{}, base = along ? operand_of(weight) : none, bias = along ? operand_of(operand(4), 1) : none;
+  run(problem, py::none(), false, py::reinterpret_borrow<py::object>(given[5]), base, bias);
   return y.release().ptr();
 }
 
 PyObject* lora_backward(PyObject* const* given) {
   const py::handle dout = given[0], operands = given[1], needs = given[2];
   const double scale = PyFloat_AsDouble(given[3]);
-  const int64_t threads = PyLong_AsLongLong(given[4]);
+  const bool own = given[4] == Py_True, asked = given[5] == Py_True;
+  const int64_t threads = PyLong_AsLongLong(given[6]);
   if (PyErr_Occurred()) throw py::error_already_set();
   const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
   const auto needed = [&](int64_t i) { return entry(needs, i, 5).ptr() == Py_True; };
   if (needed(1) || needed(4) || !is_short(operands) || !tensor_of(dout).dense()) Py_RETURN_NONE;
-  const auto of_adapters = [&](int64_t i) -> py::object {
+  const auto like = [&](int64_t i, int64_t ndim) -> py::object {
     if (!needed(i)) return py::none();
-    const Tensor t = tensor_of(operand(i), 3);
-    return new_rows(operand(i), t, t.sizes[2]);
+    const Tensor t = tensor_of(operand(i), ndim);
+    return new_rows(operand(i), t, t.sizes[ndim - 1]);
   };
-  const py::object dx = needed(0) ? matmul(dout, operand(1)) : py::none();
-  const py::tuple gradients = py::make_tuple(dx, of_adapters(2), of_adapters(3));
+  const bool along = asked && needed(0) && goes_along(operands);
+  if (own && needed(0) && !along) Py_RETURN_NONE;
+  const py::object dx = !needed(0) ? py::none()
+                        : along    ? like(0, tensor_of(operand(0)).ndim)
+                                   : matmul(dout, operand(1));
+  const py::tuple gradients = py::make_tuple(dx, like(2, 3), like(3, 3));
   LoraProblem problem = problem_of(operands, dout, gradients, py::none(), true, scale, 0, threads);
-  if (needed(0) || needed(2) || needed(3)) run(problem, py::none(), true, py::reinterpret_borrow<py::object>(given[5]));
+  if (needed(0) || needed(2) || needed(3))
+    run(problem, py::none(), true, py::reinterpret_borrow<py::object>(given[7]),
+        along ? operand_of(tensor_of(operand(1), 2)) : Operand{});
   return py::make_tuple(dx, py::none(), gradients[1], gradients[2], py::none()).release().ptr();
 }
 
@@ -238,14 +266,16 @@ PyMethodDef methods[] = {
     method<9, lora>("lora",
                     "Runs the update: (operands, rows, (dx, dA, dB) or None, gates or None, adds, scale, kept_from, "
                     "threads, allocate); allocate(bytes) gives a tensor of bytes."),
-    method<4, lora_forward>(
+    method<6, lora_forward>(
         "lora_forward",
-        "y of (operands, scale, threads, allocate) with torch's product of the base weight; None where that has "
-        "another dtype than x, or what is read row by row has gaps."),
-    method<6, lora_backward>(
+        "y of (operands, scale, own, along, threads, allocate), where `along` allows it with a base product that goes "
+        "along with the update, else with torch's, or None where `own` forbids that; None too where weight has another "
+        "dtype than x, or what is read row by row has gaps."),
+    method<8, lora_backward>(
         "lora_backward",
-        "The gradients of (dout, operands, needs, scale, threads, allocate), or None likewise and where weight or bias "
-        "need theirs."),
+        "The gradients of (dout, operands, needs, scale, own, along, threads, allocate), or None likewise and where "
+        "weight or bias need theirs."),
+    method<1, lora_along>("lora_along", "Whether a call's base product can go along with its update."),
     method<1, lora_fits>("lora_fits", "Whether it is quick to see that arguments of lora_linear pass its checks."),
     method<1, factored_look>("factored_fits", "The same of factored_modulated_linear."),
     {nullptr, nullptr, 0, nullptr},

@@ -17,6 +17,7 @@ struct LoraCall : LoraProblem {
   const Rows* rows_of;
   const LoraBlock* blocks;
   const int64_t* block_first;  // [U + 1]
+  Operand base, bias;  // weight [E, D] and bias [E] of the linear layer, where its product is made with the update
 
   int64_t adapters() const { return rows_of->contexts; }
   int64_t block_count() const { return block_first[adapters()]; }
@@ -26,6 +27,14 @@ struct LoraCall : LoraProblem {
 
 // Rows of a block, at most: sums over rows are cut into as many.
 constexpr int64_t kBlockRows = 256;
+
+// Whether the product with the base weight goes along with the update: all rows are in a block, blocks are not too short, and
+// the panels of the weight, which each block reads, stay in a cache (bench/LOG.md).
+inline bool takes_base(const LoraCall& q) {
+  constexpr int64_t kFewRows = 16, kMostBytes = 4 << 20;
+  return q.rows_of->count == q.batch.tokens && q.batch.tokens >= kFewRows * q.block_count() &&
+         q.d_in * q.d_out * size_of(q.x.dtype) <= kMostBytes;
+}
 
 // The entry points of one instruction set.
 struct LoraKernels {

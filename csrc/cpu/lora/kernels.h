@@ -32,10 +32,12 @@ class Lora {
 
   void forward() {
     forget_panels();
+    lay_out_base(q.base.strides[1], q.base.strides[0], q.d_in, q.d_out);
     parallel<W>(memory_.block_threads, q.block_count(), [&](int64_t i, int thread) {
       const LoraBlock& b = q.blocks[i];
       const Thread at = with_panels(b.adapter, thread);
       if (memory_.dropped) drop(b);
+      if (memory_.base) base(b, source_of(b, q.x.data, q.d_in), q.rows, q.d_out, at);
       h(b, at);
       scale(b, at);
       words_of(b, at);
@@ -45,6 +47,7 @@ class Lora {
 
   void backward() {
     forget_panels();
+    lay_out_base(q.base.strides[0], q.base.strides[1], q.d_out, q.d_in);
     if (q.adapters() < q.batch.table) {
       const int64_t each = q.batch.table * q.rank;
       if (q.dA) std::memset(q.dA, 0, static_cast<size_t>(each * q.d_in * size_of(q.A.dtype)));
@@ -69,6 +72,20 @@ class Lora {
 
   void forget_panels() const {
     for (int thread = 0; thread < memory_.block_threads; ++thread) *memory_.thread(thread).adapter = 0;
+  }
+
+  // The base weight in panels, for all threads; strides along the sum and from lane to lane.
+  void lay_out_base(int64_t row, int64_t column, int64_t count, int64_t columns) const {
+    if (!memory_.base) return;
+    const int64_t size = size_of(q.base.dtype);
+    if (memory_.bias) pack_vector(memory_.bias, q.bias.dtype, q.bias.data, q.bias.strides[0], columns, lanes(columns));
+    parallel<W>(memory_.block_threads, lanes(columns) / NR, [&](int64_t i, int) {
+      const int64_t c = i * NR;
+      with_source<W>(q.base.dtype, [&](auto type) {
+        pack_matrix<W, decltype(type)::value>(memory_.base + panels(c, count), q.base.data + c * column * size,
+                                              row * size, column * size, count, columns - c < NR ? columns - c : NR);
+      });
+    });
   }
 
   // A thread's memory, with the panels of adapter u in it.
@@ -141,18 +158,37 @@ class Lora {
     });
   }
 
+  // Rows as a left operand, in place where that is one.
+  Left left_of(const LoraBlock& b, const Source& from, const Thread& at) const {
+    const int64_t row = from.columns * size_of(q.x.dtype), step = Memory::step_words(from.columns);
+    const bool dense = !from.map && q.x.dtype == W::dtype && from.columns % (W::PER * W::STEP) == 0;
+    if (dense && (!memory_.base || row % kSets != 0)) return {from.data, row, 4};
+    with_source<W>(q.x.dtype, [&](auto type) {
+      pack_left<W, decltype(type)::value>(at.rows, from.data, row, b.count, from.columns, from.map, step);
+    });
+    return {reinterpret_cast<const char*>(at.rows), step * 4, 4};
+  }
+
+  // Rows of y or dx = those of x or dy times the base weight, + bias.
+  void base(const LoraBlock& b, const Source& from, char* to, int64_t columns, const Thread& at) const {
+    const int64_t size = size_of(q.x.dtype), steps = words<W>(from.columns), longest = W::PER == 2 ? steps : kDeepest;
+    const Left left = left_of(b, from, at);
+    const Right right = by_panel(memory_.base, from.columns);
+    Out out{to + (b.map ? 0 : b.row * columns * size), columns * size, store_of(q.x.dtype), columns};
+    out.map = b.map;
+    for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
+      const int64_t piece = steps - s < longest ? steps - s : longest;
+      if (s + piece >= steps) out.bias = memory_.bias;
+      product_wide<W>(b.count, piece, {left.data + s * left.step, left.row, left.step},
+                      {right.data + s * right.step, right.step, right.panel}, out);
+      out.store = add_of(q.x.dtype);
+    }
+  }
+
   // sums [rows, R] = rows of a block times panels of words by R lanes.
   void inner(const LoraBlock& b, const Source& from, const float* right, const Thread& at) const {
-    const int64_t size = size_of(q.x.dtype), row = from.columns * size;
-    Left left{from.data, row, 4};
-    if (from.map || q.x.dtype != W::dtype || from.columns % (W::PER * W::STEP) != 0) {
-      with_source<W>(q.x.dtype, [&](auto type) {
-        pack_left<W, decltype(type)::value>(at.rows, from.data, row, b.count, from.columns, from.map);
-      });
-      left = {reinterpret_cast<const char*>(at.rows), words<W>(from.columns) * 4, 4};
-    }
-    product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(from.columns), kDeepest, left,
-                         by_panel(right, from.columns), at.sums, lanes(q.rank));
+    product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(from.columns), kDeepest,
+                         left_of(b, from, at), by_panel(right, from.columns), at.sums, lanes(q.rank));
   }
 
   float scale_of(const LoraBlock& b) const {
@@ -274,6 +310,7 @@ class Lora {
     scale(b, at);
     if (q.dA) turned(b, at, memory_.turned_g + memory_.turned_at(i));
     if (!q.dx) return;
+    if (memory_.base) base(b, dy_of(b), q.dx, q.d_in, at);
     words_of(b, at);
     if (memory_.dropped) return add_dropped(b, at);
     add(b, by_panel(at.a_rows, q.rank), q.dx, q.d_in, at);

@@ -40,6 +40,9 @@ class LoraMemory {
 
   LoraMemory(const LoraCall& call, bool backward, char* workspace) : q(call), backward_(backward) {
     Arena arena(workspace);
+    const bool based = q.base.data && (!backward || q.dx);
+    base = based ? arena.take(backward ? panels(q.d_in, q.d_out) : panels(q.d_out, q.d_in)) : nullptr;
+    bias = based && q.bias.data ? arena.take(lanes(q.d_out)) : nullptr;
     dropped = q.kept_from > 0 ? arena.take<char>(q.rows_of->count * q.d_in * size_of(q.x.dtype)) : nullptr;
     for (int64_t u = 0; u < q.adapters(); ++u) {
       const int64_t rows = q.rows_of->first[u + 1] - q.rows_of->first[u];
@@ -91,8 +94,14 @@ class LoraMemory {
   static int64_t panels(int64_t lanes, int64_t elements) {
     return round_up(lanes, NR) / NR * (words<W>(elements) * NR + 16);
   }
+  // Between rows of a left operand, which do not share one set of a cache.
+  static int64_t step_words(int64_t columns) {
+    const int64_t count = words<W>(columns);
+    return count * 4 % kSets == 0 ? count + 16 : count;
+  }
   static Right by_panel(const float* data, int64_t elements) { return {data, NR, panels(NR, elements)}; }
 
+  float *base, *bias;          // panels of the base weight, E lanes in the forward and D in the backward
   char* dropped;               // what dropout left of x, in grouped order
   float *turned_h, *turned_g;  // of all blocks
   int64_t block_threads, strip_threads, strip_width = kStrip, bytes;
@@ -111,7 +120,7 @@ class LoraMemory {
     at.a_rows = backward_ && q.dx ? arena.take(panels(q.d_in, q.rank)) : nullptr;
     at.b_lanes = backward_ ? nullptr : arena.take(panels(q.d_out, q.rank));
     at.b_rows = needs_g() ? arena.take(panels(q.rank, q.d_out)) : nullptr;
-    at.rows = arena.take(rows * words<W>(widest()) + NR);
+    at.rows = arena.take(rows * step_words(widest()) + NR);
     at.sums = arena.take(rows * (r_lanes > kStrip ? r_lanes : kStrip));
     at.plain = q.products ? arena.take(rows * r_lanes) : nullptr;
     at.words = arena.take(rows * words<W>(q.rank) + NR);

@@ -254,12 +254,7 @@ inline void lay_out_weight(const Projection& p, int64_t d, int64_t rows, int64_t
     constexpr Dtype D = decltype(type)::value;
     for (int64_t j = 0; j < columns; j += NR) {
       const char* const from = p.weight.data + d * row + (e + j) * column;
-      const int64_t lanes = columns - j < NR ? columns - j : NR;
-      if (row == size) {
-        pack_lanes<W, D>(to + j * depth, NR, from, column, row, lanes, rows);
-      } else {
-        pack_rows<W, D>(to + j * depth, NR, from, row, column, rows, lanes);
-      }
+      pack_matrix<W, D>(to + j * depth, from, row, column, rows, columns - j < NR ? columns - j : NR);
     }
   });
 }

@@ -153,6 +153,14 @@ template <class W, Dtype D>
   }
 }
 
+// A panel of 2·VL lanes, [words along the sum, lanes], of a matrix whose elements are `row` bytes apart along the sum and
+// `column` bytes from lane to lane.
+template <class W, Dtype D>
+inline void pack_matrix(float* to, const char* from, int64_t row, int64_t column, int64_t count, int64_t lanes) {
+  if (row == size_of(D)) return pack_lanes<W, D>(to, 2 * VL, from, column, row, lanes, count);
+  pack_rows<W, D>(to, 2 * VL, from, row, column, count, lanes);
+}
+
 // to[r, w] = words w of row r, as a left operand; padded with zeros to words<W>(columns). to_row: words, as many where 0.
 template <class W, Dtype D>
 [[gnu::noinline]] void pack_left(float* to, const char* from, int64_t row, int64_t rows, int64_t columns,

@@ -1,0 +1,119 @@
+"""The base product of lora_linear on the CPU: torch's, ours, and ours along with the update."""
+
+import functools
+
+import pytest
+import torch
+
+import ctxkern
+from ctxkern.lora import base
+from ctxkern.lora import cpu as lora_cpu
+from ctxkern.reference import lora_linear_ref
+from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.testing.cases import CASES, Case
+from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.force import force
+from ctxkern.testing.oracle import check_family, differentiate
+
+pytestmark = pytest.mark.skipif(not ctxkern.backends()["cpu"], reason=str(ctxkern.backends()["cpu"]))
+TABLE = [case for case in CASES if not case.per_token and case.id not in ("wide-k", "debug", "deep")]
+on_cpu = functools.partial(ctxkern.lora_linear, backend="cpu")
+
+
+def with_base(fn, weight, bias):
+    """fn with a frozen base, in the dtype of x."""
+    return lambda x, **given: fn(x, weight.to(x.dtype), bias=None if bias is None else bias.to(x.dtype), **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_base_by_our_own_product(dtype, monkeypatch):
+    product, calls = lora_cpu.modulated.forward, []
+    monkeypatch.setattr(lora_cpu.modulated, "forward", lambda *args: calls.append(1) or product(*args))
+    for case in (*TABLE, Case("many-rows", 3, 150, 70, 90, 1, bias=True)):
+        arguments, dout = lora_arguments(case, 3, dtype)
+        weight = arguments["weight"]
+        for given in (weight, weight if weight is None else weight.mT.contiguous().mT):
+            with force(library=False):
+                check_family(on_cpu, lora_linear_ref, arguments | {"weight": given}, dout, case.id)
+    assert bool(calls) == (dtype is torch.float32)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32,), (torch.bfloat16,), (torch.bfloat16, torch.float32, torch.bfloat16)],
+    ids=["f32", "bf16", "mixed"],
+)
+@pytest.mark.parametrize("leaves", [("x", "A", "B"), ("A", "B"), ("x",), ("B",)], ids=" ".join)
+def test_a_frozen_base(dtypes, leaves):
+    for case in TABLE:
+        arguments, dout = lora_arguments(case, 3, *dtypes)
+        found = []
+        for trained in (leaves, (*leaves, "weight")):
+            wanted = [name for name in trained if arguments[name] is not None]
+            given = arguments | {name: arguments[name].detach().requires_grad_() for name in wanted}
+            y = on_cpu(**given)
+            grads = torch.autograd.grad(y, [given[name] for name in wanted], dout)
+            found.append([y, *grads[: len(leaves)]])
+        for frozen, everything in zip(*found, strict=True):
+            assert torch.equal(frozen, everything), case.id
+
+
+ALONG = [
+    Case("many-rows", 3, 150, 70, 90, 1, bias=True),
+    Case("pages-apart", 2, 40, 1024, 64, 1, bias=True),
+    Case("pages-apart-out", 2, 40, 64, 1024, 1),
+    Case("shared", 6, 50, 96, 80, 1, rows=3, index=(0, 1, 2, 0, 1, 2), bias=True),
+    Case("ragged", 3, 0, 33, 47, 1, lengths=(40, 0, 300)),
+    Case("long-sums", 1, 513, 785, 391, 1),
+]
+
+
+@pytest.mark.parametrize("isa", cpu_runtime.cpu_isas() or [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ALONG, ids=[case.id for case in ALONG])
+def test_the_base_along_with_the_update(case, dtype, isa):
+    if dtype is torch.bfloat16 and not isa.endswith("bf16"):
+        pytest.skip("the words of this set are float32")
+    arguments, dout = lora_arguments(case, 5, dtype)
+    weight, bias = arguments.pop("weight"), arguments.pop("bias")
+    with force(library=False, isa=isa):
+        for given in (weight, weight.mT.contiguous().mT):
+            planned = ctxkern.explain_lora(weight=given, bias=bias, **arguments)
+            assert planned.base.endswith("with the update")
+            fn = with_base(on_cpu, given, bias)
+            check_family(fn, with_base(lora_linear_ref, weight, bias), arguments, dout, case.id)
+            threads, found = torch.get_num_threads(), []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(differentiate(fn, arguments, dout))
+            torch.set_num_threads(threads)
+            assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"adapter_index": torch.tensor([0, -1, 2])}, {"x": torch.ones(3, 40, 70)[:, :, ::7]}, {"x": torch.ones(3, 2, 10)}],
+    ids=["a sequence without an adapter", "rows with gaps", "few rows"],
+)
+def test_the_base_by_itself(change):
+    arguments, _ = lora_arguments(Case("rows", 3, 40, 10, 6, 1), 3)
+    arguments |= change
+    weight, bias = arguments.pop("weight"), arguments.pop("bias")
+    dout = torch.ones(*arguments["x"].shape[:2], 6)
+    with force(library=False):
+        assert ctxkern.explain_lora(weight=weight, bias=bias, **arguments).base == "a product of C++ in float32"
+        check_family(*(with_base(fn, weight, bias) for fn in (on_cpu, lora_linear_ref)), arguments, dout)
+        check_family(on_cpu, lora_linear_ref, arguments | {"weight": weight, "bias": bias}, dout)
+
+
+def test_our_own_product_is_taken_where_it_is_faster(monkeypatch):
+    taken = [256, 128, torch.float32], [1024, 4096, torch.float32, torch.float32]
+    refused = [255, 128, torch.float32], [1024, 127, torch.float32], [1024, 1024, torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for name, there in (("AMD EPYC 9654", True), ("INTEL(R) XEON(R)", False)):
+        monkeypatch.setattr(base.cpu, "cpu_name", lambda name=name: name)
+        monkeypatch.setattr(base.cpu, "cpu_isa", lambda: "avx512")
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        base._is_measured.cache_clear()
+        assert [base.on_cpu_is_own(*given) for given in (*taken, *refused)] == [there] * 2 + [False] * 3
+    base._is_measured.cache_clear()
