@@ -13,8 +13,9 @@ from ctxkern.dtypes import accumulator
 from ctxkern.plan import compute_dtype, forced
 from ctxkern.runtime import cpu
 
-# Rows, and columns for each thread, from which products of the C++ kernels take less time than torch's on an AMD processor
-# with AVX-512: in float32 than MKL's, in bfloat16 than oneDNN's where they go along with the update (bench/LOG.md).
+# Rows, and columns for each thread, from which products of the C++ kernels take less time than torch's on an AMD
+# processor with AVX-512: in float32 than MKL's, in bfloat16 than oneDNN's where they go along with the update
+# (bench/LOG.md).
 _LEAST_ROWS, _LEAST_COLUMNS = 256, 64
 
 

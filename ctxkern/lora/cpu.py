@@ -1,5 +1,5 @@
-"""C++ kernels on the CPU (csrc/cpu/lora) around the product with the base weight: torch's own, or where it takes less time
-one that goes along with them, or that of the modulated kernels (csrc/cpu/modulated)."""
+"""C++ kernels on the CPU (csrc/cpu/lora) around the product with the base weight: torch's own, or where it takes less
+time one that goes along with them, or that of the modulated kernels (csrc/cpu/modulated)."""
 
 import torch
 
