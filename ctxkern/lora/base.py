@@ -19,21 +19,17 @@ from ctxkern.runtime import cpu
 _LEAST_ROWS, _LEAST_COLUMNS = 256, 64
 
 
-def on_cpu_is_own(rows, columns, *dtypes):
-    """Whether the backend cpu takes its own product, of so many rows and columns and tensors of these dtypes."""
-    return set(dtypes) == {torch.float32} and _pays(rows, columns)
-
-
-def on_cpu_goes_along(rows, columns, *dtypes):
-    """Whether it takes one that goes along with the update, if the rows of adapters allow it."""
+def own_on_cpu(rows, columns, *dtypes):
+    """(whether the backend cpu takes its own product, of so many rows and columns and tensors of these dtypes; whether
+    it takes one that goes along with the update, if the rows of adapters allow it)"""
+    few = rows < _LEAST_ROWS or columns < _LEAST_COLUMNS * torch.get_num_threads()
+    if few if forced.library is None else forced.library:
+        return False, False
+    if forced.library is None and not _is_measured():
+        return False, False
+    wide = set(dtypes) == {torch.float32}
     pairs = set(dtypes) == {torch.bfloat16} and cpu.cpu_isa() in ("avx512_bf16", "amx_bf16")
-    return (pairs or set(dtypes) == {torch.float32}) and _pays(rows, columns)
-
-
-def _pays(rows, columns):
-    if forced.library is not None:
-        return not forced.library
-    return rows >= _LEAST_ROWS and columns >= _LEAST_COLUMNS * torch.get_num_threads() and _is_measured()
+    return wide, wide or pairs
 
 
 @cache

@@ -4,7 +4,7 @@ time one that goes along with them, or that of the modulated kernels (csrc/cpu/m
 import torch
 
 from ctxkern.lora import native
-from ctxkern.lora.base import on_cpu_goes_along, on_cpu_is_own
+from ctxkern.lora.base import own_on_cpu
 from ctxkern.lora.operands import Gradients, check_values
 from ctxkern.modulated import cpu as modulated
 from ctxkern.modulated.operands import Operands
@@ -15,7 +15,7 @@ from ctxkern.runtime import cpu as cpu_runtime
 def _own_product(x, weight, bias=None, turned=False):
     """As `own` of `base`: a modulated projection without a context."""
     columns = weight.shape[0 if turned else 1]
-    if not on_cpu_is_own(len(x), columns, x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype):
+    if not own_on_cpu(len(x), columns, x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype)[0]:
         return None
     weight = weight.mT if turned else weight
     context, bilinear = x.new_empty(1, 0), x.new_empty(*weight.shape, 0)
@@ -46,17 +46,17 @@ def _is_short(operands, options, gates):
     return plain and compute_dtype("cpu", x.dtype) is x.dtype
 
 
-def _base(operands):
-    """(whether the base product is ours in any case, whether it may go along with the update)"""
-    x, weight = operands.x, operands.weight
-    given = x.shape[:-1].numel(), min(weight.shape), x.dtype, weight.dtype
-    return on_cpu_is_own(*given), on_cpu_goes_along(*given)
+def _base(operands, columns):
+    """`own_on_cpu` of a base product of so many columns."""
+    x = operands.x
+    return own_on_cpu(x.shape[:-1].numel(), columns, x.dtype, operands.weight.dtype)
 
 
 def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
     if _is_short(operands, options, gates):
-        y = _checked(operands, cpu_runtime.load().lora_forward, operands, options.scale, *_base(operands))
+        given = operands, options.scale, *_base(operands, operands.weight.shape[0])
+        y = _checked(operands, cpu_runtime.load().lora_forward, *given)
         if y is not None:
             return y
     return native.forward(operands, options, gates, _run, _own_product)
@@ -65,7 +65,7 @@ def forward(operands, options, gates=None):
 def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
     if _is_short(operands, options, gates):
-        given = dout, operands, needs, options.scale, *_base(operands)
+        given = dout, operands, needs, options.scale, *_base(operands, operands.weight.shape[1])
         grads = _checked(operands, cpu_runtime.load().lora_backward, *given)
         if grads is not None:
             return Gradients(*grads)

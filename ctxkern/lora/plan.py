@@ -6,16 +6,16 @@ from ctxkern.dtypes import name_of
 from ctxkern.plan import compute_dtype, floor
 from ctxkern.runtime import cpu
 
-from .base import on_cpu_goes_along, on_cpu_is_own, strips_of_weight
+from .base import own_on_cpu, strips_of_weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraPlan:
     """How a low-rank call runs. Counts are of what was asked for, forward or backward, with every rank at its largest.
 
-    base: what computes x weightᵀ, or the gradient of x: a product of torch's library, as it is the fastest one there is
-    and the update needs of y one more pass at most, or of C++ where that is faster. flops, bytes: of base and update.
-    linear_flops: of the base alone.
+    base: what computes x weightᵀ, or the gradient of x: a product of torch's library, or one of C++ where that is
+    faster, either with the update, so that y or dx takes one pass, or by itself.
+    flops, bytes: of base and update. linear_flops: of the base alone.
     floor_seconds: max(bytes / bandwidth, flops / peak) on the device, None where its rates are not known.
     """
 
@@ -48,17 +48,18 @@ class LoraPlan:
         )
 
 
-def _base(operands, options, backend, backward):
+def _base(operands, options, backend, backward, trained):
     x, weight, *_, bias = operands[:5]
     if weight is None:
         return "none"
     if backend == "cpu":
-        given = x.shape[:-1].numel(), weight.shape[1 if backward else 0], x.dtype, weight.dtype
-        own, core = f"a product of C++ in {name_of(x.dtype)}", cpu.core()
-        if on_cpu_goes_along(*given) and not options.dropout and core.plain(operands) and core.lora_along(operands):
-            return f"{own}, with the update"
-        if on_cpu_is_own(*given) and (backward or bias is None or bias.dtype is x.dtype):
-            return own
+        columns, text = weight.shape[1 if backward else 0], f"a product of C++ in {name_of(x.dtype)}"
+        own, along = own_on_cpu(x.shape[:-1].numel(), columns, x.dtype, weight.dtype)
+        alone = options.dropout or (backward and trained) or not cpu.core().plain(operands)
+        if along and not alone and cpu.core().lora_along(operands):
+            return f"{text}, with the update"
+        if own and (backward or bias is None or bias.dtype is x.dtype):
+            return text
     compute = compute_dtype(x.device.type, x.dtype)
     library = "torch's product (cuBLAS)" if x.device.type == "cuda" else "torch's product"
     text = f"{library} in {name_of(compute)}"
@@ -75,6 +76,7 @@ def plan(operands, options, backend, backward):
     size, y_size = x.element_size(), x.element_size() * tokens * d_out
     linear = 0 if weight is None else 2 * tokens * d_in * d_out
     moved = tokens * d_in * size + sum(t.nbytes for t in (weight, A, B) if t is not None)
+    trained = any(t is not None and t.requires_grad for t in (weight, bias))
     if not backward:
         base, update = linear, 2 * tokens * rank * (d_in + d_out)
         moved += y_size * (1 if weight is None and bias is None else 3)
@@ -90,7 +92,7 @@ def plan(operands, options, backend, backward):
     seconds, rates = floor(x.device.type, x.dtype, base + update, moved)
     return LoraPlan(
         backend=backend,
-        base=_base(operands, options, backend, backward),
+        base=_base(operands, options, backend, backward, trained),
         backward=backward,
         tokens=tokens,
         adapters=adapters,

@@ -2,7 +2,10 @@
 
 import torch
 
-from .cases import make_inputs
+from .cases import CASES, make_inputs
+
+# for adapters in place of contexts
+LOW_RANK_CASES = [case for case in CASES if not case.per_token and case.id not in ("wide-k", "debug", "deep")]
 
 
 def modulated_arguments(case, dtype=torch.float32, param_dtype=None, **how):

@@ -10,13 +10,12 @@ from ctxkern.lora import base
 from ctxkern.lora import cpu as lora_cpu
 from ctxkern.reference import lora_linear_ref
 from ctxkern.runtime import cpu as cpu_runtime
-from ctxkern.testing.cases import CASES, Case
-from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.cases import Case
+from ctxkern.testing.families import LOW_RANK_CASES, lora_arguments
 from ctxkern.testing.force import force
 from ctxkern.testing.oracle import check_family, differentiate
 
 pytestmark = pytest.mark.skipif(not ctxkern.backends()["cpu"], reason=str(ctxkern.backends()["cpu"]))
-TABLE = [case for case in CASES if not case.per_token and case.id not in ("wide-k", "debug", "deep")]
 on_cpu = functools.partial(ctxkern.lora_linear, backend="cpu")
 
 
@@ -29,7 +28,7 @@ def with_base(fn, weight, bias):
 def test_the_base_by_our_own_product(dtype, monkeypatch):
     product, calls = lora_cpu.modulated.forward, []
     monkeypatch.setattr(lora_cpu.modulated, "forward", lambda *args: calls.append(1) or product(*args))
-    for case in (*TABLE, Case("many-rows", 3, 150, 70, 90, 1, bias=True)):
+    for case in (*LOW_RANK_CASES, Case("many-rows", 3, 150, 70, 90, 1, bias=True)):
         arguments, dout = lora_arguments(case, 3, dtype)
         weight = arguments["weight"]
         for given in (weight, weight if weight is None else weight.mT.contiguous().mT):
@@ -45,7 +44,7 @@ def test_the_base_by_our_own_product(dtype, monkeypatch):
 )
 @pytest.mark.parametrize("leaves", [("x", "A", "B"), ("A", "B"), ("x",), ("B",)], ids=" ".join)
 def test_a_frozen_base(dtypes, leaves):
-    for case in TABLE:
+    for case in LOW_RANK_CASES:
         arguments, dout = lora_arguments(case, 3, *dtypes)
         found = []
         for trained in (leaves, (*leaves, "weight")):
@@ -106,6 +105,48 @@ def test_the_base_by_itself(change):
         check_family(on_cpu, lora_linear_ref, arguments | {"weight": weight, "bias": bias}, dout)
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """How each base product of ours since was made, in the words of `explain_lora`."""
+    found, core, product = [], cpu_runtime.load(), lora_cpu.modulated.forward
+
+    class Core:
+        def __getattr__(self, name):
+            return getattr(core, name)
+
+        def lora_forward(self, operands, *given):
+            return self.noted(core.lora_forward(operands, *given), operands, given[2])
+
+        def lora_backward(self, dout, operands, *given):
+            return self.noted(core.lora_backward(dout, operands, *given), operands, given[3])
+
+        def noted(self, result, operands, along):
+            if result is not None and along and core.lora_along(operands):
+                found.append("with the update")
+            return result
+
+    monkeypatch.setattr(lora_cpu.cpu_runtime, "load", Core)
+    monkeypatch.setattr(lora_cpu.modulated, "forward", lambda *given: found.append("by itself") or product(*given))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("sizes", [(3, 100, 32, 256), (3, 100, 256, 32), (3, 100, 256, 256), (3, 9, 256, 256)], ids=str)
+def test_what_is_explained_is_what_runs(sizes, trained, dtype, taken, monkeypatch):
+    if dtype is torch.bfloat16 and not cpu_runtime.cpu_isa().endswith("bf16"):
+        pytest.skip("the words of this machine are float32")
+    monkeypatch.setattr(base, "_is_measured", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    arguments, dout = lora_arguments(Case("sizes", *sizes, 1), 3, dtype)
+    for name in ("x", "A", "B", *["weight"] * trained):
+        arguments[name].requires_grad_()
+    planned = [ctxkern.explain_lora(**arguments, backward=backward).base for backward in (False, True)]
+    ctxkern.lora_linear(**arguments).backward(dout)
+    ours = [text for text in planned if text.startswith("a product of C++")]
+    assert taken == ["with the update" if text.endswith("with the update") else "by itself" for text in ours]
+
+
 def test_our_own_product_is_taken_where_it_is_faster(monkeypatch):
     taken = [256, 128, torch.float32], [1024, 4096, torch.float32, torch.float32]
     refused = [255, 128, torch.float32], [1024, 127, torch.float32], [1024, 1024, torch.float32, torch.bfloat16]
@@ -115,5 +156,8 @@ def test_our_own_product_is_taken_where_it_is_faster(monkeypatch):
         monkeypatch.setattr(base.cpu, "cpu_isa", lambda: "avx512")
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
         base._is_measured.cache_clear()
-        assert [base.on_cpu_is_own(*given) for given in (*taken, *refused)] == [there] * 2 + [False] * 3
+        assert [base.own_on_cpu(*given) for given in (*taken, *refused)] == [(there, there)] * 2 + [(False, False)] * 3
+        assert base.own_on_cpu(256, 128, torch.bfloat16) == (False, False)
+        monkeypatch.setattr(base.cpu, "cpu_isa", lambda: "avx512_bf16")
+        assert base.own_on_cpu(256, 128, torch.bfloat16) == (False, there)
     base._is_measured.cache_clear()

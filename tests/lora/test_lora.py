@@ -14,7 +14,7 @@ import ctxkern
 from ctxkern.nn import DynamicLoraLinear
 from ctxkern.reference import lora_dropout_mask, lora_linear_ref
 from ctxkern.testing.cases import CASES, Case
-from ctxkern.testing.families import lora_arguments
+from ctxkern.testing.families import LOW_RANK_CASES, lora_arguments
 from ctxkern.testing.force import force
 from ctxkern.testing.oracle import check_family, differentiate
 
@@ -29,8 +29,7 @@ DTYPES = {
     "bf16-f32-weight": (torch.bfloat16, torch.bfloat16, torch.float32),
     "bf16-f32-both": (torch.bfloat16, torch.float32, torch.float32),
 }
-TABLE = [case for case in CASES if not case.per_token and case.id not in ("wide-k", "debug", "deep")]
-BY_ID = {case.id: case for case in TABLE}
+BY_ID = {case.id: case for case in LOW_RANK_CASES}
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def fn(request):
 def test_the_case_table(fn, dtypes):
     if dtypes[0] is torch.float64:
         fn = functools.partial(ctxkern.lora_linear, backend="portable")
-    for case in TABLE:
+    for case in LOW_RANK_CASES:
         arguments, dout = lora_arguments(case, 3, *dtypes)
         check_family(fn, lora_linear_ref, arguments, dout, case.id)
 

@@ -16,7 +16,8 @@ namespace ctxkern {
 namespace {
 
 int64_t threads_for(const LoraCall& q, bool backward) {
-  const double work = 2.0 * q.rows_of->count * q.rank * static_cast<double>(q.d_in + q.d_out);
+  const double base = q.base.data ? static_cast<double>(q.d_in) * static_cast<double>(q.d_out) : 0;
+  const double work = 2.0 * q.rows_of->count * (base + q.rank * static_cast<double>(q.d_in + q.d_out));
   return threads_worth(work, backward, q.threads);
 }
 
@@ -37,7 +38,7 @@ bool fits(py::handle arguments) {
     if (!may_be_parameter(given[kWeight], x, {d_out, d_in}) || !may_be_parameter(given[kBias], x, {d_out}))
       return false;
     if (!given[kRanks].is_none() && !may_be_longs(given[kRanks], x, table)) return false;
-    return given[kIndex].is_none() ? table == x.sizes[0] : may_be_longs(given[kIndex], x, x.sizes[0]);
+    return may_be_index(given[kIndex], x, table);
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;
@@ -62,7 +63,7 @@ bool factored_fits(py::handle arguments) {
       return false;
     if (!may_be_parameter(given[kWeight], x, {d_in, d_out}) || !may_be_parameter(given[kBias], x, {d_out}))
       return false;
-    return given[kIndex].is_none() ? context.sizes[0] == x.sizes[0] : may_be_longs(given[kIndex], x, x.sizes[0]);
+    return may_be_index(given[kIndex], x, context.sizes[0]);
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;
@@ -71,7 +72,7 @@ bool factored_fits(py::handle arguments) {
 
 // A call, and what it looks at.
 struct Made {
-  Made(const LoraProblem& problem, bool backward) {
+  explicit Made(const LoraProblem& problem) {
     static_cast<LoraProblem&>(call) = problem;
     const Batch& batch = call.batch;
     grouped = group_rows(batch.sequences, batch.length, batch.tokens, batch.bounds, batch.index, batch.table, true);
@@ -90,7 +91,6 @@ struct Made {
     call.rows_of = &rows;
     call.blocks = blocks.data();
     call.block_first = first.data();
-    call.threads = threads_for(call, backward);
   }
   Made(const Made&) = delete;
 
@@ -98,7 +98,7 @@ struct Made {
   Rows rows;
   std::vector<LoraBlock> blocks;
   std::vector<int64_t> first;
-  LoraCall call;
+  LoraCall call{};
 };
 
 // Row of the gates of each row of x, where one of a problem, or one in order, is for several rows of x (`Gates.length`);
@@ -153,25 +153,21 @@ LoraProblem problem_of(py::handle operands, py::handle rows, py::handle gradient
   return q;
 }
 
-// Runs a problem that `problem_of` made, whose gates are those of ctxkern/lora/operands.py, or None.
-void run(LoraProblem& problem, py::handle gates, bool backward, const py::object& allocate, const Operand& base = {},
-         const Operand& bias = {}) {
-  check_problem(problem, backward);
-  const std::vector<int64_t> gate_of = gate_of_rows(problem, gates);
-  if (!gate_of.empty()) problem.gate_of = gate_of.data();
-  check_ranks(problem);
+// Runs a call whose gates are those of ctxkern/lora/operands.py, or None.
+void run(LoraCall& q, py::handle gates, bool backward, const py::object& allocate) {
+  check_problem(q, backward);
+  const std::vector<int64_t> gate_of = gate_of_rows(q, gates);
+  if (!gate_of.empty()) q.gate_of = gate_of.data();
+  check_ranks(q);
   release_kept(kept_seconds());
-  Made made(problem, backward);
-  made.call.base = base;
-  made.call.bias = bias;
-  const LoraKernels& kernels = lora_kernels_for(chosen_isa(), problem.x.dtype);
-  const Workspace workspace(kernels.bytes(made.call, backward), allocate);
+  q.threads = threads_for(q, backward);
+  const LoraKernels& kernels = lora_kernels_for(chosen_isa(), q.x.dtype);
+  const Workspace workspace(kernels.bytes(q, backward), allocate);
   py::gil_scoped_release unlocked;
   workspace.advise();
-  if (base.data && backward) advise_huge(problem.dx, problem.batch.tokens * problem.d_in * size_of(problem.x.dtype));
-  if (base.data && !backward)
-    advise_huge(problem.rows, problem.batch.tokens * problem.d_out * size_of(problem.x.dtype));
-  (backward ? kernels.backward : kernels.forward)(made.call, workspace.data);
+  if (q.base.data)
+    advise_huge(backward ? q.dx : q.rows, q.batch.tokens * (backward ? q.d_in : q.d_out) * size_of(q.x.dtype));
+  (backward ? kernels.backward : kernels.forward)(q, workspace.data);
 }
 
 PyObject* lora(PyObject* const* given) {
@@ -180,8 +176,8 @@ PyObject* lora(PyObject* const* given) {
   const double scale = PyFloat_AsDouble(given[5]);
   const int64_t kept_from = PyLong_AsLongLong(given[6]), threads = PyLong_AsLongLong(given[7]);
   if (PyErr_Occurred()) throw py::error_already_set();
-  LoraProblem problem = problem_of(operands, rows, gradients, gates, adds, scale, kept_from, threads);
-  run(problem, gates, !gradients.is_none(), py::reinterpret_borrow<py::object>(given[8]));
+  Made made(problem_of(operands, rows, gradients, gates, adds, scale, kept_from, threads));
+  run(made.call, gates, !gradients.is_none(), py::reinterpret_borrow<py::object>(given[8]));
   Py_RETURN_NONE;
 }
 
@@ -197,15 +193,16 @@ bool is_short(py::handle operands) {
   return x.dense();
 }
 
-// Whether the base product of a call goes along with the update.
-bool goes_along(py::handle operands) {
-  const py::handle x = entry(operands, 0, 10);
-  // x stands for y, which is not touched
-  const LoraProblem problem = problem_of(operands, x, py::none(), py::none(), true, 1, 0, 1);
-  return problem.batch.tokens > 0 && takes_base(Made(problem, false).call);
+// The problem of a call with a base; x stands for y or dy, and gradients are not there yet.
+LoraProblem short_problem(py::handle operands, double scale, int64_t threads) {
+  return problem_of(operands, entry(operands, 0, 10), py::none(), py::none(), true, scale, 0, threads);
 }
 
-PyObject* lora_along(PyObject* const* given) { return PyBool_FromLong(is_short(given[0]) && goes_along(given[0])); }
+PyObject* lora_along(PyObject* const* given) {
+  if (!is_short(given[0])) Py_RETURN_FALSE;
+  const Made made(short_problem(given[0], 1, 1));
+  return PyBool_FromLong(takes_base(made.call));
+}
 
 PyObject* lora_forward(PyObject* const* given) {
   const py::handle operands = given[0];
@@ -215,13 +212,20 @@ PyObject* lora_forward(PyObject* const* given) {
   if (PyErr_Occurred()) throw py::error_already_set();
   if (!is_short(operands)) Py_RETURN_NONE;
   const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
-  const bool along = asked && goes_along(operands);
+  Made made(short_problem(operands, scale, threads));
+  const bool along = asked && takes_base(made.call);
   if (own && !along) Py_RETURN_NONE;
-  const Tensor x = tensor_of(operand(0)), weight = tensor_of(operand(1), 2);
-  py::object y = along ? new_rows(operand(0), x, weight.sizes[0]) : linear(operand(0), operand(1), operand(4));
-  LoraProblem problem = problem_of(operands, y, py::none(), py::none(), true, scale, 0, threads);
-  const Operand none{}, base = along ? operand_of(weight) : none, bias = along ? operand_of(operand(4), 1) : none;
-  run(problem, py::none(), false, py::reinterpret_borrow<py::object>(given[5]), base, bias);
+  py::object y;
+  if (along) {
+    const Tensor weight = tensor_of(operand(1), 2);
+    y = new_rows(operand(0), tensor_of(operand(0)), weight.sizes[0]);
+    made.call.base = operand_of(weight);
+    made.call.bias = operand_of(operand(4), 1);
+  } else {
+    y = linear(operand(0), operand(1), operand(4));
+  }
+  made.call.rows = address_of(y);
+  run(made.call, py::none(), false, py::reinterpret_borrow<py::object>(given[5]));
   return y.release().ptr();
 }
 
@@ -234,22 +238,23 @@ PyObject* lora_backward(PyObject* const* given) {
   const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
   const auto needed = [&](int64_t i) { return entry(needs, i, 5).ptr() == Py_True; };
   if (needed(1) || needed(4) || !is_short(operands) || !tensor_of(dout).dense()) Py_RETURN_NONE;
-  const auto like = [&](int64_t i, int64_t ndim) -> py::object {
-    if (!needed(i)) return py::none();
-    const Tensor t = tensor_of(operand(i), ndim);
-    return new_rows(operand(i), t, t.sizes[ndim - 1]);
-  };
-  const bool along = asked && needed(0) && goes_along(operands);
+  Made made(short_problem(operands, scale, threads));
+  LoraCall& q = made.call;
+  const bool along = asked && needed(0) && takes_base(q);
   if (own && needed(0) && !along) Py_RETURN_NONE;
-  const py::object dx = !needed(0) ? py::none()
-                        : along    ? like(0, tensor_of(operand(0)).ndim)
-                                   : matmul(dout, operand(1));
-  const py::tuple gradients = py::make_tuple(dx, like(2, 3), like(3, 3));
-  LoraProblem problem = problem_of(operands, dout, gradients, py::none(), true, scale, 0, threads);
-  if (needed(0) || needed(2) || needed(3))
-    run(problem, py::none(), true, py::reinterpret_borrow<py::object>(given[7]),
-        along ? operand_of(tensor_of(operand(1), 2)) : Operand{});
-  return py::make_tuple(dx, py::none(), gradients[1], gradients[2], py::none()).release().ptr();
+  const auto like = [&](int64_t i) -> py::object {
+    if (!needed(i)) return py::none();
+    const Tensor t = tensor_of(operand(i));
+    return new_rows(operand(i), t, t.sizes[t.ndim - 1]);
+  };
+  const py::object dx = along || !needed(0) ? like(0) : matmul(dout, operand(1)), dA = like(2), dB = like(3);
+  if (along) q.base = operand_of(operand(1), 2);
+  q.rows = address_of(dout);
+  q.dx = address_of(dx);
+  q.dA = address_of(dA);
+  q.dB = address_of(dB);
+  if (needed(0) || needed(2) || needed(3)) run(q, py::none(), true, py::reinterpret_borrow<py::object>(given[7]));
+  return py::make_tuple(dx, py::none(), dA, dB, py::none()).release().ptr();
 }
 
 // At the address of a struct of runtime/problem.py, for libraries without Python.

@@ -32,7 +32,7 @@ constexpr int64_t kBlockRows = 256;
 // the panels of the weight, which each block reads, stay in a cache (bench/LOG.md).
 inline bool takes_base(const LoraCall& q) {
   constexpr int64_t kFewRows = 16, kMostBytes = 4 << 20;
-  return q.rows_of->count == q.batch.tokens && q.batch.tokens >= kFewRows * q.block_count() &&
+  return q.batch.tokens > 0 && q.rows_of->count == q.batch.tokens && q.batch.tokens >= kFewRows * q.block_count() &&
          q.d_in * q.d_out * size_of(q.x.dtype) <= kMostBytes;
 }
 

@@ -5,7 +5,7 @@
 // Where rows have gates, entries of h and g are multiplied by those of their row, and the products of both without them
 // are the gates' gradient. The first two, and h, block by block; then dA and dB, strip of columns by strip, over the blocks
 // of an adapter in their order. Where adapters are many and even, a thread takes each whole, so that its rows stay in cache
-// between the two.
+// between the two. Where the base weight goes along, a block of y or dx is written by its product, then updated.
 // Cuts depend on the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
 #pragma once
 

@@ -39,7 +39,7 @@ bool fits(py::handle arguments) {
     if (!context.mixes(x) || !bilinear.mixes(x) || !bilinear.has_sizes({d_in, d_out, context.sizes[1]})) return false;
     if (!may_be_parameter(given[kWeight], x, {d_in, d_out}) || !may_be_parameter(given[kBias], x, {d_out}))
       return false;
-    return given[kIndex].is_none() ? context.sizes[0] == x.sizes[0] : may_be_longs(given[kIndex], x, x.sizes[0]);
+    return may_be_index(given[kIndex], x, context.sizes[0]);
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;

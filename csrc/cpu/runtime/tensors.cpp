@@ -184,6 +184,10 @@ bool may_be_longs(py::handle object, const Tensor& x, int64_t size) {
   return t.longs() && t.same_device(x) && t.has_sizes({size});
 }
 
+bool may_be_index(py::handle object, const Tensor& x, int64_t table) {
+  return object.is_none() ? table == x.sizes[0] : may_be_longs(object, x, x.sizes[0]);
+}
+
 Operand operand_of(const Tensor& tensor) {
   Operand operand{tensor.data, Dtype::f32, {0, 0, 0}};
   if (tensor.kind == kBfloat && tensor.bits == 16)

@@ -46,6 +46,9 @@ Tensor tensor_of(pybind11::handle object, int64_t ndim);
 bool may_be_parameter(pybind11::handle object, const Tensor& x, std::initializer_list<int64_t> sizes);
 bool may_be_longs(pybind11::handle object, const Tensor& x, int64_t size);
 
+// Whether it may say which of `table` rows each sequence of x [B, S, D] uses; None: each its own, in order.
+bool may_be_index(pybind11::handle object, const Tensor& x, int64_t table);
+
 // A tensor of floats with up to three dimensions; absent for None.
 Operand operand_of(const Tensor& tensor);
 Operand operand_of(pybind11::handle object, int64_t ndim);
