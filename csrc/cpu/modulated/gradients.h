@@ -130,8 +130,14 @@ class RowGradients {
   void add(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext,
            const Sums& sums, const RowScratch& at) const {
     if (dcontext) add_dcontext(p, d, e, columns, g, dcontext, at);
-    if (p.dweight.data) add_dweight(p, d, e, columns, g, sums, at);
-    if (p.dbilinear.data) add_dbilinear(p, d, e, columns, g, sums, at);
+    if (!p.dweight.data && !p.dbilinear.data) return;
+    Left turned{g.data, 4, g.context};
+    if (W::PER == 2) {
+      pack_rows<W, W::dtype>(at.pairs, columns_, g.data, g.context, 2, g.count, columns);
+      turned = {reinterpret_cast<const char*>(at.pairs), 4, columns_ * 4};
+    }
+    if (p.dweight.data) add_dweight(p, d, e, columns, g.count, turned, sums, at);
+    if (p.dbilinear.data) add_dbilinear(p, d, e, columns, g, turned, sums, at);
   }
 
  private:
@@ -152,17 +158,25 @@ class RowGradients {
     product_wide<W>(g.count, words<W>(columns), {g.data, g.context, 4}, right, out);
   }
 
-  void add_dweight(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Sums& sums,
-                   const RowScratch& at) const {
-    const int64_t size = W::PER == 2 ? 2 : 4, out_size = size_of(p.dweight.dtype);
+  // turned: words along the contexts, a row for each column
+  void add_dweight(const Projection& p, int64_t d, int64_t e, int64_t columns, int64_t count, const Left& turned,
+                   const Sums& sums, const RowScratch& at) const {
+    constexpr int64_t few = kFewContexts / W::PER;
+    const int64_t steps = (count + W::PER - 1) / W::PER, out_size = size_of(p.dweight.dtype);
     float* const kept = sums.dweight ? sums.dweight : at.out;
     for (int64_t j = 0; j < columns; j += VL) {
       V total = sums.started ? load_f32_first<Dtype::f32>(reinterpret_cast<char*>(kept + j), columns - j) : V{};
       // a few contexts first: rounding grows with the length of a sum
-      for (int64_t u = 0; u < g.count;) {
+      for (int64_t s = 0; s < steps;) {
         V part{};
-        for (const int64_t end = g.count - u < kFewContexts ? g.count : u + kFewContexts; u < end; ++u) {
-          part += load_f32_first<W::dtype>(g.data + u * g.context + j * size, columns - j);
+        for (const int64_t end = steps - s < few ? steps : s + few; s < end; ++s) {
+          const char* const from = turned.data + s * turned.step + j * 4;
+          if constexpr (W::PER == 2) {
+            const VU both = load<VU>(from);
+            part += (V)(both << 16) + (V)(both & 0xffff0000u);
+          } else {
+            part += load_f32_first<Dtype::f32>(from, columns - j);
+          }
         }
         total += part;
       }
@@ -174,13 +188,8 @@ class RowGradients {
     }
   }
 
-  void add_dbilinear(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Sums& sums,
-                     const RowScratch& at) const {
-    Left left{g.data, 4, g.context};
-    if (W::PER == 2) {
-      pack_rows<W, W::dtype>(at.pairs, columns_, g.data, g.context, 2, g.count, columns);
-      left = {reinterpret_cast<const char*>(at.pairs), 4, columns_ * 4};
-    }
+  void add_dbilinear(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, const Left& left,
+                     const Sums& sums, const RowScratch& at) const {
     const int64_t steps = words<W>(g.count), size = size_of(p.dbilinear.dtype);
     char* const to = p.dbilinear.data + (d * p.dbilinear.strides[0] + e * p.dbilinear.strides[1]) * size;
     const bool whole = W::PER == 2 || steps <= kLongest;
@@ -246,15 +255,16 @@ struct SharedRows {
     const float* const right = dy_words[i].panel(u, b.e);
     // in float32 a long sum is cut, as its rounding grows with its length; a half is rounded far more in the end
     const int64_t steps = x_words.steps(u), longest = out.store == Store::f32 ? kLongest : steps;
-    const int64_t far = dy_words[i].bytes() < kCold ? 0 : steps * NR;  // the next panel
+    const int64_t far = dy_words[i].cold() ? steps * NR : 0;  // the next panel
     for (int64_t r = 0; r < b.rows; r += NR) {
       const float* const left = x_words.panel(u, (b.d + r) / NR * NR) + (b.d + r) % NR;
+      const int64_t later = u + 1 < b.end ? x_words.far(u, b.d + r) : 0;
       Out part = out;
       part.data += r * out.row;
       for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
         const int64_t piece = steps - s < longest ? steps - s : longest;
         product_wide<W>(b.rows - r < NR ? b.rows - r : NR, piece,
-                        {reinterpret_cast<const char*>(left + s * NR), 4, NR * 4},
+                        {reinterpret_cast<const char*>(left + s * NR), 4, NR * 4, later},
                         {right + s * NR, NR, steps * NR, far}, part);
         part.store = Store::f32_add;
       }

@@ -59,7 +59,7 @@ constexpr int64_t words(int64_t n) {
 struct Left {
   const char* data;
   int64_t row, step;  // bytes
-  int64_t far = 0;    // bytes from a row to one that the second cache shall hold meanwhile; 0: none
+  int64_t far = 0;    // bytes from a row, or a panel, to one that the second cache shall hold meanwhile; 0: none
 };
 
 struct Right {
@@ -242,11 +242,13 @@ template <class W, int MR, int NV>
     next.from[0] = unkept(ahead->from[0]), next.from[1] = unkept(ahead->from[1]);
     next.bytes = unkept(ahead->bytes), next.at = unkept(ahead->at), next.far = unkept(ahead->far);
   }
-  V acc[MR][NV];
+  V acc[MR][NV], first[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) first[j] = out.bias ? load<V>(out.bias + lane + j * VL) : V{};
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = V{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = first[j];
   }
   // halves: the sum is short, and lines of the output that are first asked for at its end would be waited for
   if (W::PER == 2 && out.store != Store::f32_stream && out.store != Store::bf16_stream) {
@@ -277,10 +279,15 @@ template <class W, int MR, int NV>
         for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + i % 3 * a_row + far, 0, 2);
       }
     }
-    if (NV == 2) {
+    // of panels on both sides: what the first rows ask for serves those after them
+    if (NV < 4 && a_step == 8 * VL && row == 0) {
       if (const int64_t far = unkept(b.far)) {
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(right + far + i * 16, 0, 2);
+      }
+      if (const int64_t far = lane + NV * VL < out.lanes ? 0 : unkept(a.far)) {
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(base[0] + far + i * 64, 0, 2);
       }
     }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
@@ -305,14 +312,6 @@ template <class W, int MR, int NV>
     }
   }
   if (ahead) ahead->at = next.at;
-  if (out.bias) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      const V add = load<V>(out.bias + lane + j * VL);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) acc[i][j] += add;
-    }
-  }
   put(acc, out, row, lane);
 }
 
