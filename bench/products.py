@@ -4,13 +4,19 @@
 
 Each product by itself, from operands in the layout that it takes fastest, into memory that is there: y, dx and the
 gradients of all weights by bmm; the weights (twice: a backward that keeps no weight makes them again) and the gradients
-of bilinear and context by mm. No bias, no autograd. Shares are of the floor of the bench table.
+of bilinear and context by mm. No bias, no autograd. Shares are of the floor of the bench table. In addition what the
+kernels take without autograd and Python, and what they take where reading `bilinear` costs nothing, as all of it is one
+row of D that stays in the cache.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import time
 
 import torch
 
+from ctxkern.runtime import cpu
 from ctxkern.testing.cases import BENCH_CASES, make_inputs
 from ctxkern.testing.measure import ceilings, interleaved
 from ctxkern.testing.peers import calls
@@ -52,6 +58,41 @@ def library(step, case, dtype, seconds):
     return timings["step"], sum(made[name][0] * ms for name, ms in best.items()), best
 
 
+@contextlib.contextmanager
+def clocked():
+    """A list of the seconds that each call of a modulated kernel takes meanwhile."""
+    core, took = cpu.load(), []
+    kernels = {name: getattr(core, name) for name in ("modulated_forward", "modulated_backward")}
+
+    def timed(kernel):
+        def call(*args):
+            began = time.perf_counter()
+            made = kernel(*args)
+            took.append(time.perf_counter() - began)
+            return made
+
+        return call
+
+    try:
+        for name, kernel in kernels.items():
+            setattr(core, name, timed(kernel))
+        yield took
+    finally:
+        for name, kernel in kernels.items():
+            setattr(core, name, kernel)
+
+
+def kernels(step, seconds):
+    """Median ms of the kernels of a step, steps one after another."""
+    samples, end = [], time.perf_counter() + seconds
+    with clocked() as took:
+        while len(samples) < 5 or time.perf_counter() < end:
+            took.clear()
+            step()
+            samples.append(sum(took))
+    return 1e3 * sorted(samples)[len(samples) // 2]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dtype", choices=("float32", "bfloat16"))
@@ -69,9 +110,12 @@ def main():
         step, ms, each = library(calls(inputs, True)["ctxkern"], case, dtype, args.seconds)
         (row,) = rows_of(case, inputs, True, {"ctxkern": step}, {"ctxkern": 0}, peaks)
         floor, ours = float(row["floor_ms"]), float(row["p50_ms"])
+        in_cache = dataclasses.replace(inputs, bilinear=inputs.bilinear[:1].contiguous().expand_as(inputs.bilinear))
+        alone, cached = (kernels(calls(given, True)["ctxkern"], args.seconds / 2) for given in (inputs, in_cache))
         print(
             f"{case.id:12} products {ms:7.2f} ms, {floor / ms:.2f} of the floor; the step {ours:7.2f}, "
-            f"{floor / ours:.2f}; step ÷ products {ours / ms:.2f};",
+            f"{floor / ours:.2f}; its kernels {alone:7.2f}, {floor / alone:.2f}; with bilinear in cache {cached:7.2f}, "
+            f"{floor / cached:.2f}; step ÷ products {ours / ms:.2f};",
             *(f"{name} {value:.2f}" for name, value in each.items()),
             flush=True,
         )

@@ -10,7 +10,8 @@ namespace ctxkern {
 namespace {
 
 // Columns of E at a time: a piece of a row of `bilinear` stays in cache between the products that read it.
-constexpr int64_t kChunk = 128;
+template <class W>
+constexpr int64_t kChunk = 128 * W::PER;
 // Ranges of D whose sums for dcontext are kept apart, at most: that many threads can share a backward.
 constexpr int64_t kRanges = 64;
 // Contexts whose sum is begun apart, as rounding grows with the length of a sum.

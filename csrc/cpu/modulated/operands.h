@@ -164,10 +164,8 @@ class RowWords {
   // Whether they lie beyond the second cache.
   bool cold() const { return bytes() >= kCold; }
 
-  // Bytes from a panel to that of the next context, where it is to be asked for; else 0.
-  int64_t far(int64_t u, int64_t c) const {
-    return cold() ? (panel(u + 1, c / NR * NR) - panel(u, c / NR * NR)) * 4 : 0;
-  }
+  // Bytes from a panel to that of the next context.
+  int64_t far(int64_t u, int64_t c) const { return (panel(u + 1, c / NR * NR) - panel(u, c / NR * NR)) * 4; }
 
   int64_t steps(int64_t u) const { return words<W>(rows_->first[u + 1] - rows_->first[u]); }
 

@@ -217,7 +217,7 @@ struct OuterBackward {
 
   Thread place(Arena& arena, Thread at) const {
     const auto most = [](int64_t a, int64_t b) { return a > b ? a : b; };
-    const int64_t chunk = words<W>(widest < kChunk ? widest : kChunk) * NR, row = words<W>(widest) * all.lanes;
+    const int64_t chunk = words<W>(widest < kChunk<W> ? widest : kChunk<W>) * NR, row = words<W>(widest) * all.lanes;
     at.right = arena.take(most(most(row, chunk), words<W>(kSummed) * all.lanes));
     at.z = arena.take(kRows * all.lanes);
     at.dx = arena.take(q.rows->count * t.strip + NR);
@@ -276,8 +276,8 @@ struct OuterBackward {
   void shared_weight(int i, int64_t d, int64_t rows, const Thread& at) const {
     const Projection& p = q.projection[i];
     const int64_t size = size_of(p.weight.dtype);
-    for (int64_t e = 0; e < p.d_out; e += kChunk) {
-      const int64_t columns = p.d_out - e < kChunk ? p.d_out - e : kChunk;
+    for (int64_t e = 0; e < p.d_out; e += kChunk<W>) {
+      const int64_t columns = p.d_out - e < kChunk<W> ? p.d_out - e : kChunk<W>;
       with_source<W>(p.weight.dtype, [&](auto type) {
         pack_lanes<W, decltype(type)::value>(at.right, NR,
                                              p.weight.data + (d * p.weight.strides[0] + e * p.weight.strides[1]) * size,

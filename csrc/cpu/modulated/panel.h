@@ -226,7 +226,7 @@ struct PanelBackward {
         need_products(needs_products(problem)),
         contexts(problem, true),
         shared(problem, need_products),
-        row(problem, contexts, t.across < kChunk ? t.across : kChunk, t.group) {
+        row(problem, contexts, t.across < kChunk<P> ? t.across : kChunk<P>, t.group) {
     Arena arena(workspace);
     contexts.place(q, arena);
     shared.place(arena);
@@ -327,11 +327,11 @@ struct PanelBackward {
   // Row after row of `bilinear`: what the gradients take from G, then the weights in its place.
   void rows_of(int i, const Block& b, int64_t range, Thread& at) {
     const Projection& p = q.projection[i];
-    const int64_t widest = t.across < kChunk ? t.across : kChunk;
+    const int64_t widest = t.across < kChunk<P> ? t.across : kChunk<P>;
     for (int64_t r = 0; r < b.rows; r += 2) {
       const int64_t d = b.d + r;
-      for (int64_t c = 0; c < b.columns; c += kChunk) {
-        const int64_t chunk = b.columns - c < kChunk ? b.columns - c : kChunk;
+      for (int64_t c = 0; c < b.columns; c += kChunk<P>) {
+        const int64_t chunk = b.columns - c < kChunk<P> ? b.columns - c : kChunk<P>;
         for (int64_t i = 0; need_products && i < 2 && r + i < b.rows; ++i) {
           const char* const g = at.weights + (r + i) * row_bytes() + c * kProduct;
           const Products made{g, context_bytes(), b.begin, b.end - b.begin};
@@ -343,8 +343,8 @@ struct PanelBackward {
           row.add(p, d + i, b.e + c, chunk, made, dcontext.at(range), sums, at.row);
         }
         if (!q.dx) continue;
-        const Place then = Place{d, b.e + c}.after(kChunk, b.e, b.e + b.columns);
-        Ahead next = panel_ahead(q, p, then, then.after(kChunk, b.e, b.e + b.columns), widest);
+        const Place then = Place{d, b.e + c}.after(kChunk<P>, b.e, b.e + b.columns);
+        Ahead next = panel_ahead(q, p, then, then.after(kChunk<P>, b.e, b.e + b.columns), widest);
         const int64_t panels = round_up(chunk, NR) / NR;
         next.share(panels * lines_ahead<P, 4>(b.end - b.begin, contexts.along_k_words), blocks_of<P>(q, panels));
         for (int64_t j = c; j < c + chunk; j += NR) {
