@@ -31,7 +31,7 @@ LARGER = [
     Case("many-contexts", 70, 5, 40, 72, 20, bias=True),
     Case("many-rows", 2, 300, 33, 40, 17),
     Case("many-columns", 3, 9, 36, 300, 8, bias=True),
-    Case("many-columns-many-contexts", 40, 3, 34, 160, 33),
+    Case("many-columns-many-contexts", 40, 3, 34, 288, 33),
     Case("interleaved-runs", 12, 40, 32, 48, 16, rows=3, index=(0, 1, 2) * 4),
     Case("interleaved-short-runs", 12, 3, 32, 48, 16, rows=3, index=(2, 1, 0) * 4),
     Case("k-major", 4, 12, 20, 36, 24),
