@@ -4,7 +4,7 @@ time one that goes along with them, or that of the modulated kernels (csrc/cpu/m
 import torch
 
 from ctxkern.lora import native
-from ctxkern.lora.base import own_on_cpu
+from ctxkern.lora.base import base_gradients, own_on_cpu
 from ctxkern.lora.operands import Gradients, check_values
 from ctxkern.modulated import cpu as modulated
 from ctxkern.modulated.operands import Operands
@@ -39,11 +39,10 @@ def _run(operands, *call):
     _checked(operands, cpu_runtime.load().lora, operands, *call)
 
 
-def _is_short(operands, options, gates):
-    """Whether C++ may see to all of a call: its base has the dtype of x and of torch's product."""
-    x, weight = operands.x, operands.weight
-    plain = gates is None and not options.dropout and weight is not None
-    return plain and compute_dtype("cpu", x.dtype) is x.dtype
+def _is_short(operands, options):
+    """Whether C++ may see to all but the base's gradients: the base has the dtype of x and of torch's product."""
+    x = operands.x
+    return not options.dropout and operands.weight is not None and compute_dtype("cpu", x.dtype) is x.dtype
 
 
 def _base(operands, columns):
@@ -54,8 +53,8 @@ def _base(operands, columns):
 
 def forward(operands, options, gates=None):
     """y in the dtype of x and the leading shape of x."""
-    if _is_short(operands, options, gates):
-        given = operands, options.scale, *_base(operands, operands.weight.shape[0])
+    if _is_short(operands, options):
+        given = operands, gates, options.scale, *_base(operands, operands.weight.shape[0])
         y = _checked(operands, cpu_runtime.load().lora_forward, *given)
         if y is not None:
             return y
@@ -64,9 +63,14 @@ def forward(operands, options, gates=None):
 
 def backward(dout, operands, options, needs, gates=None):
     """The `Gradients` that `needs` asks for."""
-    if _is_short(operands, options, gates):
-        given = dout, operands, needs, options.scale, *_base(operands, operands.weight.shape[1])
+    if _is_short(operands, options):
+        given = dout, operands, needs, gates, options.scale, *_base(operands, operands.weight.shape[1])
         grads = _checked(operands, cpu_runtime.load().lora_backward, *given)
         if grads is not None:
-            return Gradients(*grads)
+            (dx, dA, dB), dweight, dbias = grads, None, None
+            if needs.weight or needs.bias:
+                x, dy, (_, weight, _, _, bias, *_) = operands.x.flatten(0, -2), dout.flatten(0, -2), operands
+                without = needs._replace(x=False)
+                _, dweight, dbias = base_gradients(x, dy, weight, bias, without, options.workspace_bytes)
+            return Gradients(dx, dweight, dA, dB, dbias)
     return native.backward(dout, operands, options, needs, gates, _run, _own_product)

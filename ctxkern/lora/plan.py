@@ -48,14 +48,14 @@ class LoraPlan:
         )
 
 
-def _base(operands, options, backend, backward, trained):
+def _base(operands, options, backend, backward):
     x, weight, *_, bias = operands[:5]
     if weight is None:
         return "none"
     if backend == "cpu":
         columns, text = weight.shape[1 if backward else 0], f"a product of C++ in {name_of(x.dtype)}"
         own, along = own_on_cpu(x.shape[:-1].numel(), columns, x.dtype, weight.dtype)
-        alone = options.dropout or (backward and trained) or not cpu.core().plain(operands)
+        alone = options.dropout or not cpu.core().plain(operands)
         if along and not alone and cpu.core().lora_along(operands):
             return f"{text}, with the update"
         if own and (backward or bias is None or bias.dtype is x.dtype):
@@ -76,7 +76,6 @@ def plan(operands, options, backend, backward):
     size, y_size = x.element_size(), x.element_size() * tokens * d_out
     linear = 0 if weight is None else 2 * tokens * d_in * d_out
     moved = tokens * d_in * size + sum(t.nbytes for t in (weight, A, B) if t is not None)
-    trained = any(t is not None and t.requires_grad for t in (weight, bias))
     if not backward:
         base, update = linear, 2 * tokens * rank * (d_in + d_out)
         moved += y_size * (1 if weight is None and bias is None else 3)
@@ -92,7 +91,7 @@ def plan(operands, options, backend, backward):
     seconds, rates = floor(x.device.type, x.dtype, base + update, moved)
     return LoraPlan(
         backend=backend,
-        base=_base(operands, options, backend, backward, trained),
+        base=_base(operands, options, backend, backward),
         backward=backward,
         tokens=tokens,
         adapters=adapters,

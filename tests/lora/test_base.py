@@ -1,4 +1,4 @@
-"""The base product of lora_linear on the CPU: torch's, ours, and ours along with the update."""
+"""The base product of low-rank layers on the CPU: torch's, ours, and ours along with the update."""
 
 import functools
 
@@ -8,10 +8,10 @@ import torch
 import ctxkern
 from ctxkern.lora import base
 from ctxkern.lora import cpu as lora_cpu
-from ctxkern.reference import lora_linear_ref
+from ctxkern.reference import factored_modulated_linear_ref, lora_linear_ref
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.testing.cases import Case
-from ctxkern.testing.families import LOW_RANK_CASES, lora_arguments
+from ctxkern.testing.families import LOW_RANK_CASES, factored_arguments, lora_arguments
 from ctxkern.testing.force import force
 from ctxkern.testing.oracle import check_family, differentiate
 
@@ -43,15 +43,17 @@ def test_the_base_by_our_own_product(dtype, monkeypatch):
     ids=["f32", "bf16", "mixed"],
 )
 @pytest.mark.parametrize("leaves", [("x", "A", "B"), ("A", "B"), ("x",), ("B",)], ids=" ".join)
-def test_a_frozen_base(dtypes, leaves):
+@pytest.mark.parametrize("library", [None, False], ids=["chosen", "ours"])
+def test_a_frozen_base(dtypes, leaves, library):
     for case in LOW_RANK_CASES:
         arguments, dout = lora_arguments(case, 3, *dtypes)
         found = []
         for trained in (leaves, (*leaves, "weight")):
             wanted = [name for name in trained if arguments[name] is not None]
             given = arguments | {name: arguments[name].detach().requires_grad_() for name in wanted}
-            y = on_cpu(**given)
-            grads = torch.autograd.grad(y, [given[name] for name in wanted], dout)
+            with force(library=library):
+                y = on_cpu(**given)
+                grads = torch.autograd.grad(y, [given[name] for name in wanted], dout)
             found.append([y, *grads[: len(leaves)]])
         for frozen, everything in zip(*found, strict=True):
             assert torch.equal(frozen, everything), case.id
@@ -81,6 +83,7 @@ def test_the_base_along_with_the_update(case, dtype, isa):
             assert planned.base.endswith("with the update")
             fn = with_base(on_cpu, given, bias)
             check_family(fn, with_base(lora_linear_ref, weight, bias), arguments, dout, case.id)
+            check_family(on_cpu, lora_linear_ref, arguments | {"weight": given, "bias": bias}, dout, case.id)
             threads, found = torch.get_num_threads(), []
             for count in (1, 3):
                 torch.set_num_threads(count)
@@ -115,10 +118,10 @@ def taken(monkeypatch):
             return getattr(core, name)
 
         def lora_forward(self, operands, *given):
-            return self.noted(core.lora_forward(operands, *given), operands, given[2])
+            return self.noted(core.lora_forward(operands, *given), operands, given[3])
 
         def lora_backward(self, dout, operands, *given):
-            return self.noted(core.lora_backward(dout, operands, *given), operands, given[3])
+            return self.noted(core.lora_backward(dout, operands, *given), operands, given[4])
 
         def noted(self, result, operands, along):
             if result is not None and along and core.lora_along(operands):
@@ -128,6 +131,26 @@ def taken(monkeypatch):
     monkeypatch.setattr(lora_cpu.cpu_runtime, "load", Core)
     monkeypatch.setattr(lora_cpu.modulated, "forward", lambda *given: found.append("by itself") or product(*given))
     return found
+
+
+GATED = [
+    Case("many-rows", 3, 150, 70, 90, 8, bias=True),
+    Case("shared", 6, 50, 96, 80, 8, rows=3, index=(0, 1, 2, 0, 1, 2), bias=True),
+    Case("ragged", 3, 0, 33, 47, 8, lengths=(40, 0, 300)),
+    Case("context-per-token", 2, 40, 64, 96, 8, per_token=True),
+]
+
+
+@pytest.mark.parametrize("isa", cpu_runtime.cpu_isas() or [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GATED, ids=[case.id for case in GATED])
+def test_gates_along_with_the_base(case, dtype, isa, taken):
+    arguments, dout = factored_arguments(case, 5, dtype)
+    fn = functools.partial(ctxkern.factored_modulated_linear, backend="cpu")
+    with force(library=False, isa=isa):
+        for weight in (arguments["weight"], arguments["weight"].mT.contiguous().mT):
+            check_family(fn, factored_modulated_linear_ref, arguments | {"weight": weight}, dout, case.id)
+    assert set(taken) == ({"with the update"} if dtype is torch.float32 or isa.endswith("bf16") else set())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -194,25 +194,25 @@ bool is_short(py::handle operands) {
 }
 
 // The problem of a call with a base; x stands for y or dy, and gradients are not there yet.
-LoraProblem short_problem(py::handle operands, double scale, int64_t threads) {
-  return problem_of(operands, entry(operands, 0, 10), py::none(), py::none(), true, scale, 0, threads);
+LoraProblem short_problem(py::handle operands, py::handle gates, double scale, int64_t threads) {
+  return problem_of(operands, entry(operands, 0, 10), py::none(), gates, true, scale, 0, threads);
 }
 
 PyObject* lora_along(PyObject* const* given) {
   if (!is_short(given[0])) Py_RETURN_FALSE;
-  const Made made(short_problem(given[0], 1, 1));
+  const Made made(short_problem(given[0], py::none(), 1, 1));
   return PyBool_FromLong(takes_base(made.call));
 }
 
 PyObject* lora_forward(PyObject* const* given) {
-  const py::handle operands = given[0];
-  const double scale = PyFloat_AsDouble(given[1]);
-  const bool own = given[2] == Py_True, asked = given[3] == Py_True;
-  const int64_t threads = PyLong_AsLongLong(given[4]);
+  const py::handle operands = given[0], gates = given[1];
+  const double scale = PyFloat_AsDouble(given[2]);
+  const bool own = given[3] == Py_True, asked = given[4] == Py_True;
+  const int64_t threads = PyLong_AsLongLong(given[5]);
   if (PyErr_Occurred()) throw py::error_already_set();
   if (!is_short(operands)) Py_RETURN_NONE;
   const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
-  Made made(short_problem(operands, scale, threads));
+  Made made(short_problem(operands, gates, scale, threads));
   const bool along = asked && takes_base(made.call);
   if (own && !along) Py_RETURN_NONE;
   py::object y;
@@ -225,20 +225,20 @@ PyObject* lora_forward(PyObject* const* given) {
     y = linear(operand(0), operand(1), operand(4));
   }
   made.call.rows = address_of(y);
-  run(made.call, py::none(), false, py::reinterpret_borrow<py::object>(given[5]));
+  run(made.call, gates, false, py::reinterpret_borrow<py::object>(given[6]));
   return y.release().ptr();
 }
 
 PyObject* lora_backward(PyObject* const* given) {
-  const py::handle dout = given[0], operands = given[1], needs = given[2];
-  const double scale = PyFloat_AsDouble(given[3]);
-  const bool own = given[4] == Py_True, asked = given[5] == Py_True;
-  const int64_t threads = PyLong_AsLongLong(given[6]);
+  const py::handle dout = given[0], operands = given[1], needs = given[2], gates = given[3];
+  const double scale = PyFloat_AsDouble(given[4]);
+  const bool own = given[5] == Py_True, asked = given[6] == Py_True;
+  const int64_t threads = PyLong_AsLongLong(given[7]);
   if (PyErr_Occurred()) throw py::error_already_set();
   const auto operand = [&](int64_t i) { return entry(operands, i, 10); };
   const auto needed = [&](int64_t i) { return entry(needs, i, 5).ptr() == Py_True; };
-  if (needed(1) || needed(4) || !is_short(operands) || !tensor_of(dout).dense()) Py_RETURN_NONE;
-  Made made(short_problem(operands, scale, threads));
+  if (!is_short(operands) || !tensor_of(dout).dense()) Py_RETURN_NONE;
+  Made made(short_problem(operands, gates, scale, threads));
   LoraCall& q = made.call;
   const bool along = asked && needed(0) && takes_base(q);
   if (own && needed(0) && !along) Py_RETURN_NONE;
@@ -253,8 +253,9 @@ PyObject* lora_backward(PyObject* const* given) {
   q.dx = address_of(dx);
   q.dA = address_of(dA);
   q.dB = address_of(dB);
-  if (needed(0) || needed(2) || needed(3)) run(q, py::none(), true, py::reinterpret_borrow<py::object>(given[7]));
-  return py::make_tuple(dx, py::none(), dA, dB, py::none()).release().ptr();
+  if (needed(0) || needed(2) || needed(3) || q.products)
+    run(q, gates, true, py::reinterpret_borrow<py::object>(given[8]));
+  return py::make_tuple(dx, dA, dB).release().ptr();
 }
 
 // At the address of a struct of runtime/problem.py, for libraries without Python.
@@ -271,15 +272,15 @@ PyMethodDef methods[] = {
     method<9, lora>("lora",
                     "Runs the update: (operands, rows, (dx, dA, dB) or None, gates or None, adds, scale, kept_from, "
                     "threads, allocate); allocate(bytes) gives a tensor of bytes."),
-    method<6, lora_forward>(
+    method<7, lora_forward>(
         "lora_forward",
-        "y of (operands, scale, own, along, threads, allocate), where `along` allows it with a base product that goes "
+        "y of (operands, gates, scale, own, along, threads, allocate), where `along` allows it with a base product "
+        "that goes "
         "along with the update, else with torch's, or None where `own` forbids that; None too where weight has another "
         "dtype than x, or what is read row by row has gaps."),
-    method<8, lora_backward>(
+    method<9, lora_backward>(
         "lora_backward",
-        "The gradients of (dout, operands, needs, scale, own, along, threads, allocate), or None likewise and where "
-        "weight or bias need theirs."),
+        "(dx, dA, dB) of (dout, operands, needs, gates, scale, own, along, threads, allocate), or None likewise."),
     method<1, lora_along>("lora_along", "Whether a call's base product can go along with its update."),
     method<1, lora_fits>("lora_fits", "Whether it is quick to see that arguments of lora_linear pass its checks."),
     method<1, factored_look>("factored_fits", "The same of factored_modulated_linear."),

@@ -100,24 +100,26 @@ class Lora {
     const char* const b = q.B.data + q.slot(u) * q.B.strides[0] * b_size;
     with_source<W>(q.A.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
-      for (int64_t k = 0; at.a_lanes && k < rank; k += NR)
-        pack_lanes<W, D>(at.a_lanes + panels(k, q.d_in), NR, a + k * a_r, a_r, a_d, rank - k, q.d_in);
+      if (at.a_lanes) pack_panels<D>(at.a_lanes, a, a_d, a_r, q.d_in, rank, q.d_in);
       if (at.a_rows) pack_panels<D>(at.a_rows, a, a_r, a_d, rank, q.d_in, q.rank);
     });
     with_source<W>(q.B.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
-      for (int64_t e = 0; at.b_lanes && e < q.d_out; e += NR)
-        pack_lanes<W, D>(at.b_lanes + panels(e, q.rank), NR, b + e * b_e, b_e, b_r, q.d_out - e, rank);
+      if (at.b_lanes) pack_panels<D>(at.b_lanes, b, b_r, b_e, rank, q.d_out, q.rank);
       if (at.b_rows) pack_panels<D>(at.b_rows, b, b_e, b_r, q.d_out, rank, q.d_out);
     });
     return at;
   }
 
-  // pack_rows into panels with room for sums over `longest`.
+  // Panels with room for sums over `longest`, of a matrix as in `pack_matrix`; rows are read one after another where they lie
+  // as such, into all panels.
   template <Dtype D>
-  static void pack_panels(float* to, const char* from, int64_t row, int64_t step, int64_t rows, int64_t columns,
+  static void pack_panels(float* to, const char* from, int64_t row, int64_t column, int64_t count, int64_t lanes,
                           int64_t longest, const int64_t* map = nullptr) {
-    pack_rows<W, D>(to, NR, from, row, step, rows, columns, map, panels(NR, longest));
+    const int64_t panel = panels(NR, longest);
+    if (column == size_of(D)) return pack_rows<W, D>(to, NR, from, row, column, count, lanes, map, panel);
+    for (int64_t c = 0; c < lanes; c += NR, to += panel)
+      pack_matrix<W, D>(to, from + c * column, row, column, count, lanes - c < NR ? lanes - c : NR);
   }
 
   // Rows of a block, of x (or what dropout left of it, in grouped order), y or dy.
