@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,10 @@ LARGER = [
     # four vectors of a row at once: added to, and written past the caches
     Case("many-rows-wide-k", 2, 150, 33, 40, 128),
     Case("large-wide-k", 24, 1, 192, 200, 64),
+    # contexts as lanes: a vector of them, one and a half, a half
+    Case("a-vector-of-contexts", 16, 5, 34, 70, 18, bias=True),
+    Case("contexts-and-a-half", 23, 3, 35, 64, 16),
+    Case("half-a-vector-of-contexts", 8, 3, 18, 40, 32, weight=False),
 ]
 
 
@@ -319,6 +324,33 @@ def test_special_values_reach_the_output():
             assert torch.equal(got["y"][b], clean["y"][b])
             assert torch.equal(got["dx"][b], clean["dx"][b])
             assert torch.equal(got["dcontext"][b], clean["dcontext"][b])
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("count", [3, 8, 16])
+def test_a_special_value_of_bilinear_stays_in_its_column(isa, strategy, count):
+    """Where K is odd a word of it would reach into the next column."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = make_inputs(Case("odd-k", count, 6, 34, 70, 7), dtype)
+        inputs.bilinear[4, 5, 0] = float("inf")
+        finite = run(cpu(), inputs)["y"].isfinite()
+        assert not finite[..., 5].any()
+        assert finite[..., [e for e in range(70) if e != 5]].all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_how_many_contexts_there_are_changes_no_bit_of_one(isa, dtype):
+    """Weights of as many as a vector holds are made in another way, by the same sums."""
+    for count in (7, 8, 15, 16, 23, 24, 31, 32, 40):
+        inputs = make_inputs(Case("contexts", count, 5, 34, 70, 18, bias=True), dtype)
+        with force(strategy="panel"):
+            together = run(cpu(), inputs)
+            for b in (0, count - 1):
+                part = {name: getattr(inputs, name)[b : b + 1] for name in ("x", "context", "dy")}
+                alone = run(cpu(), replace(inputs, **part))
+                for name in ("y", "dx", "dcontext"):
+                    assert torch.equal(together[name][b], alone[name][0]), (count, b, name)
 
 
 def test_symbols_of_an_instruction_set_stay_in_it():

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "outer.h"
-#include "panel.h"
+#include "panel_backward.h"
 
 namespace ctxkern {
 namespace {

@@ -268,6 +268,21 @@ inline void lay_out_weight(const Projection& p, int64_t d, int64_t rows, int64_t
 // How many rows of weight ahead a panel asks for its columns, a line or two of a row at a time.
 constexpr int64_t kWeightRows = 8;
 
+// Rows d and d + 1 of weight, columns e to e + 2·VL each, in float32; zeros where there are none.
+inline void panel_bias(const Call& q, const Projection& p, int64_t d, int64_t e, float* bias) {
+  const int64_t columns = p.d_out - e < 2 * VL ? p.d_out - e : 2 * VL, size = size_of(p.weight.dtype);
+  const auto& strides = p.weight.strides;
+  for (int64_t i = 0; i < 2; ++i) {
+    const bool weighted = d + i < q.d_in && p.weight.data;
+    const char* const from = p.weight.data + (weighted ? ((d + i) * strides[0] + e * strides[1]) * size : 0);
+    if (weighted && strides[1] == 1 && d + i + kWeightRows < q.d_in) {
+      const char* const later = from + kWeightRows * strides[0] * size;
+      for (const int64_t at : {int64_t{0}, columns * size - 1}) __builtin_prefetch(later + at, 0, 2);
+    }
+    pack_vector(bias + i * 2 * VL, p.weight.dtype, from, weighted ? strides[1] : 1, weighted ? columns : 0, 2 * VL);
+  }
+}
+
 // A panel of `bilinear` for the product that makes weights: rows d and d + 1, columns e to e + 2·VL, as
 // [words of K, 4·VL lanes], and `bias`: those of weight. Lanes that are not there are zeros.
 template <class W>
@@ -289,16 +304,8 @@ inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t 
           store(panel + s * 4 * VL + 2 * VL, V{}), store(panel + s * 4 * VL + 3 * VL, V{});
       }
     });
-    const auto& strides = p.weight.strides;
-    const int64_t size = size_of(p.weight.dtype);
-    const bool weighted = there && p.weight.data;
-    const char* const from = p.weight.data + (weighted ? ((d + i) * strides[0] + e * strides[1]) * size : 0);
-    if (weighted && strides[1] == 1 && d + i + kWeightRows < q.d_in) {
-      const char* const later = from + kWeightRows * strides[0] * size;
-      for (const int64_t at : {int64_t{0}, columns * size - 1}) __builtin_prefetch(later + at, 0, 2);
-    }
-    pack_vector(bias + i * 2 * VL, p.weight.dtype, from, weighted ? strides[1] : 1, weighted ? columns : 0, 2 * VL);
   }
+  panel_bias(q, p, d, e, bias);
 }
 
 }  // namespace
