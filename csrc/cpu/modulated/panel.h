@@ -14,10 +14,11 @@ namespace ctxkern {
 namespace {
 
 // Bytes of a block of weights, and in the backward of their gradients, that stay in the second level of cache with what
-// they are multiplied with, and the shortest sum that a product is cut to for that (bench/LOG.md).
-constexpr int64_t kBlockBytes = 1 << 20, kShortest = 64;
-// Rows of x that meet all panels of a strip together.
-constexpr int64_t kFewRows = 64;
+// they are multiplied with. Sums over D are cut for that, to pieces of kShortest at the least, and of less than kLong only
+// where a block would take twice as much (bench/LOG.md).
+constexpr int64_t kBlockBytes = 1 << 20, kShortest = 64, kLong = 256;
+// Rows of x that meet all panels of a strip together, and how many a context are few.
+constexpr int64_t kFewRows = 64, kFewRowsEach = 32;
 
 // Bytes between what belongs to two contexts, so that equal places in all of them do not share one set of a cache.
 constexpr int64_t kPad = 128;
@@ -38,9 +39,14 @@ struct PanelForward {
     const int64_t deep = round_up(q.d_in > 0 ? q.d_in : 1, W::PER * W::STEP * 2);
     Tiles t{NR, deep, contexts, threads, 1, 0, 0};
     const auto bytes = [&] { return t.group * (t.strip / NR * words<W>(t.across) * NR * 4 + kPad); };
-    const int64_t limit = kBlockBytes < share ? kBlockBytes : share;
+    // few rows meet a weight once, and it shall be near then; many read and write their sums again for each piece of D
+    const bool few = q.rows->count < kFewRowsEach * contexts;
+    const int64_t block = (few ? kBlockBytes / 2 : kBlockBytes) + contexts * kPad;
+    const auto fits = [&](int64_t limit) { return bytes() <= (limit < share ? limit : share); };
+    const auto halve = [&] { t.across = round_up(t.across / 2, W::PER * W::STEP * 2); };
     if (W::PER == 1 && t.across > kDeepest) t.across = kDeepest;
-    while (bytes() > limit && t.across > kShortest) t.across = round_up(t.across / 2, W::PER * W::STEP * 2);
+    while (!fits(block) && t.across > (few ? kShortest : kLong)) halve();
+    while (!fits(2 * block) && t.across > kShortest) halve();
     while (bytes() > share && t.group > 1) t.group = (t.group + 1) / 2;
     while (t.across == deep && 2 * bytes() <= kBlockBytes && t.strip / NR * 8 * threads <= widest) t.strip *= 2;
     const int64_t strips = widest > 0 ? round_up(widest, t.strip / NR) / (t.strip / NR) * q.projections : 1;

@@ -27,7 +27,7 @@ struct PanelBackward {
     const int64_t strip = wide ? kRowsOfD : q.d_in > NR ? NR : VL, share = q.workspace_bytes / kShares;
     int64_t across = round_up(widest, NR), group = contexts;
     const auto each = [&] { return strip * across * kProduct + kPad; };
-    const int64_t limit = kBlockBytes < share ? kBlockBytes : share;
+    const int64_t block = kBlockBytes + contexts * kPad, limit = block < share ? block : share;
     if (R::PER == 1 && across > kDeepest) across = kDeepest;
     while (each() * contexts > limit && across > kShortest) across = round_up(across / 2, NR);
     while (each() * contexts > share && across > NR) across = round_up(across / 2, NR);
