@@ -41,7 +41,7 @@ struct PanelForward {
     const auto bytes = [&] { return t.group * (t.strip / NR * words<W>(t.across) * NR * 4 + kPad); };
     // few rows meet a weight once, and it shall be near then; many read and write their sums again for each piece of D
     const bool few = q.rows->count < kFewRowsEach * contexts;
-    const int64_t block = (few ? kBlockBytes / 2 : kBlockBytes) + contexts * kPad;
+    const int64_t block = (few ? kBlockBytes / 4 : kBlockBytes) + contexts * kPad;
     const auto fits = [&](int64_t limit) { return bytes() <= (limit < share ? limit : share); };
     const auto halve = [&] { t.across = round_up(t.across / 2, W::PER * W::STEP * 2); };
     if (W::PER == 1 && t.across > kDeepest) t.across = kDeepest;
