@@ -94,22 +94,21 @@ struct LaneVector<W, 8> {
   typedef float T __attribute__((vector_size(32)));
 
   CTXKERN_INLINE static T add_word(T acc, const char* a, T b) {
-    if constexpr (W::PER == 1) return acc + load<float>(a) * b;
-#if defined(__AVX512BF16__)
-    asm("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
-#endif
-    return acc;
+    if constexpr (W::PER == 1) {
+      return acc + load<float>(a) * b;
+    } else {
+      asm("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
+      return acc;
+    }
   }
 
-  CTXKERN_INLINE static T pair(T low, T high) {
 #if defined(__AVX512BF16__)
+  CTXKERN_INLINE static T pair(T low, T high) {
     alignas(32) static constexpr uint16_t kOrder[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
     const __m256i both = (__m256i)_mm256_cvtne2ps_pbh((__m256)high, (__m256)low);
     return (T)_mm256_permutexvar_epi16(load<__m256i>(kOrder), both);
-#else
-    return low + high;  // words of one element have no pairs
-#endif
   }
+#endif
 
   CTXKERN_INLINE static void turn(const float* from, V (&rows)[8]) {
     __m512 r[8], t[8];
