@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ctxkern
+from ctxkern.factored import operands as factored_operands
 from ctxkern.lora import cpu as lora_cpu
 from ctxkern.lora import portable as lora
 from ctxkern.modulated.portable import modulated, outer, panel
@@ -333,13 +334,14 @@ def test_catches_a_low_rank_call_made_wrongly(monkeypatch, what, change):
     ("what", "change"), [("y", "values"), ("y", "rows"), ("dcontext", "products")], ids=lambda value: value
 )
 def test_catches_gates_left_out(monkeypatch, what, change):
-    made = lora_cpu._run
+    made = factored_operands._gates
 
-    def changed(operands, rows, gradients, gates, *options):
+    def changed(*given):
+        gates = made(*given)
         without = torch.ones_like(gates.values) if change == "values" else None
-        made(operands, rows, gradients, gates._replace(**{change: without}), *options)
+        return gates._replace(**{change: without})
 
-    monkeypatch.setattr(lora_cpu, "_run", changed)
+    monkeypatch.setattr(factored_operands, "_gates", changed)
     arguments, dout = factored_arguments(Case("planted", 5, 4, 6, 8, 3, rows=20, index=(3, 0, 3, 1, 0)), 3)
     fn = partial(ctxkern.factored_modulated_linear, backend="cpu")
     with pytest.raises(AssertionError, match=f"{what}: (rms|not finite)"):
