@@ -67,7 +67,8 @@ def backward(dout, operands, options, needs, gates=None):
         given = dout, operands, needs, gates, options.scale, *_base(operands, operands.weight.shape[1])
         grads = _checked(operands, cpu_runtime.load().lora_backward, *given)
         if grads is not None:
-            (dx, dA, dB), dweight, dbias = grads, None, None
+            dx, dA, dB = grads
+            dweight = dbias = None
             if needs.weight or needs.bias:
                 x, dy, (_, weight, _, _, bias, *_) = operands.x.flatten(0, -2), dout.flatten(0, -2), operands
                 without = needs._replace(x=False)

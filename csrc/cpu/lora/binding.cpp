@@ -275,9 +275,8 @@ PyMethodDef methods[] = {
     method<7, lora_forward>(
         "lora_forward",
         "y of (operands, gates, scale, own, along, threads, allocate), where `along` allows it with a base product "
-        "that goes "
-        "along with the update, else with torch's, or None where `own` forbids that; None too where weight has another "
-        "dtype than x, or what is read row by row has gaps."),
+        "that goes along with the update, else with torch's, or None where `own` forbids that; None too where weight "
+        "has another dtype than x, or what is read row by row has gaps."),
     method<9, lora_backward>(
         "lora_backward",
         "(dx, dA, dB) of (dout, operands, needs, gates, scale, own, along, threads, allocate), or None likewise."),

@@ -19,7 +19,9 @@ class ContextLanes {
 
   explicit ContextLanes(const Call& q)
       : steps_(words<W>(q.context_dim)), count_(q.rows->contexts), step_(round_up(count_, VL) + VL) {
-    there_ = kThere && steps_ > 0 && q.context_dim % W::PER == 0 && worth(count_);
+    bool read = false;
+    for (int i = 0; i < q.projections; ++i) read = read || reads(q.projection[i]);
+    there_ = kThere && read && steps_ > 0 && q.context_dim % W::PER == 0 && worth(count_);
   }
 
   void place(Arena& arena) { data_ = there_ ? arena.take(steps_ * step_) : nullptr; }
@@ -32,15 +34,16 @@ class ContextLanes {
   }
 
   // Whether weights of so many contexts take less time so.
-  bool take(const Projection& p, int64_t contexts) const {
-    return there_ && worth(contexts) && p.bilinear.dtype == W::dtype && p.bilinear.strides[2] == 1;
-  }
+  bool take(const Projection& p, int64_t contexts) const { return there_ && worth(contexts) && reads(p); }
 
   const float* at(int64_t u) const { return data_ + u; }
   int64_t steps() const { return steps_; }
   int64_t step() const { return step_; }
 
  private:
+  // Whether `bilinear` holds words where it lies.
+  static bool reads(const Projection& p) { return p.bilinear.dtype == W::dtype && p.bilinear.strides[2] == 1; }
+
   // Of many contexts more is turned than of `bilinear`, and lanes without a context are multiplied too (bench/LOG.md).
   static bool worth(int64_t contexts) {
     const int64_t last = contexts % 16;

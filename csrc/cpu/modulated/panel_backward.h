@@ -113,7 +113,7 @@ struct PanelBackward {
     const int64_t strips = (q.d_in + t.strip - 1) / t.strip;
     if (need_contexts()) {
       contexts.pack(q);
-      lanes.pack(contexts);
+      if (std::is_same_v<P, R>) lanes.pack(contexts);
     }
     dcontext.clear();
     if (q.dx && empty()) std::memset(q.dx, 0, static_cast<size_t>(q.batch.tokens * q.d_in * size_of(q.x.dtype)));
