@@ -1,7 +1,7 @@
 // The entry points over one kind of words, for a file that is compiled for one instruction set.
 #pragma once
 
-#include "outer.h"
+#include "outer_backward.h"
 #include "panel_backward.h"
 
 namespace ctxkern {
