@@ -13,7 +13,8 @@ PAGE = Path(__file__).with_name("README.md")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HEAD = (
     "| case: B×S, D→E | dtype | ms: fwd \\| fwd+bwd | × einsum | × best PyTorch form | price over linear, fwd "
-    "| temporary MiB, fwd+bwd: ctxkern \\| einsum |\n|---|---|---|---|---|---|---|"
+    "| temporary MiB, fwd+bwd: ctxkern \\| einsum | of the floor, fwd+bwd: ctxkern \\| linear |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 PASSES = ("forward", "forward+backward")
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -69,6 +70,7 @@ def markdown(path):
             means[kind][at].append(einsum)
             means[kind][2 + at].append(best or einsum)
         memory = [float(both[peer]["peak_extra_mib"]) if peer in both else None for peer in ("ctxkern", "einsum")]
+        shares = [float(both.get(peer, {}).get("floor_share") or 0) or None for peer in ("ctxkern", "linear")]
         cells = (
             f"{row['case']}: {row['B']}×{row['S']}, {row['D']}→{row['E']}, K={row['K']}, U={row['U']}",
             kind,
@@ -77,6 +79,7 @@ def markdown(path):
             _pair([best for _, best in speeds], lambda x: f"{x:.2f}"),
             "–" if not row["price_over_linear"] else f"{float(row['price_over_linear']):.1f}",
             _pair(memory, lambda mib: "< 1" if mib < 1 else f"{mib:.1f}"),
+            _pair(shares, lambda share: f"{share:.2f}"),
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")

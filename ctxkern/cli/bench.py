@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
             )
     print(report.table(rows))
     print("\n× einsum: speed over the einsum.  price: time over one plain shared linear layer on the same x.")
-    print(
-        "peak MiB: temporary memory beyond inputs, outputs and gradients.  of floor: share of what the machine allows."
-    )
+    print("peak MiB: temporary memory beyond inputs, outputs and gradients.")
+    print("of floor: what the operations take at the rate of a large product, or the bytes at that of a copy, over the")
+    print("time; a linear layer has fewer of both.")
     path = args.csv or report.results_file(args.device)
     if path:
         report.append(rows, path)

@@ -153,16 +153,28 @@ class Ceilings:
         return max(flops / self.flops, moved / self.bandwidth)
 
 
+def large_product(dtype, device="cpu", size=None):
+    """(callable, FLOPs) of a product that shows the rate of a device: on a CPU four in a row, so that what others left
+    in its caches does not count."""
+    on_gpu = torch.device(device).type == "cuda"
+    size, times = size or (8192 if on_gpu else 1024), 1 if on_gpu else 4
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def products():
+        for _ in range(times):
+            a @ b
+
+    return products, times * 2 * size**3
+
+
 def ceilings(dtype, device="cpu", size=None):
     """The `Ceilings` of a device for a dtype, by 20th percentiles of two seconds each: the threads of a process may
     share a core for the first of them."""
-    size = size or (8192 if torch.device(device).type == "cuda" else 1024)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    products, flops = large_product(dtype, device, size)
     source = torch.randn((256 << 20) // 4, device=device)
     target = torch.empty_like(source)
-    product = _fast(lambda: a @ b, device)
     copy = _fast(lambda: target.copy_(source), device)
-    return Ceilings(2 * size**3 / product, 2 * source.numel() * 4 / copy)
+    return Ceilings(flops / _fast(products, device), 2 * source.numel() * 4 / copy)
 
 
 def provenance(device="cpu"):

@@ -7,7 +7,7 @@ from statistics import geometric_mean
 from ctxkern.dtypes import name_of
 from ctxkern.functional import explain
 
-from .measure import ceilings, interleaved, peak_extra_bytes, provenance
+from .measure import Ceilings, ceilings, interleaved, large_product, peak_extra_bytes, provenance
 from .oracle import check
 from .peers import calls, forms
 
@@ -18,26 +18,32 @@ COLUMNS = (
 ).split()
 
 
+_PRODUCTS = "torch.mm"
+
+
 def measure_case(case, inputs, backward, *, compiled=False, seconds=1.0, peaks=None, only=None):
     """Rows of a case, one per peer: raises AssertionError, and measures nothing, where ctxkern's result is wrong.
 
-    peaks: `Ceilings` of this run, measured where None. only: names of peers to keep.
+    peaks: `Ceilings` of this run, measured where None; the rate of products is measured again, in turn with the peers,
+    so that a slow moment meets the floor as well. only: names of peers to keep.
     """
     check(forms(inputs)["ctxkern"], inputs, case.id)
     device, dtype = inputs.x.device, inputs.x.dtype
     run = {k: v for k, v in calls(inputs, backward, compiled).items() if only is None or k in only}
-    timings = interleaved(run, seconds, device=device)
+    peaks = peaks or ceilings(dtype, device)
+    products, flops = large_product(dtype, device)
+    timings = interleaved({**run, _PRODUCTS: products}, seconds, device=device)
+    peaks = Ceilings(flops / timings.pop(_PRODUCTS).p50, peaks.bandwidth)
     memory = {name: peak_extra_bytes(fn, device) for name, fn in run.items()}
-    return rows_of(case, inputs, backward, timings, memory, peaks or ceilings(dtype, device))
+    return rows_of(case, inputs, backward, timings, memory, peaks)
 
 
 def rows_of(case, inputs, backward, timings, memory, peaks):
-    """Rows of a case from the `Timing` of each peer and its peak of extra bytes."""
+    """Rows of a case from the `Timing` of each peer and its peak of extra bytes; "linear" has a floor by itself."""
     device, dtype = inputs.x.device, inputs.x.dtype
     positional, keyword = inputs.arguments()
     plan = explain(*positional, **keyword, backward=backward)
-    flops, moved = _counts(plan, inputs, backward)
-    floor = peaks.floor(flops, moved)
+    counts, of_linear = _counts(plan, inputs, backward), _linear_counts(inputs, backward)
     common = {
         **provenance(device),
         "case": case.id,
@@ -51,11 +57,12 @@ def rows_of(case, inputs, backward, timings, memory, peaks):
         "dtype": name_of(dtype),
         "param_dtype": name_of(inputs.bilinear.dtype),
         "pass": "forward+backward" if backward else "forward",
-        "floor_ms": f"{floor * 1e3:.4f}",
     }
     rows = []
     for name, timing in timings.items():
         seconds_each = timing.p50
+        flops, moved = of_linear if name == "linear" else counts
+        floor = peaks.floor(flops, moved)
         rows.append(
             {
                 **common,
@@ -66,9 +73,10 @@ def rows_of(case, inputs, backward, timings, memory, peaks):
                 "rounds": timing.rounds,
                 "speedup_over_einsum": _ratio(timings.get("einsum"), timing),
                 "price_over_linear": _ratio(timing, timings.get("linear")),
-                "gflops": "" if name == "linear" else f"{flops / seconds_each / 1e9:.1f}",
-                "gbs": "" if name == "linear" else f"{moved / seconds_each / 1e9:.2f}",
-                "floor_share": "" if name == "linear" else f"{floor / seconds_each:.3f}",
+                "gflops": f"{flops / seconds_each / 1e9:.1f}",
+                "gbs": f"{moved / seconds_each / 1e9:.2f}",
+                "floor_share": f"{floor / seconds_each:.3f}",
+                "floor_ms": f"{floor * 1e3:.4f}",
                 "peak_extra_mib": f"{memory[name] / 2**20:.2f}",
                 "strategy": plan.strategy if name == "ctxkern" else "",
             }
@@ -83,6 +91,16 @@ def _counts(plan, inputs, backward):
         return flops, moved
     parameters = sum(t.numel() * t.element_size() for t in inputs.arguments()[0][1:] if t is not None)
     return 3 * flops, 2 * moved + parameters
+
+
+def _linear_counts(inputs, backward):
+    """The same of a linear layer on the same x, which shows what a library reaches at this size."""
+    x, _, weight, bilinear, bias = inputs.arguments()[0]
+    d_in, d_out = bilinear.shape[:2]
+    tokens = x.numel() // d_in if d_in else 0
+    parameters = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+    flops, moved = 2 * tokens * d_in * d_out, tokens * (d_in + d_out) * x.element_size() + parameters
+    return (3 * flops, 2 * moved + parameters) if backward else (flops, moved)
 
 
 def _panel_flops(plan):
