@@ -41,9 +41,9 @@ class Problem(NamedTuple):
 # (bench/LOG.md), by words of one float32 or two bfloat16 and by pass. GPUs: by the counts, not measured.
 _CPU_TERMS = {
     ("f32", "forward"): (1.0, 1.21, 18.0),
-    ("f32", "backward"): (1.56, 3.0, 20.0),
+    ("f32", "backward"): (1.56, 3.0, 5.0),
     ("bf16", "forward"): (1.0, 1.42, 69.0),
-    ("bf16", "backward"): (1.96, 3.9, 40.0),
+    ("bf16", "backward"): (2.0, 3.8, 7.0),
 }
 _GPU_TERMS = (1.0, 4.0, -0.5)  # up to and including four rows per context
 

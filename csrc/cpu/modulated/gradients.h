@@ -57,7 +57,7 @@ inline bool past_cache(const Call& q, const Projection& p) {
 template <class W>
 inline void product_of_rows(int64_t rows, int64_t steps, const Left& left, const Right& right, Out& out, bool past) {
   if (past && streamable(out)) out = streamed(out);
-  if (VL < 16 || W::STEP > 1 || out.lanes % (4 * VL) != 0) return product_wide<W>(rows, steps, left, right, out);
+  if (!by_four<W>(out.lanes)) return product_wide<W>(rows, steps, left, right, out);
   out.half = 2 * VL * size_of(out.store);
   for (int64_t k = 0; k < out.lanes; k += 4 * VL) product<W, 4>(rows, steps, left, right, out, k);
 }

@@ -106,7 +106,7 @@ struct OuterBackward {
     if (q.dx) std::memset(at.dx, 0, static_cast<size_t>(q.rows->count * t.strip) * 4);
     for (int i = 0; i < q.projections; ++i) {
       if (q.dx && q.projection[i].weight.data) shared_weight(i, d, rows, at);
-      for (int64_t r = 0; need_z() && r < rows; ++r) contract(i, d, r, range, at);
+      for (int64_t r = 0; need_z() && r < rows; ++r) contract(i, d, r, rows, range, at);
       if (q.projection[i].dweight.data) add_dweight(i, d, rows, at);
     }
     if (q.dx) write_rows(q, {0, q.rows->count, 0, q.rows->order}, at.dx, t.strip, q.dx, q.d_in, d, rows);
@@ -130,8 +130,21 @@ struct OuterBackward {
     }
   }
 
-  // Z of row d + r, and what dx and dcontext take from it.
-  void contract(int i, int64_t d, int64_t r, int64_t range, const Thread& at) const {
+  // The row of `bilinear` after row d, and the one that follows it, where a row lies together. left: rows of this strip
+  // after row d.
+  Ahead row_ahead(const Projection& p, int64_t d, int64_t left) const {
+    Ahead next;
+    if (left == 0 || p.bilinear.strides[2] != 1 || p.bilinear.strides[1] != q.context_dim) return next;
+    const int64_t size = size_of(p.bilinear.dtype), row = p.bilinear.strides[0] * size;
+    next.bytes = (p.d_out * q.context_dim * size + 1) / 2;
+    next.from[0] = p.bilinear.data + (d + 1) * row;
+    next.from[1] = next.from[0] + next.bytes;
+    next.far = left > 1 ? row : 0;
+    return next;
+  }
+
+  // Z of row d + r, and what dx and dcontext take from it; `strip` rows from d on are this strip's.
+  void contract(int i, int64_t d, int64_t r, int64_t strip, int64_t range, const Thread& at) const {
     const Projection& p = q.projection[i];
     const int64_t size = size_of(p.bilinear.dtype), count = q.rows->count;
     const char* const from = p.bilinear.data + (d + r) * p.bilinear.strides[0] * size;
@@ -143,10 +156,12 @@ struct OuterBackward {
       });
       right = {at.right, all.lanes};
     }
+    Ahead next = row_ahead(p, d + r, strip - r - 1);
     int64_t u = 0;
     for (int64_t n = 0; n < count; n += kRows) {
       const int64_t rows = count - n < kRows ? count - n : kRows;
-      product_in_pieces<W>(rows, all.lanes, words<W>(p.d_out), kDeepest, dy[i].at(n), right, at.z, all.lanes);
+      product_in_pieces<W>(rows, all.lanes, words<W>(p.d_out), kDeepest, dy[i].at(n), right, at.z, all.lanes, false,
+                           &next);
       for (int64_t m = 0; q.dx && m < rows; ++m) {
         V total{};
         for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + m, k) * load<V>(at.z + m * all.lanes + k);

@@ -255,7 +255,7 @@ inline std::enable_if_t<std::is_same_v<W, Amx>> product_wide(int64_t rows, int64
 // Blocks of rows meet all panels there as well.
 template <class W>
 inline std::enable_if_t<std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t steps, const Left& a,
-                                                              const Right& b, const Out& out) {
+                                                              const Right& b, const Out& out, Ahead* = nullptr) {
   product_wide<W>(rows, steps, a, b, out);
 }
 

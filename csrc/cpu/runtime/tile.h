@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "ahead.h"
 #include "vec.h"
 
 namespace ctxkern {
@@ -198,39 +199,6 @@ CTXKERN_INLINE T unkept(const T& value) {
   return *const_cast<const volatile T*>(&value);
 }
 
-// Memory to bring near while products run, two lines a step: more at once would fill the first cache's buffers of
-// outstanding misses. What is asked for into the second leaves those free, and memory then brings twice as much.
-struct Ahead {
-  const char* from[2] = {nullptr, nullptr};
-  int64_t bytes = 0;  // of each
-  int64_t at = 0;
-  int64_t far = 0;   // bytes from there to what follows it
-  int64_t each = 0;  // lines of each that a block which is turned asks for
-
-  // Products will ask for `lines` lines of each; blocks that are turned before them share the others.
-  void share(int64_t lines, int64_t blocks) {
-    const int64_t left = (bytes + 63) / 64 - lines;
-    each = left > 0 && blocks > 0 ? (left + blocks - 1) / blocks : 0;
-  }
-
-  // Into the first cache, and what follows into the second.
-  CTXKERN_INLINE void fetch() {
-    if (at >= bytes) return;
-    for (const char* const p : from) {
-      __builtin_prefetch(p + at, 0, 3);
-      __builtin_prefetch(p + at + far, 0, 2);
-    }
-    at += 64;
-  }
-
-  // Into the second alone.
-  CTXKERN_INLINE void fetch_second() {
-    if (at >= bytes) return;
-    for (const char* const p : from) __builtin_prefetch(p + at, 0, 2);
-    at += 64;
-  }
-};
-
 // Rows `row` and on, NV vectors from lane `lane` on. Operands come by reference and unchanged: copies are written in parts
 // and read as vectors, for which a processor waits until all that came before is done (bench/LOG.md).
 template <class W, int MR, int NV>
@@ -238,7 +206,7 @@ template <class W, int MR, int NV>
                             Ahead* ahead) {
   const int64_t a_row = a.row, a_step = a.step, b_step = b.step;
   Ahead next;
-  if (ahead) {
+  if (NV == 4 && ahead) {
     next.from[0] = unkept(ahead->from[0]), next.from[1] = unkept(ahead->from[1]);
     next.bytes = unkept(ahead->bytes), next.at = unkept(ahead->at), next.far = unkept(ahead->far);
   }
@@ -279,6 +247,7 @@ template <class W, int MR, int NV>
         for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + i % 3 * a_row + far, 0, 2);
       }
     }
+    if (NV < 4 && ahead) ahead->fetch_eight();
     // of panels on both sides: what the first rows ask for serves those after them
     if (NV < 4 && a_step == 8 * VL && row == 0) {
       if (const int64_t far = unkept(b.far)) {
@@ -311,7 +280,7 @@ template <class W, int MR, int NV>
       right += b_step;
     }
   }
-  if (ahead) ahead->at = next.at;
+  if (NV == 4 && ahead) ahead->at = next.at;
   put(acc, out, row, lane);
 }
 
@@ -383,13 +352,13 @@ inline std::enable_if_t<!std::is_same_v<W, Amx>> product_wide(int64_t rows, int6
 // The same, all panels for a tile's rows before the next rows: for sums so short that reading and writing the output counts.
 template <class W>
 inline std::enable_if_t<!std::is_same_v<W, Amx>> product_along(int64_t rows, int64_t steps, const Left& a,
-                                                               const Right& b, const Out& out) {
+                                                               const Right& b, const Out& out, Ahead* ahead = nullptr) {
   each_tile(rows, most_rows<2>(a), [&](int64_t row, int64_t height) {
     for (int64_t j = 0; j < out.lanes; j += 2 * VL) {
       if (out.lanes - j > VL) {
-        tile_of<W, 2>(height)(steps, a, b, out, row, j, nullptr);
+        tile_of<W, 2>(height)(steps, a, b, out, row, j, ahead);
       } else {
-        tile_of<W, 1>(height)(steps, a, b, out, row, j, nullptr);
+        tile_of<W, 1>(height)(steps, a, b, out, row, j, ahead);
       }
     }
   });
