@@ -69,6 +69,7 @@ LONG = [
     (Case("long-sums-of-dx", 2, 40, 40, 4096, 4), None),
     (Case("long-sums-of-d-and-k", 16, 1, 512, 64, 64), "outer"),
     (Case("long-sums-of-e", 8, 1, 32, 4096, 16), "outer"),
+    (Case("long-sums-of-e-by-four-vectors", 8, 1, 35, 1100, 64), "outer"),
     (Case("long-sums-of-contexts", 1500, 2, 16, 16, 4), "panel"),
 ]
 
