@@ -133,6 +133,12 @@ def _quiet():
         os.close(nowhere)
 
 
+def times(fn, device="cpu", runs=10):
+    """Seconds of so many calls of fn(), after one more."""
+    fn()
+    return [_timed(fn, device) for _ in range(runs)]
+
+
 def _fast(fn, device, seconds=2.0, least=4):
     """The 20th percentile of the seconds of at least so many runs in so many seconds."""
     runs, end = [], time.perf_counter() + seconds

@@ -2,12 +2,12 @@
 
 import csv
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 
 from ctxkern.dtypes import name_of
 from ctxkern.functional import explain
 
-from .measure import Ceilings, ceilings, interleaved, large_product, peak_extra_bytes, provenance
+from .measure import Ceilings, ceilings, interleaved, large_product, peak_extra_bytes, provenance, times
 from .oracle import check
 from .peers import calls, forms
 
@@ -18,22 +18,22 @@ COLUMNS = (
 ).split()
 
 
-_PRODUCTS = "torch.mm"
-
-
 def measure_case(case, inputs, backward, *, compiled=False, seconds=1.0, peaks=None, only=None):
     """Rows of a case, one per peer: raises AssertionError, and measures nothing, where ctxkern's result is wrong.
 
-    peaks: `Ceilings` of this run, measured where None; the rate of products is measured again, in turn with the peers,
-    so that a slow moment meets the floor as well. only: names of peers to keep.
+    peaks: `Ceilings` of this run, measured where None. The rate of products is measured again right before and after
+    the peers, so that a slow moment meets the floor as well, but not in turn with them: small calls would find the
+    caches empty. only: names of peers to keep.
     """
     check(forms(inputs)["ctxkern"], inputs, case.id)
     device, dtype = inputs.x.device, inputs.x.dtype
     run = {k: v for k, v in calls(inputs, backward, compiled).items() if only is None or k in only}
     peaks = peaks or ceilings(dtype, device)
     products, flops = large_product(dtype, device)
-    timings = interleaved({**run, _PRODUCTS: products}, seconds, device=device)
-    peaks = Ceilings(flops / timings.pop(_PRODUCTS).p50, peaks.bandwidth)
+    around = times(products, device)
+    timings = interleaved(run, seconds, device=device)
+    around += times(products, device)
+    peaks = Ceilings(flops / median(around), peaks.bandwidth)
     memory = {name: peak_extra_bytes(fn, device) for name, fn in run.items()}
     return rows_of(case, inputs, backward, timings, memory, peaks)
 

@@ -38,7 +38,6 @@ def test_a_short_run(tmp_path, capsys):
     for row in rows:
         assert float(row["floor_ms"]) > 0
         assert float(row["p50_ms"]) > 0
-    assert "torch.mm" not in {row["peer"] for row in rows}
     assert "of floor" in capsys.readouterr().out
 
 
