@@ -16,7 +16,7 @@ constexpr bool by_four(int64_t lanes) {
 }
 
 // to [rows, lanes] in float32, rows `step` apart, (+)= a product whose sum is cut to `longest` steps in float32. ahead: as
-// `product` has it.
+// `product` has it; the matrix unit asks for nothing.
 template <class W>
 inline void product_in_pieces(int64_t rows, int64_t lanes, int64_t steps, int64_t longest, const Left& a,
                               const Right& b, float* to, int64_t step, bool add = false, Ahead* ahead = nullptr) {
