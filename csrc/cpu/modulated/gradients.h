@@ -144,19 +144,14 @@ class RowGradients {
  private:
   void add_dcontext(const Projection& p, int64_t d, int64_t e, int64_t columns, const Products& g, float* dcontext,
                     const RowScratch& at) const {
-    const int64_t size = size_of(p.bilinear.dtype);
-    const char* const from = p.bilinear.data + (d * p.bilinear.strides[0] + e * p.bilinear.strides[1]) * size;
-    Right right{reinterpret_cast<const float*>(from), p.bilinear.strides[1]};
-    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.strides[2] != 1 || q_.context_dim % VL != 0) {
-      with_source<W>(p.bilinear.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(at.rows, contexts_.lanes, from, p.bilinear.strides[1] * size,
-                                            p.bilinear.strides[2] * size, columns, q_.context_dim);
-      });
-      right = {at.rows, contexts_.lanes};
+    const Left left{g.data, g.context, 4};
+    const RowOperand row = row_operand<W>(q_, p, d, e, columns, true, at.rows);
+    const Out out{reinterpret_cast<char*>(dcontext + g.begin * contexts_.lanes), contexts_.lanes * 4, Store::f32_add,
+                  row.paired ? q_.context_dim : contexts_.lanes};
+    if constexpr (kTakesRowPairs<W>) {
+      if (row.paired) return product_of_row_pairs<W>(g.count, left, row.pairs, out);
     }
-    Out out{reinterpret_cast<char*>(dcontext + g.begin * contexts_.lanes), contexts_.lanes * 4, Store::f32_add,
-            contexts_.lanes};
-    product_wide<W>(g.count, words<W>(columns), {g.data, g.context, 4}, right, out);
+    product_wide<W>(g.count, words<W>(columns), left, row.right, out);
   }
 
   // turned: words along the contexts, a row for each column

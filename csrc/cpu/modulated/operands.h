@@ -1,8 +1,8 @@
 // The operands that all strips of a call share, each laid out once: x, dy and the contexts.
 #pragma once
 
-#include "../runtime/pack.h"
 #include "../runtime/parallel.h"
+#include "../runtime/row_pairs.h"
 #include "call.h"
 
 namespace ctxkern {
@@ -306,6 +306,31 @@ inline void weight_panel(const Call& q, const Projection& p, int64_t d, int64_t 
     });
   }
   panel_bias(q, p, d, e, bias);
+}
+
+// Columns of a row of `bilinear`, [columns, K], as the right operand of sums over them, lanes padded to vectors.
+struct RowOperand {
+  bool paired;
+  RowPairs pairs;
+  Right right;  // where it is not paired
+};
+
+// Columns e and on of row d. paired: whether pairs are read where they lie, if products take them; to: where they are laid
+// out if not, or if words do not lie there.
+template <class W>
+inline RowOperand row_operand(const Call& q, const Projection& p, int64_t d, int64_t e, int64_t columns, bool paired,
+                              float* to) {
+  const int64_t size = size_of(p.bilinear.dtype), column = p.bilinear.strides[1] * size,
+                lanes = round_up(q.context_dim, VL);
+  const char* const from = p.bilinear.data + d * p.bilinear.strides[0] * size + e * column;
+  const bool words_lie = p.bilinear.dtype == W::dtype && p.bilinear.strides[2] == 1;
+  if (kTakesRowPairs<W> && paired && words_lie) return {true, {from, column, columns}, {}};
+  if (W::PER == 1 && words_lie && q.context_dim % VL == 0)
+    return {false, {}, {reinterpret_cast<const float*>(from), p.bilinear.strides[1]}};
+  with_source<W>(p.bilinear.dtype, [&](auto type) {
+    pack_rows<W, decltype(type)::value>(to, lanes, from, column, p.bilinear.strides[2] * size, columns, q.context_dim);
+  });
+  return {false, {}, {to, lanes}};
 }
 
 }  // namespace

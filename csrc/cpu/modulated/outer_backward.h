@@ -9,6 +9,8 @@ namespace {
 
 // Rows of x and dy that a sum over n takes at a time; columns of dbilinear that are one thread's work.
 constexpr int64_t kSummed = 256, kColumns = 4;
+// Rows of dy up to which `bilinear` is read where it lies: each few of them make its words again (bench/LOG.md).
+constexpr int64_t kFewPaired = 48;
 
 template <class W>
 struct OuterBackward {
@@ -146,22 +148,20 @@ struct OuterBackward {
   // Z of row d + r, and what dx and dcontext take from it; `strip` rows from d on are this strip's.
   void contract(int i, int64_t d, int64_t r, int64_t strip, int64_t range, const Thread& at) const {
     const Projection& p = q.projection[i];
-    const int64_t size = size_of(p.bilinear.dtype), count = q.rows->count;
-    const char* const from = p.bilinear.data + (d + r) * p.bilinear.strides[0] * size;
-    Right right{reinterpret_cast<const float*>(from), p.bilinear.strides[1]};
-    if (W::PER == 2 || p.bilinear.dtype != Dtype::f32 || p.bilinear.strides[2] != 1 || q.context_dim % VL != 0) {
-      with_source<W>(p.bilinear.dtype, [&](auto type) {
-        pack_rows<W, decltype(type)::value>(at.right, all.lanes, from, p.bilinear.strides[1] * size,
-                                            p.bilinear.strides[2] * size, p.d_out, q.context_dim);
-      });
-      right = {at.right, all.lanes};
-    }
+    const int64_t count = q.rows->count;
+    const RowOperand row = row_operand<W>(q, p, d + r, 0, p.d_out, count <= kFewPaired, at.right);
     Ahead next = row_ahead(p, d + r, strip - r - 1);
     int64_t u = 0;
     for (int64_t n = 0; n < count; n += kRows) {
       const int64_t rows = count - n < kRows ? count - n : kRows;
-      product_in_pieces<W>(rows, all.lanes, words<W>(p.d_out), kDeepest, dy[i].at(n), right, at.z, all.lanes, false,
-                           &next);
+      const Left left = dy[i].at(n);
+      if constexpr (kTakesRowPairs<W>) {
+        const Out out{reinterpret_cast<char*>(at.z), all.lanes * 4, Store::f32, q.context_dim};
+        if (row.paired) product_of_row_pairs<W>(rows, left, row.pairs, out, &next);
+      }
+      if (!row.paired)
+        product_in_pieces<W>(rows, all.lanes, words<W>(p.d_out), kDeepest, left, row.right, at.z, all.lanes, false,
+                             &next);
       for (int64_t m = 0; q.dx && m < rows; ++m) {
         V total{};
         for (int64_t k = 0; k < all.lanes; k += VL) total += all.context(n + m, k) * load<V>(at.z + m * all.lanes + k);
