@@ -36,19 +36,35 @@ class Problem(NamedTuple):
         return compute_dtype(self.device_type, self.dtype)
 
 
-# What a row costs in the outer form, what a context costs in the panel form, and what the outer form costs beyond its
-# rows, each in products with one context (2DEK operations). cpu: fitted to U = 2 to 512 contexts of 1 to 4 rows
-# (bench/LOG.md), by words of one float32 or two bfloat16 and by pass. GPUs: by the counts, not measured.
-_CPU_TERMS = {
-    ("f32", "forward"): (1.0, 1.21, 18.0),
-    ("f32", "backward"): (1.56, 3.0, 5.0),
-    ("bf16", "forward"): (1.0, 1.42, 69.0),
-    ("bf16", "backward"): (2.0, 3.8, 9.0),
-}
-_GPU_TERMS = (1.0, 4.0, -0.5)  # up to and including four rows per context
+class CpuTerms(NamedTuple):
+    """What decides between the forms of the C++ kernels, in products with one context (2DEK operations)."""
 
-# bytes of `bilinear` up to which it stays in cache, and the outer form's fixed part costs nothing
-_CPU_CACHED = 8 << 20
+    rows: float  # what a row costs in the outer form
+    contexts: float  # what a context costs in the panel form
+    fixed: float = 0.0  # what the outer form costs beyond its rows, where `bilinear` has more bytes than `cached`
+    cached: float = 8.0 * 2**20
+    # the same where rows of K elements share cache lines: the outer form writes dbilinear column by column
+    fixed_shared: float = 0.0
+    cached_shared: float = 8.0 * 2**20
+    each_k: float = 0.0  # what it costs in addition, times K
+
+
+# Fitted to U = 2 to 512 contexts of 1 to 4 rows (bench/LOG.md), by words: of one float32 without AVX-512; with it, where
+# weights are made with the contexts as lanes; of two bfloat16.
+_CPU_TERMS = {
+    "forward": (
+        CpuTerms(1.0, 1.21, fixed=18.0, fixed_shared=18.0),
+        CpuTerms(1.0, 1.21, each_k=0.6),
+        CpuTerms(1.0, 1.42, each_k=1.1),
+    ),
+    "backward": (
+        CpuTerms(1.56, 3.0, fixed=5.0, fixed_shared=16.0, cached_shared=3.0 * 2**20),
+        CpuTerms(1.56, 3.0, fixed=5.0, fixed_shared=16.0, cached_shared=3.0 * 2**20),
+        CpuTerms(2.0, 3.8, fixed=9.0, fixed_shared=19.0, cached_shared=3.0 * 2**20),
+    ),
+}
+# rows, contexts and the fixed part, by the counts, not measured: outer up to and including four rows per context
+_GPU_TERMS = (1.0, 4.0, -0.5)
 
 # portable: operations that writing and reading an element of the intermediate costs, compared with a product's, and the
 # rate of the outer form's products in float32 over the panel's: chosen by the crossover at R = 1 to 3 (bench/LOG.md)
@@ -71,12 +87,12 @@ def outer_above(terms, tokens, per_token=False):
 
 @lru_cache
 def cpu_terms(backward, strategy):
-    """Those of the C++ kernels, by words of one float32 and of two bfloat16: (rows, contexts, fixed, bytes
-    of `bilinear` up to which there is no fixed part). strategy: `forced.strategy`."""
-    if strategy is not None:
-        return ((0.0, 1.0, -1.0 if strategy == "outer" else float("inf"), -1.0),) * 2
-    which = "backward" if backward else "forward"
-    return tuple((*_CPU_TERMS[words, which], float(_CPU_CACHED)) for words in ("f32", "bf16"))
+    """`CpuTerms` by words, as above; such that one form always runs for a `strategy` (`forced.strategy`) that is not
+    None."""
+    if strategy is None:
+        return _CPU_TERMS["backward" if backward else "forward"]
+    fixed = -1.0 if strategy == "outer" else float("inf")
+    return (CpuTerms(0.0, 1.0, fixed, -1.0, fixed, -1.0),) * 3
 
 
 def gpu_terms():

@@ -69,7 +69,8 @@ LONG = [
     (Case("long-sums-of-dx", 2, 40, 40, 4096, 4), None),
     (Case("long-sums-of-d-and-k", 16, 1, 512, 64, 64), "outer"),
     (Case("long-sums-of-e", 8, 1, 32, 4096, 16), "outer"),
-    (Case("long-sums-of-e-by-four-vectors", 8, 1, 35, 1100, 64), "outer"),
+    (Case("long-sums-of-e-by-pairs-of-rows", 8, 1, 35, 1101, 80), "outer"),
+    (Case("long-sums-of-e-by-four-vectors", 49, 1, 35, 1100, 64), "outer"),
     (Case("long-sums-of-contexts", 1500, 2, 16, 16, 4), "panel"),
 ]
 
@@ -213,6 +214,27 @@ def test_the_table_takes_the_strategies(strategy):
     positional, keyword = inputs.arguments()
     assert ctxkern.explain(*positional, **keyword).strategy == strategy
     assert ctxkern.explain(*positional, **keyword).backend == "cpu"
+
+
+def planned(contexts, d, context_dim, dtype, backward):
+    """The strategy for contexts of one row each."""
+    shapes = (contexts, 1, d), (contexts, context_dim), (d, d), (d, d, context_dim)
+    return ctxkern.explain(*(torch.empty(shape, dtype=dtype) for shape in shapes), backward=backward).strategy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_outer_form_waits_for_contexts_that_pay(dtype):
+    lines, shared = 64, 24  # K whose rows of `bilinear` fill cache lines, and one whose rows share them
+    assert [planned(n, 512, lines, dtype, True) for n in (2, 8, 32)] == ["panel", "outer", "outer"]
+    assert [planned(n, 512, shared, dtype, True) for n in (8, 32)] == ["panel", "outer"]
+    assert planned(2, 64, shared, dtype, True) == "outer"
+    assert [planned(n, 512, lines, dtype, False) for n in (32, 256)] == ["panel", "outer"]
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_weights_of_few_contexts_pay_at_small_sizes_with_avx512(isa):
+    narrow = isa in ("scalar", "avx2")
+    assert planned(16, 128, 32, torch.float32, False) == ("outer" if narrow else "panel")
 
 
 def same_bits(first, second):

@@ -145,22 +145,24 @@ int64_t projections_of(py::handle operands) {
   return static_cast<int64_t>(PySequence_Size(entry(operands, 2, 7).ptr()));
 }
 
-// The number of contexts above which the outer form takes less time (`outer_above` of ctxkern/modulated/plan.py).
+// The number of contexts above which the outer form takes less time. terms: those of `cpu_terms`, by words.
 double outer_above(py::handle operands, py::handle terms) {
   const Tensor x = tensor_of(entry(operands, 0, 7)), context = tensor_of(entry(operands, 1, 7));
   if (context.ndim == 3) return -1;
-  int64_t tokens = 1, bytes = 0;
+  int64_t tokens = 1, bytes = 0, row = 0;
   for (int64_t i = 0; i + 1 < x.ndim; ++i) tokens *= x.sizes[i];
   const py::handle bilinears = entry(operands, 3, 7);
   const int64_t projections = projections_of(operands);
   for (int64_t i = 0; i < projections; ++i) {
-    const int64_t found = tensor_of(entry(bilinears, i, projections)).bytes();
-    bytes = found > bytes ? found : bytes;
+    const Tensor bilinear = tensor_of(entry(bilinears, i, projections), 3);
+    if (bilinear.bytes() >= bytes) bytes = bilinear.bytes(), row = bilinear.sizes[2] * bilinear.bits / 8;
   }
+  const int64_t shared = row % 64 == 0 ? 0 : 2;  // lines
   const bool pairs = operand_of(x).dtype == Dtype::bf16 && chosen_isa() >= Isa::avx512_bf16;
-  const py::handle chosen = entry(terms, pairs, 2);
-  const auto term = [&](int64_t i) { return PyFloat_AsDouble(entry(chosen, i, 4).ptr()); };
-  const double fixed = static_cast<double>(bytes) > term(3) ? term(2) : 0;
+  const py::handle chosen = entry(terms, pairs ? 2 : chosen_isa() >= Isa::avx512 ? 1 : 0, 3);
+  const auto term = [&](int64_t i) { return PyFloat_AsDouble(entry(chosen, i, 7).ptr()); };
+  const double beyond = static_cast<double>(bytes) > term(3 + shared) ? term(2 + shared) : 0;
+  const double fixed = beyond + term(6) * static_cast<double>(context.sizes[1]);
   const double above = (term(0) * static_cast<double>(tokens) + fixed) / term(1);
   if (PyErr_Occurred()) throw py::error_already_set();
   return above;
