@@ -49,8 +49,8 @@ class CpuTerms(NamedTuple):
     each_k: float = 0.0  # what it costs in addition, times K
 
 
-# Fitted to U = 2 to 512 contexts of 1 to 4 rows (bench/LOG.md), by words: of one float32 without AVX-512; with it, where
-# weights are made with the contexts as lanes; of two bfloat16.
+# Fitted to U = 2 to 512 contexts of 1 to 4 rows (bench/LOG.md), by words: of one float32 below AVX-512, of one with it
+# (weights are then made with the contexts as lanes), and of two bfloat16.
 _CPU_TERMS = {
     "forward": (
         CpuTerms(1.0, 1.21, fixed=18.0, fixed_shared=18.0),

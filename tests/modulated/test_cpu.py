@@ -216,27 +216,6 @@ def test_the_table_takes_the_strategies(strategy):
     assert ctxkern.explain(*positional, **keyword).backend == "cpu"
 
 
-def planned(contexts, d, context_dim, dtype, backward):
-    """The strategy for contexts of one row each."""
-    shapes = (contexts, 1, d), (contexts, context_dim), (d, d), (d, d, context_dim)
-    return ctxkern.explain(*(torch.empty(shape, dtype=dtype) for shape in shapes), backward=backward).strategy
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_outer_form_waits_for_contexts_that_pay(dtype):
-    lines, shared = 64, 24  # K whose rows of `bilinear` fill cache lines, and one whose rows share them
-    assert [planned(n, 512, lines, dtype, True) for n in (2, 8, 32)] == ["panel", "outer", "outer"]
-    assert [planned(n, 512, shared, dtype, True) for n in (8, 32)] == ["panel", "outer"]
-    assert planned(2, 64, shared, dtype, True) == "outer"
-    assert [planned(n, 512, lines, dtype, False) for n in (32, 256)] == ["panel", "outer"]
-
-
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-def test_weights_of_few_contexts_pay_at_small_sizes_with_avx512(isa):
-    narrow = isa in ("scalar", "avx2")
-    assert planned(16, 128, 32, torch.float32, False) == ("outer" if narrow else "panel")
-
-
 def same_bits(first, second):
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
