@@ -59,12 +59,25 @@ def library(step, case, dtype, seconds):
 
 
 @contextlib.contextmanager
-def clocked():
-    """A list of the seconds that each call of a modulated kernel takes meanwhile."""
-    core, took = cpu.load(), []
+def replaced(make):
+    """The kernels of `modulated_linear` as make(name, kernel) returns them, meanwhile."""
+    core = cpu.load()
     kernels = {name: getattr(core, name) for name in ("modulated_forward", "modulated_backward")}
+    try:
+        for name, kernel in kernels.items():
+            setattr(core, name, make(name, kernel))
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(core, name, kernel)
 
-    def timed(kernel):
+
+@contextlib.contextmanager
+def clocked():
+    """A list of the seconds that each call of a kernel takes meanwhile."""
+    took = []
+
+    def timed(_, kernel):
         def call(*args):
             began = time.perf_counter()
             made = kernel(*args)
@@ -73,13 +86,8 @@ def clocked():
 
         return call
 
-    try:
-        for name, kernel in kernels.items():
-            setattr(core, name, timed(kernel))
+    with replaced(timed):
         yield took
-    finally:
-        for name, kernel in kernels.items():
-            setattr(core, name, kernel)
 
 
 def kernels(step, seconds):
