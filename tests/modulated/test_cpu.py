@@ -55,10 +55,11 @@ LARGER = [
     # four vectors of a row at once: added to, and written past the caches
     Case("many-rows-wide-k", 2, 150, 33, 40, 128),
     Case("large-wide-k", 24, 1, 192, 200, 64),
-    # contexts as lanes: a vector of them, one and a half, a half
+    # contexts as lanes: a vector of them, one and a half, a half, most of one and words of one element
     Case("a-vector-of-contexts", 16, 5, 34, 70, 18, bias=True),
     Case("contexts-and-a-half", 23, 3, 35, 64, 16),
     Case("half-a-vector-of-contexts", 8, 3, 18, 40, 32, weight=False),
+    Case("most-of-a-vector-of-contexts", 13, 4, 34, 70, 19),
 ]
 
 
@@ -329,7 +330,7 @@ def test_special_values_reach_the_output():
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("count", [3, 8, 16])
+@pytest.mark.parametrize("count", [3, 8, 13, 16])
 def test_a_special_value_of_bilinear_stays_in_its_column(isa, strategy, count):
     """Where K is odd a word of it would reach into the next column."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -344,8 +345,8 @@ def test_a_special_value_of_bilinear_stays_in_its_column(isa, strategy, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_how_many_contexts_there_are_changes_no_bit_of_one(isa, dtype):
     """Weights of as many as a vector holds are made in another way, by the same sums."""
-    for count in (7, 8, 15, 16, 23, 24, 31, 32, 40):
-        inputs = make_inputs(Case("contexts", count, 5, 34, 70, 18, bias=True), dtype)
+    for count, context_dim in itertools.product((7, 8, 13, 15, 16, 23, 24, 31, 32, 40), (18, 19)):
+        inputs = make_inputs(Case("contexts", count, 5, 34, 70, context_dim, bias=True), dtype)
         with force(strategy="panel"):
             together = run(cpu(), inputs)
             for b in (0, count - 1):

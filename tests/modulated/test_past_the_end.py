@@ -15,11 +15,11 @@ from ctxkern.testing.oracle import run
 from helpers.ends import at_the_end
 
 names = "x", "context", "weight", "bilinear", "bias", "dy"
-sizes = itertools.product((1, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64), (3, 8, 13))
-for strategy, dtype, (context_dim, contexts) in itertools.product(
+sizes = itertools.product((1, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64), (3, 8, 13), ((5, 33), (4, 32)))
+for strategy, dtype, (context_dim, contexts, widths) in itertools.product(
     ("panel", "outer"), (torch.float32, torch.bfloat16), list(sizes)
 ):
-    inputs = make_inputs(Case("ends", contexts, 3, 5, 33, context_dim, bias=True), dtype)
+    inputs = make_inputs(Case("ends", contexts, 3, *widths, context_dim, bias=True), dtype)
     ends = dataclasses.replace(inputs, **{{name: at_the_end(getattr(inputs, name)) for name in names}})
     with force(strategy=strategy, isa={isa!r}):
         first, second = (run(ctxkern.modulated_linear, each) for each in (inputs, ends))

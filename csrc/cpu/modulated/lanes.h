@@ -18,10 +18,13 @@ class ContextLanes {
 #endif
 
   explicit ContextLanes(const Call& q)
-      : steps_(words<W>(q.context_dim)), count_(q.rows->contexts), step_(round_up(count_, VL) + VL) {
+      : steps_(words<W>(q.context_dim)),
+        count_(q.rows->contexts),
+        step_(round_up(count_, VL) + VL),
+        half_(q.context_dim % W::PER != 0) {
     bool read = false;
     for (int i = 0; i < q.projections; ++i) read = read || reads(q.projection[i]);
-    there_ = kThere && read && steps_ > 0 && q.context_dim % W::PER == 0 && worth(count_);
+    there_ = kThere && read && steps_ > 0 && worth(count_);
   }
 
   void place(Arena& arena) { data_ = there_ ? arena.take(steps_ * step_) : nullptr; }
@@ -39,19 +42,23 @@ class ContextLanes {
   const float* at(int64_t u) const { return data_ + u; }
   int64_t steps() const { return steps_; }
   int64_t step() const { return step_; }
+  // Whether the last word is one element.
+  bool half() const { return half_; }
 
  private:
   // Whether `bilinear` holds words where it lies.
   static bool reads(const Projection& p) { return p.bilinear.dtype == W::dtype && p.bilinear.strides[2] == 1; }
 
-  // Of many contexts more is turned than of `bilinear`, and lanes without a context are multiplied too (bench/LOG.md).
-  static bool worth(int64_t contexts) {
+  // Of many contexts more is turned than of `bilinear`, and lanes without a context are multiplied too. A few of those cost
+  // less than turning blocks that words of K do not fill (bench/LOG.md).
+  bool worth(int64_t contexts) const {
     const int64_t last = contexts % 16;
-    return contexts <= 32 && (last == 0 || last == 7 || last == 8 || last == 15);
+    const bool nearly = contexts < 16 && last >= 12 && steps_ % VL != 0;
+    return contexts <= 32 && (last == 0 || last == 7 || last == 8 || last == 15 || nearly);
   }
 
   int64_t steps_, count_, step_;
-  bool there_;
+  bool half_, there_;
   float* data_ = nullptr;
 };
 
@@ -84,6 +91,11 @@ struct LaneVector {
   CTXKERN_INLINE static T add_word(T acc, const char* a, T b) { return W::multiply_add_word(acc, a, b); }
   CTXKERN_INLINE static T pair(T low, T high) { return ctxkern::pair(low, high); }
 
+  // The same for a word of one element.
+  CTXKERN_INLINE static T add_element(T acc, const char* a, T b) {
+    return W::multiply_add(acc, (V)_mm512_set1_epi32(load<uint16_t>(a)), b);
+  }
+
   // rows[i] = lane i of 16 of them
   CTXKERN_INLINE static void turn(const float* from, V (&rows)[lanes]) {
 #pragma GCC unroll 16
@@ -106,6 +118,10 @@ struct LaneVector<W, 8> {
   }
 
 #if defined(__AVX512BF16__)
+  CTXKERN_INLINE static T add_element(T acc, const char* a, T b) {
+    return (T)_mm256_dpbf16_ps((__m256)acc, (__m256bh)_mm256_set1_epi32(load<uint16_t>(a)), (__m256bh)b);
+  }
+
   CTXKERN_INLINE static T pair(T low, T high) {
     alignas(32) static constexpr uint16_t kOrder[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
     const __m256i both = (__m256i)_mm256_cvtne2ps_pbh((__m256)high, (__m256)low);
@@ -161,7 +177,8 @@ template <class W, bool along_d, int lanes>
 #pragma GCC unroll 8
   for (int g = 0; g < BASES; ++g) base[g] = (g % 2 == 0 ? first : second) + g / 2 * 4 * column;
   const float* words = contexts.at(u);
-  for (int64_t s = 0; s < contexts.steps(); ++s, words += contexts.step()) {
+  const int64_t whole = contexts.steps() - contexts.half();
+  for (int64_t s = 0; s < whole; ++s, words += contexts.step()) {
     if (fetches-- > 0) next.fetch();
     const T c = load<T>(words);
 #pragma GCC unroll 8
@@ -175,6 +192,19 @@ template <class W, bool along_d, int lanes>
     }
   }
   ahead.at = next.at;
+  if constexpr (W::PER == 2) {
+    if (contexts.half()) {
+      const T c = load<T>(words);
+#pragma GCC unroll 8
+      for (int g = 0; g < BASES; ++g) {
+#pragma GCC unroll 8
+        for (int e = 0; e < 4; ++e) {
+          T& sum = acc[g % 2][g / 2 * 4 + e];
+          sum = Vector::add_element(sum, base[g] + e * column, c);
+        }
+      }
+    }
+  }
 #pragma GCC unroll 8
   for (int e = 0; e < COLUMNS; ++e) {
     if constexpr (W::PER == 1) {
