@@ -176,34 +176,28 @@ template <class W, bool along_d, int lanes>
   const char* base[BASES];
 #pragma GCC unroll 8
   for (int g = 0; g < BASES; ++g) base[g] = (g % 2 == 0 ? first : second) + g / 2 * 4 * column;
-  const float* words = contexts.at(u);
-  const int64_t whole = contexts.steps() - contexts.half();
-  for (int64_t s = 0; s < whole; ++s, words += contexts.step()) {
-    if (fetches-- > 0) next.fetch();
-    const T c = load<T>(words);
+  // a word of each column times one of the contexts
+  const auto add = [&](auto product, const T c) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int g = 0; g < BASES; ++g) {
 #pragma GCC unroll 8
       for (int e = 0; e < 4; ++e) {
         T& sum = acc[g % 2][g / 2 * 4 + e];
-        sum = Vector::add_word(sum, base[g] + e * column, c);
+        sum = product(sum, base[g] + e * column, c);
       }
-      base[g] += 4;
     }
+  };
+  const float* words = contexts.at(u);
+  const int64_t whole = contexts.steps() - contexts.half();
+  for (int64_t s = 0; s < whole; ++s, words += contexts.step()) {
+    if (fetches-- > 0) next.fetch();
+    add(Vector::add_word, load<T>(words));
+#pragma GCC unroll 8
+    for (int g = 0; g < BASES; ++g) base[g] += 4;
   }
   ahead.at = next.at;
   if constexpr (W::PER == 2) {
-    if (contexts.half()) {
-      const T c = load<T>(words);
-#pragma GCC unroll 8
-      for (int g = 0; g < BASES; ++g) {
-#pragma GCC unroll 8
-        for (int e = 0; e < 4; ++e) {
-          T& sum = acc[g % 2][g / 2 * 4 + e];
-          sum = Vector::add_element(sum, base[g] + e * column, c);
-        }
-      }
-    }
+    if (contexts.half()) add(Vector::add_element, load<T>(words));
   }
 #pragma GCC unroll 8
   for (int e = 0; e < COLUMNS; ++e) {
