@@ -5,7 +5,8 @@
 Half of what its kernels take on one thread, as the case is and with one row of `bilinear`, which stays in the cache,
 for all rows of D; and around them what an autograd.Function takes that does nothing but call the same kernels with
 arguments made before. In turn with a large torch.mm on two threads, whose rate makes the floor, as in the bench table.
-No schedule and no Python can do better with the same tiles.
+No schedule and no Python does better with the same tiles, but for noise: on a shared machine limits of two runs differ
+by 0.05 and more, and a step that is at its limit may be seen above it.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from products import clocked, replaced
 
 from ctxkern.runtime import cpu
 from ctxkern.testing.cases import BENCH_CASES, make_inputs
-from ctxkern.testing.measure import Ceilings, Timing, ceilings, large_product
+from ctxkern.testing.measure import Ceilings, Timing, ceilings, large_product, times
 from ctxkern.testing.peers import calls
 from ctxkern.testing.report import rows_of
 
@@ -63,13 +64,6 @@ def bare(inputs):
     return step
 
 
-def spent(fn):
-    """Seconds that fn() takes."""
-    began = time.perf_counter()
-    fn()
-    return time.perf_counter() - began
-
-
 def measured(inputs, product, seconds):
     """Medians, in seconds, of the product, the kernels on one thread, the same with `bilinear` in cache, and what a
     bare autograd.Function takes around kernels."""
@@ -79,7 +73,7 @@ def measured(inputs, product, seconds):
     with clocked() as took:
 
         def kernels(step):
-            # the first call after another case finds its memory and caches
+            # once for its memory and caches, once for the clock
             for _ in range(2):
                 took.clear()
                 step()
@@ -87,10 +81,11 @@ def measured(inputs, product, seconds):
 
         while len(samples) < 5 or time.perf_counter() < end:
             torch.set_num_threads(THREADS)
-            product()
-            of_product = spent(product)
+            (of_product,) = times(product, runs=1)
             took.clear()
-            rest = spent(around) - sum(took)
+            began = time.perf_counter()
+            around()
+            rest = time.perf_counter() - began - sum(took)
             torch.set_num_threads(1)
             samples.append((of_product, kernels(whole), kernels(cached), rest))
     torch.set_num_threads(THREADS)

@@ -89,12 +89,13 @@ template <class W, int lanes>
 struct LaneVector {
   using T = V;
   CTXKERN_INLINE static T add_word(T acc, const char* a, T b) { return W::multiply_add_word(acc, a, b); }
-  CTXKERN_INLINE static T pair(T low, T high) { return ctxkern::pair(low, high); }
 
-  // The same for a word of one element.
+  // Of a word of one element, with nothing of what follows it.
   CTXKERN_INLINE static T add_element(T acc, const char* a, T b) {
     return W::multiply_add(acc, (V)_mm512_set1_epi32(load<uint16_t>(a)), b);
   }
+
+  CTXKERN_INLINE static T pair(T low, T high) { return ctxkern::pair(low, high); }
 
   // rows[i] = lane i of 16 of them
   CTXKERN_INLINE static void turn(const float* from, V (&rows)[lanes]) {
