@@ -67,11 +67,11 @@ def backward(dout, operands, options, needs, gates=None):
         given = dout, operands, needs, gates, options.scale, *_base(operands, operands.weight.shape[1])
         grads = _checked(operands, cpu_runtime.load().lora_backward, *given)
         if grads is not None:
-            dx, dA, dB = grads
-            dweight = dbias = None
-            if needs.weight or needs.bias:
+            dx, dweight, dA, dB = grads
+            dbias, left = None, needs._replace(x=False, weight=needs.weight and dweight is None)
+            if left.weight or left.bias:
                 x, dy, (_, weight, _, _, bias, *_) = operands.x.flatten(0, -2), dout.flatten(0, -2), operands
-                without = needs._replace(x=False)
-                _, dweight, dbias = base_gradients(x, dy, weight, bias, without, options.workspace_bytes)
+                _, by_torch, dbias = base_gradients(x, dy, weight, bias, left, options.workspace_bytes)
+                dweight = by_torch if dweight is None else dweight
             return Gradients(dx, dweight, dA, dB, dbias)
     return native.backward(dout, operands, options, needs, gates, _run, _own_product)

@@ -92,6 +92,37 @@ def test_the_base_along_with_the_update(case, dtype, isa):
             assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+ONE_ADAPTER = [
+    Case("one", 3, 150, 300, 150, 1, rows=1, index=(0, 0, 0), bias=True),
+    Case("ragged", 3, 0, 33, 47, 1, rows=1, index=(0, 0, 0), lengths=(40, 0, 301)),
+    Case("long-sums", 1, 513, 785, 391, 1),
+]
+
+
+@pytest.mark.parametrize("isa", cpu_runtime.cpu_isas() or [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ONE_ADAPTER, ids=[case.id for case in ONE_ADAPTER])
+def test_the_gradient_of_the_base_along_with_those_of_one_adapter(case, dtype, isa, weights_made):
+    if dtype is torch.bfloat16 and not isa.endswith("bf16"):
+        pytest.skip("the words of this set are float32")
+    arguments, dout = lora_arguments(case, 7, dtype)
+    weight = arguments["weight"]
+    with force(library=False, isa=isa):
+        for given in (weight, weight.mT.contiguous().mT):
+            check_family(on_cpu, lora_linear_ref, arguments | {"weight": given}, dout, case.id)
+            threads, found = torch.get_num_threads(), []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(differentiate(on_cpu, arguments | {"weight": given}, dout))
+            torch.set_num_threads(threads)
+            assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+            leaf = given.detach().requires_grad_()
+            (alone,) = torch.autograd.grad(on_cpu(**arguments | {"weight": leaf}), leaf, dout)
+            assert torch.equal(alone, found[0]["dweight"])
+            assert alone.stride() == given.stride()
+    assert weights_made == {True}
+
+
 @pytest.mark.parametrize(
     "change",
     [{"adapter_index": torch.tensor([0, -1, 2])}, {"x": torch.ones(3, 40, 70)[:, :, ::7]}, {"x": torch.ones(3, 2, 10)}],
@@ -130,6 +161,25 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(lora_cpu.cpu_runtime, "load", Core)
     monkeypatch.setattr(lora_cpu.modulated, "forward", lambda *given: found.append("by itself") or product(*given))
+    return found
+
+
+@pytest.fixture
+def weights_made(monkeypatch):
+    """Whether each backward since that was asked for it made the gradient of the base weight itself."""
+    found, core = set(), cpu_runtime.load()
+
+    class Core:
+        def __getattr__(self, name):
+            return getattr(core, name)
+
+        def lora_backward(self, dout, operands, needs, *given):
+            grads = core.lora_backward(dout, operands, needs, *given)
+            if needs.weight:
+                found.add(grads is not None and grads[1] is not None)
+            return grads
+
+    monkeypatch.setattr(lora_cpu.cpu_runtime, "load", Core)
     return found
 
 

@@ -248,14 +248,19 @@ PyObject* lora_backward(PyObject* const* given) {
     return new_rows(operand(i), t, t.sizes[t.ndim - 1]);
   };
   const py::object dx = along || !needed(0) ? like(0) : matmul(dout, operand(1)), dA = like(2), dB = like(3);
+  py::object dweight = py::none();
+  if (needed(1) && asked && takes_weight(q)) {
+    dweight = empty_like(operand(1));
+    q.dweight = operand_of(dweight, 2);
+  }
   if (along) q.base = operand_of(operand(1), 2);
   q.rows = address_of(dout);
   q.dx = address_of(dx);
   q.dA = address_of(dA);
   q.dB = address_of(dB);
-  if (needed(0) || needed(2) || needed(3) || q.products)
+  if (needed(0) || needed(2) || needed(3) || q.products || q.dweight.data)
     run(q, gates, true, py::reinterpret_borrow<py::object>(given[8]));
-  return py::make_tuple(dx, dA, dB).release().ptr();
+  return py::make_tuple(dx, dweight, dA, dB).release().ptr();
 }
 
 // At the address of a struct of runtime/problem.py, for libraries without Python.
@@ -277,9 +282,10 @@ PyMethodDef methods[] = {
         "y of (operands, gates, scale, own, along, threads, allocate), where `along` allows it with a base product "
         "that goes along with the update, else with torch's, or None where `own` forbids that; None too where weight "
         "has another dtype than x, or what is read row by row has gaps."),
-    method<9, lora_backward>(
-        "lora_backward",
-        "(dx, dA, dB) of (dout, operands, needs, gates, scale, own, along, threads, allocate), or None likewise."),
+    method<9, lora_backward>("lora_backward",
+                             "(dx, dweight, dA, dB) of (dout, operands, needs, gates, scale, own, along, threads, "
+                             "allocate), or None likewise; "
+                             "dweight None too where torch's product takes less time."),
     method<1, lora_along>("lora_along", "Whether a call's base product can go along with its update."),
     method<1, lora_fits>("lora_fits", "Whether it is quick to see that arguments of lora_linear pass its checks."),
     method<1, factored_look>("factored_fits", "The same of factored_modulated_linear."),

@@ -18,6 +18,7 @@ struct LoraCall : LoraProblem {
   const LoraBlock* blocks;
   const int64_t* block_first;  // [U + 1]
   Operand base, bias;  // weight [E, D] and bias [E] of the linear layer, where its product is made with the update
+  Operand dweight;     // of that weight, where it is made with dA and dB: without gaps, or turned
 
   int64_t adapters() const { return rows_of->contexts; }
   int64_t block_count() const { return block_first[adapters()]; }
@@ -34,6 +35,12 @@ inline bool takes_base(const LoraCall& q) {
   constexpr int64_t kFewRows = 16, kMostBytes = 4 << 20;
   return q.batch.tokens > 0 && q.rows_of->count == q.batch.tokens && q.batch.tokens >= kFewRows * q.block_count() &&
          q.d_in * q.d_out * size_of(q.x.dtype) <= kMostBytes;
+}
+
+// Whether the gradient of the base weight is made with dA and dB: there are rows, all of one adapter, so that those of x and
+// dy are laid out once for all three (bench/LOG.md).
+inline bool takes_weight(const LoraCall& q) {
+  return q.batch.tokens > 0 && q.rows_of->count == q.batch.tokens && q.adapters() == 1;
 }
 
 // The entry points of one instruction set.

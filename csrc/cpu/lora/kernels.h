@@ -13,7 +13,7 @@
 #include "../runtime/sums.h"
 #include "call.h"
 #include "dropout.h"
-#include "memory.h"
+#include "gradients.h"
 
 namespace ctxkern {
 namespace {
@@ -23,10 +23,11 @@ class Lora {
  public:
   using Memory = LoraMemory<W>;
   using Thread = typename Memory::Thread;
-  using Strip = typename Memory::Strip;
+  using Source = typename Memory::Source;
   static constexpr int64_t NR = Memory::NR;
 
-  Lora(const LoraCall& call, bool backward, char* workspace) : q(call), memory_(call, backward, workspace) {}
+  Lora(const LoraCall& call, bool backward, char* workspace)
+      : q(call), memory_(call, backward, workspace), sums_(q, memory_) {}
 
   int64_t bytes() const { return memory_.bytes; }
 
@@ -37,7 +38,7 @@ class Lora {
       const LoraBlock& b = q.blocks[i];
       const Thread at = with_panels(b.adapter, thread);
       if (memory_.dropped) drop(b);
-      if (memory_.base) base(b, source_of(b, q.x.data, q.d_in), q.rows, q.d_out, at);
+      if (memory_.base) base(b, memory_.source_of(b, q.x.data, q.d_in), q.rows, q.d_out, at);
       h(b, at);
       scale(b, at);
       words_of(b, at);
@@ -56,13 +57,17 @@ class Lora {
     if (memory_.whole_adapters()) {
       parallel<W>(memory_.block_threads, q.adapters(), [&](int64_t u, int thread) {
         for (int64_t i = q.block_first[u]; i < q.block_first[u + 1]; ++i) block_gradients(i, thread);
-        for (int64_t s = 0; s < memory_.strips(); ++s) strip_gradients(u, s, thread);
+        for (int64_t s = 0; s < memory_.strips(); ++s) sums_.strip(u, s, thread);
       });
+      parallel<W>(memory_.strip_threads, memory_.parts(), [&](int64_t i, int thread) { sums_.part(i, thread); });
       return;
     }
     parallel<W>(memory_.block_threads, q.block_count(), [&](int64_t i, int thread) { block_gradients(i, thread); });
-    parallel<W>(memory_.strip_threads, q.adapters() * memory_.strips(),
-                [&](int64_t i, int thread) { strip_gradients(i / memory_.strips(), i % memory_.strips(), thread); });
+    const int64_t parts = memory_.parts(), strips = memory_.strips();
+    parallel<W>(memory_.strip_threads, parts + q.adapters() * strips, [&](int64_t i, int thread) {
+      if (i < parts) return sums_.part(i, thread);
+      sums_.strip((i - parts) / strips, (i - parts) % strips, thread);
+    });
   }
 
  private:
@@ -100,47 +105,16 @@ class Lora {
     const char* const b = q.B.data + q.slot(u) * q.B.strides[0] * b_size;
     with_source<W>(q.A.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
-      if (at.a_lanes) pack_panels<D>(at.a_lanes, a, a_d, a_r, q.d_in, rank, q.d_in);
-      if (at.a_rows) pack_panels<D>(at.a_rows, a, a_r, a_d, rank, q.d_in, q.rank);
+      if (at.a_lanes) Memory::template pack_panels<D>(at.a_lanes, a, a_d, a_r, q.d_in, rank, q.d_in);
+      if (at.a_rows) Memory::template pack_panels<D>(at.a_rows, a, a_r, a_d, rank, q.d_in, q.rank);
     });
     with_source<W>(q.B.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
-      if (at.b_lanes) pack_panels<D>(at.b_lanes, b, b_r, b_e, rank, q.d_out, q.rank);
-      if (at.b_rows) pack_panels<D>(at.b_rows, b, b_e, b_r, q.d_out, rank, q.d_out);
+      if (at.b_lanes) Memory::template pack_panels<D>(at.b_lanes, b, b_r, b_e, rank, q.d_out, q.rank);
+      if (at.b_rows) Memory::template pack_panels<D>(at.b_rows, b, b_e, b_r, q.d_out, rank, q.d_out);
     });
     return at;
   }
-
-  // Panels with room for sums over `longest`, of a matrix as in `pack_matrix`; rows are read one after another where they lie
-  // as such, into all panels.
-  template <Dtype D>
-  static void pack_panels(float* to, const char* from, int64_t row, int64_t column, int64_t count, int64_t lanes,
-                          int64_t longest, const int64_t* map = nullptr) {
-    const int64_t panel = panels(NR, longest);
-    if (column == size_of(D)) return pack_rows<W, D>(to, NR, from, row, column, count, lanes, map, panel);
-    for (int64_t c = 0; c < lanes; c += NR, to += panel)
-      pack_matrix<W, D>(to, from + c * column, row, column, count, lanes - c < NR ? lanes - c : NR);
-  }
-
-  // Rows of a block, of x (or what dropout left of it, in grouped order), y or dy.
-  struct Source {
-    const char* data;
-    int64_t columns;
-    const int64_t* map;
-  };
-
-  Source source_of(const LoraBlock& b, const char* data, int64_t columns) const {
-    return {b.map ? data : data + b.row * columns * size_of(q.x.dtype), columns, b.map};
-  }
-
-  Source x_of(const LoraBlock& b) const {
-    if (!memory_.dropped) return source_of(b, q.x.data, q.d_in);
-    return {memory_.dropped + b.first * q.d_in * size_of(q.x.dtype), q.d_in, nullptr};
-  }
-
-  Source dy_of(const LoraBlock& b) const { return source_of(b, q.rows, q.d_out); }
-
-  int64_t row_of(const LoraBlock& b, int64_t i) const { return b.map ? b.map[i] : b.row + i; }
 
   // What dropout keeps of x.
   void drop(const LoraBlock& b) const {
@@ -148,7 +122,7 @@ class Lora {
     with_dtype(q.x.dtype, [&](auto type) {
       constexpr Dtype D = decltype(type)::value;
       for (int64_t i = 0; i < b.count; ++i) {
-        const int64_t row = row_of(b, i);
+        const int64_t row = memory_.row_of(b, i);
         const RowDraws draws(*q.seed, row);
         const char* const from = q.x.data + row * q.d_in * size;
         char* const to = memory_.dropped + (b.first + i) * q.d_in * size;
@@ -198,7 +172,7 @@ class Lora {
   }
 
   const char* gates_of(const LoraBlock& b, int64_t i) const {
-    const int64_t row = row_of(b, i);
+    const int64_t row = memory_.row_of(b, i);
     return reinterpret_cast<const char*>(q.gates + (q.gate_of ? q.gate_of[row] : row) * q.rank);
   }
 
@@ -222,7 +196,7 @@ class Lora {
     const V factor = splat(scale_of(b));
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t from = i * lanes(q.rank);
-      float* const to = q.products + row_of(b, i) * q.rank;
+      float* const to = q.products + memory_.row_of(b, i) * q.rank;
       for (int64_t k = 0; k < rank; k += VL)
         store_as_first<Dtype::f32>(reinterpret_cast<char*>(to + k),
                                    factor * load<V>(at.plain + from + k) * load<V>(at.sums + from + k), rank - k);
@@ -231,8 +205,8 @@ class Lora {
 
   double kept_share() const { return 1.0 - static_cast<double>(q.kept_from) * 0x1p-32; }
 
-  void h(const LoraBlock& b, const Thread& at) const { inner(b, x_of(b), at.a_lanes, at); }
-  void g(const LoraBlock& b, const Thread& at) const { inner(b, dy_of(b), at.b_rows, at); }
+  void h(const LoraBlock& b, const Thread& at) const { inner(b, memory_.x_of(b), at.a_lanes, at); }
+  void g(const LoraBlock& b, const Thread& at) const { inner(b, memory_.dy_of(b), at.b_rows, at); }
 
   // The sums as a left operand.
   void words_of(const LoraBlock& b, const Thread& at) const {
@@ -281,7 +255,7 @@ class Lora {
       with_dtype(q.x.dtype, [&](auto type) {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
-          const int64_t row = row_of(b, i);
+          const int64_t row = memory_.row_of(b, i);
           const RowDraws draws(*q.seed, row);
           char* const to = q.dx + (row * q.d_in + d) * size;
           for (int64_t c = 0; c < columns; c += VL) {
@@ -298,6 +272,7 @@ class Lora {
     const LoraBlock& b = q.blocks[i];
     const Thread at = with_panels(b.adapter, thread);
     if (memory_.dropped && (q.dA || memory_.needs_h())) drop(b);
+    sums_.lay_out_x(i);
     if (memory_.needs_h()) {
       h(b, at);
       if (q.products) std::memcpy(at.plain, at.sums, static_cast<size_t>(b.count * lanes(q.rank) * 4));
@@ -306,87 +281,22 @@ class Lora {
       scale(b, at);
       turned(b, at, memory_.turned_h + memory_.turned_at(i));
     }
+    sums_.lay_out_dy(i);
     if (!memory_.needs_g()) return;
     g(b, at);
     if (q.products) products(b, at);
     scale(b, at);
     if (q.dA) turned(b, at, memory_.turned_g + memory_.turned_at(i));
     if (!q.dx) return;
-    if (memory_.base) base(b, dy_of(b), q.dx, q.d_in, at);
+    if (memory_.base) base(b, memory_.dy_of(b), q.dx, q.d_in, at);
     words_of(b, at);
     if (memory_.dropped) return add_dropped(b, at);
     add(b, by_panel(at.a_rows, q.rank), q.dx, q.d_in, at);
   }
 
-  // A strip of columns of dA_u or, after those, of dB_u.
-  void strip_gradients(int64_t u, int64_t s, int thread) const {
-    const int64_t of_a = memory_.strips_of_a();
-    const bool is_a = s < of_a;
-    const int64_t width = is_a ? q.d_in : q.d_out, strip = memory_.strip_width, c = (is_a ? s : s - of_a) * strip;
-    const int64_t columns = width - c < strip ? width - c : strip, rank = q.rank_of(u);
-    const Strip at = memory_.strip(thread);
-    for (int64_t k = 0; k < q.rank; k += kBlockRows) {
-      const int64_t ranks = rank - k < kBlockRows ? rank - k : kBlockRows;
-      Out out{reinterpret_cast<char*>(at.total), strip * 4, Store::f32, round_up(columns, VL)};
-      for (int64_t i = q.block_first[u]; ranks > 0 && i < q.block_first[u + 1]; ++i) {
-        const LoraBlock& b = q.blocks[i];
-        const int64_t steps = words<W>(b.count);
-        const float* const left = (is_a ? memory_.turned_g : memory_.turned_h) + memory_.turned_at(i) + k * steps;
-        product_wide<W>(ranks, steps, {reinterpret_cast<const char*>(left), steps * 4, 4},
-                        strip_of(b, is_a ? x_of(b) : dy_of(b), c, columns, ranks, at), out);
-        out.store = Store::f32_add;
-      }
-      const int64_t all = q.rank - k < kBlockRows ? q.rank - k : kBlockRows;
-      for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(at.total + i * strip, 0, strip * 4);
-      if (is_a) {
-        write_rows_of_a(u, k, all, c, columns, at.total);
-      } else {
-        write_rows_of_b(u, k, all, c, columns, at.total);
-      }
-    }
-  }
-
-  // Columns c and on of a block's rows, as words along the rows. In place where a single tile reads them.
-  Right strip_of(const LoraBlock& b, const Source& from, int64_t c, int64_t columns, int64_t ranks,
-                 const Strip& at) const {
-    const int64_t size = size_of(q.x.dtype);
-    if (W::PER * W::STEP == 1 && ranks <= kTileRows<2> && q.x.dtype == W::dtype && !from.map && columns % VL == 0)
-      return {reinterpret_cast<const float*>(from.data) + c, from.columns};
-    with_source<W>(q.x.dtype, [&](auto type) {
-      pack_panels<decltype(type)::value>(at.rows, from.data + c * size, from.columns * size, size, b.count, columns,
-                                         b.count, from.map);
-    });
-    return by_panel(at.rows, b.count);
-  }
-
-  void write_rows_of_a(int64_t u, int64_t k, int64_t ranks, int64_t d, int64_t columns, const float* total) const {
-    const int64_t size = size_of(q.A.dtype);
-    for (int64_t i = 0; i < ranks; ++i)
-      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1,
-                   total + i * memory_.strip_width, columns);
-  }
-
-  // Transposed.
-  void write_rows_of_b(int64_t u, int64_t k, int64_t ranks, int64_t e, int64_t columns, const float* total) const {
-    const int64_t size = size_of(q.B.dtype);
-    for (int64_t j = 0; j < columns; j += VL) {
-      for (int64_t i = 0; i < ranks; i += VL) {
-        V r[VL];
-        for (int64_t l = 0; l < VL; ++l)
-          r[l] = i + l < ranks ? load<V>(total + (i + l) * memory_.strip_width + j) : V{};
-        transpose(r);
-        with_dtype(q.B.dtype, [&](auto type) {
-          for (int64_t l = 0; l < VL && j + l < columns; ++l) {
-            char* const to = q.dB + ((q.slot(u) * q.d_out + e + j + l) * q.rank + k + i) * size;
-            store_as_first<decltype(type)::value>(to, r[l], ranks - i);
-          }
-        });
-      }
-    }
-  }
-
   const LoraCall& q;
   const Memory memory_;
+  const LoraSums<W> sums_;
 };
 
 template <class W>

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kStrip = 128, kWideStrip = 1024;
 // Floats of a wide strip of dA or dB.
 constexpr int64_t kTotal = 1 << 16;
+// Rows of a part of the base weight's gradient, of kStrip columns: its sums stay in the second cache.
+constexpr int64_t kPartRows = 256;
 // Bytes that threads work in, beyond as many as rows of x and y in float32: of many threads only some take part where each
 // needs much.
 constexpr int64_t kBudget = 24 << 20;
@@ -36,6 +38,14 @@ class LoraMemory {
   struct Strip {
     float* rows;   // x or dy, [panels, words along the rows, NR]
     float* total;  // dA or dB^T, [ranks, columns of a strip]
+    float* part;   // of the base weight's gradient, [kPartRows, kStrip]
+  };
+
+  // Rows of a block, of x (or what dropout left of it, in grouped order), y or dy.
+  struct Source {
+    const char* data;
+    int64_t columns;
+    const int64_t* map;
   };
 
   LoraMemory(const LoraCall& call, bool backward, char* workspace) : q(call), backward_(backward) {
@@ -55,6 +65,8 @@ class LoraMemory {
     const int64_t turned = (q.rows_of->count / W::PER + q.block_count() * W::STEP) * q.rank;
     turned_h = backward && q.dB ? arena.take(turned) : nullptr;
     turned_g = backward && q.dA ? arena.take(turned) : nullptr;
+    x_words = q.dweight.data ? arena.take(words_at(q.block_count(), q.d_in)) : nullptr;
+    dy_words = q.dweight.data ? arena.take(words_at(q.block_count(), q.d_out)) : nullptr;
     Arena one(nullptr), strip(nullptr);
     place(one);
     place_strip(strip);
@@ -85,8 +97,35 @@ class LoraMemory {
   int64_t strips_of_a() const { return strips_of(q.dA, q.d_in); }
   int64_t strips() const { return strips_of_a() + strips_of(q.dB, q.d_out); }
 
+  // The base weight's gradient as it lies in memory: E rows of D columns, or turned.
+  bool weight_turned() const { return q.dweight.strides[1] != 1; }
+  int64_t weight_rows() const { return weight_turned() ? q.d_in : q.d_out; }
+  int64_t weight_columns() const { return weight_turned() ? q.d_out : q.d_in; }
+  int64_t parts() const {
+    if (!q.dweight.data) return 0;
+    return (weight_rows() + kPartRows - 1) / kPartRows * ((weight_columns() + kStrip - 1) / kStrip);
+  }
+
   // Where h^T or g^T of a block lies, with room for the last word of each to be half full.
-  int64_t turned_at(int64_t i) const { return (q.blocks[i].first / W::PER + i * W::STEP) * q.rank; }
+  int64_t turned_at(int64_t i) const { return (first(i) / W::PER + i * W::STEP) * q.rank; }
+
+  // Where the panels of a block of x or dy lie, with as much room.
+  int64_t words_at(int64_t i, int64_t width) const {
+    return (first(i) / W::PER + i * W::STEP) * lanes(width) + i * (lanes(width) / NR * 16);
+  }
+
+  Source source_of(const LoraBlock& b, const char* data, int64_t columns) const {
+    return {b.map ? data : data + b.row * columns * size_of(q.x.dtype), columns, b.map};
+  }
+
+  Source x_of(const LoraBlock& b) const {
+    if (!dropped) return source_of(b, q.x.data, q.d_in);
+    return {dropped + b.first * q.d_in * size_of(q.x.dtype), q.d_in, nullptr};
+  }
+
+  Source dy_of(const LoraBlock& b) const { return source_of(b, q.rows, q.d_out); }
+
+  static int64_t row_of(const LoraBlock& b, int64_t i) { return b.map ? b.map[i] : b.row + i; }
 
   static int64_t lanes(int64_t n) { return round_up(n, NR); }
 
@@ -101,9 +140,21 @@ class LoraMemory {
   }
   static Right by_panel(const float* data, int64_t elements) { return {data, NR, panels(NR, elements)}; }
 
+  // Panels with room for sums over `longest`, of a matrix as in `pack_matrix`; rows are read one after another where they lie
+  // as such, into all panels.
+  template <Dtype D>
+  static void pack_panels(float* to, const char* from, int64_t row, int64_t column, int64_t count, int64_t lanes,
+                          int64_t longest, const int64_t* map = nullptr) {
+    const int64_t panel = panels(NR, longest);
+    if (column == size_of(D)) return pack_rows<W, D>(to, NR, from, row, column, count, lanes, map, panel);
+    for (int64_t c = 0; c < lanes; c += NR, to += panel)
+      pack_matrix<W, D>(to, from + c * column, row, column, count, lanes - c < NR ? lanes - c : NR);
+  }
+
   float *base, *bias;          // panels of the base weight, E lanes in the forward and D in the backward
   char* dropped;               // what dropout left of x, in grouped order
   float *turned_h, *turned_g;  // of all blocks
+  float *x_words, *dy_words;  // of all blocks, in panels of words along their rows, where more than dA and dB read them
   int64_t block_threads, strip_threads, strip_width = kStrip, bytes;
 
  private:
@@ -111,6 +162,9 @@ class LoraMemory {
   static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
   int64_t widest() const { return most(q.d_in, q.d_out); }
   int64_t strips_of(const char* wanted, int64_t n) const { return wanted ? (n + strip_width - 1) / strip_width : 0; }
+
+  // Grouped row of the first of block i, or the number of rows.
+  int64_t first(int64_t i) const { return i < q.block_count() ? q.blocks[i].first : q.rows_of->count; }
 
   Thread place(Arena& arena) const {
     const int64_t r_lanes = lanes(q.rank), rows = least(kBlockRows, most_rows_);
@@ -130,14 +184,14 @@ class LoraMemory {
 
   Strip place_strip(Arena& arena) const {
     return {arena.take(panels(strip_width, least(kBlockRows, most_rows_))),
-            arena.take(least(q.rank, kBlockRows) * strip_width)};
+            arena.take(least(q.rank, kBlockRows) * strip_width), arena.take(q.dweight.data ? kPartRows * kStrip : 0)};
   }
 
   // Threads for blocks and for strips, as many as there is work for and the budget allows.
   void share_budget() {
     const bool whole = backward_ && whole_adapters();
     block_threads = most(1, least(q.threads, whole ? q.adapters() : q.block_count()));
-    strip_threads = whole ? block_threads : most(1, least(q.threads, q.adapters() * strips()));
+    strip_threads = whole ? block_threads : most(1, least(q.threads, q.adapters() * strips() + parts()));
     const int64_t budget = kBudget + q.batch.tokens * (q.d_in + q.d_out) * 4;
     if (whole) {
       block_threads = strip_threads = most(1, least(block_threads, budget / most(1, each_thread_ + each_strip_)));

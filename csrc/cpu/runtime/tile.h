@@ -248,13 +248,13 @@ template <class W, int MR, int NV>
       }
     }
     if (NV < 4 && ahead) ahead->fetch_eight();
-    // of panels on both sides: what the first rows ask for serves those after them
-    if (NV < 4 && a_step == 8 * VL && row == 0) {
+    // of panels: what the first rows ask for serves those after them
+    if (NV < 4 && row == 0) {
       if (const int64_t far = unkept(b.far)) {
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(right + far + i * 16, 0, 2);
       }
-      if (const int64_t far = lane + NV * VL < out.lanes ? 0 : unkept(a.far)) {
+      if (const int64_t far = a_step != 8 * VL || lane + NV * VL < out.lanes ? 0 : unkept(a.far)) {
 #pragma GCC unroll 32
         for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(base[0] + far + i * 64, 0, 2);
       }
