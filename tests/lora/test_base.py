@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from helpers.threads import the_same_by
 
 import ctxkern
 from ctxkern.lora import base
@@ -84,12 +85,7 @@ def test_the_base_along_with_the_update(case, dtype, isa):
             fn = with_base(on_cpu, given, bias)
             check_family(fn, with_base(lora_linear_ref, weight, bias), arguments, dout, case.id)
             check_family(on_cpu, lora_linear_ref, arguments | {"weight": given, "bias": bias}, dout, case.id)
-            threads, found = torch.get_num_threads(), []
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                found.append(differentiate(fn, arguments, dout))
-            torch.set_num_threads(threads)
-            assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+            the_same_by((1, 3, 8), functools.partial(differentiate, fn, arguments, dout))
 
 
 ONE_ADAPTER = [
@@ -109,16 +105,12 @@ def test_the_gradient_of_the_base_along_with_those_of_one_adapter(case, dtype, i
     weight = arguments["weight"]
     with force(library=False, isa=isa):
         for given in (weight, weight.mT.contiguous().mT):
-            check_family(on_cpu, lora_linear_ref, arguments | {"weight": given}, dout, case.id)
-            threads, found = torch.get_num_threads(), []
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                found.append(differentiate(on_cpu, arguments | {"weight": given}, dout))
-            torch.set_num_threads(threads)
-            assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+            everything = arguments | {"weight": given}
+            check_family(on_cpu, lora_linear_ref, everything, dout, case.id)
+            found = the_same_by((1, 3, 8), functools.partial(differentiate, on_cpu, everything, dout))
             leaf = given.detach().requires_grad_()
-            (alone,) = torch.autograd.grad(on_cpu(**arguments | {"weight": leaf}), leaf, dout)
-            assert torch.equal(alone, found[0]["dweight"])
+            (alone,) = torch.autograd.grad(on_cpu(**everything | {"weight": leaf}), leaf, dout)
+            assert torch.equal(alone, found["dweight"])
             assert alone.stride() == given.stride()
     assert weights_made == {True}
 

@@ -13,17 +13,17 @@ class LoraSums {
   using Memory = LoraMemory<W>;
   using Source = typename Memory::Source;
   using Strip = typename Memory::Strip;
+  using Piece = typename Memory::Piece;
   static constexpr int64_t NR = Memory::NR;
 
   LoraSums(const LoraCall& call, const Memory& memory) : q(call), memory_(memory) {}
 
-  // Rows of a block, for all sums that read them.
-  void lay_out_x(int64_t i) const {
-    if (memory_.x_words) lay_out(q.blocks[i], memory_.x_of(q.blocks[i]), memory_.x_words + memory_.words_at(i, q.d_in));
+  // Rows of a piece, for all sums that read them.
+  void lay_out_x(const Piece& b) const {
+    if (memory_.x_words) lay_out(b, memory_.x_of(b), memory_.x_words + memory_.words_at(b.of, q.d_in));
   }
-  void lay_out_dy(int64_t i) const {
-    if (memory_.dy_words)
-      lay_out(q.blocks[i], memory_.dy_of(q.blocks[i]), memory_.dy_words + memory_.words_at(i, q.d_out));
+  void lay_out_dy(const Piece& b) const {
+    if (memory_.dy_words) lay_out(b, memory_.dy_of(b), memory_.dy_words + memory_.words_at(b.of, q.d_out));
   }
 
   // A strip of columns of dA_u or, after those, of dB_u.
@@ -83,11 +83,12 @@ class LoraSums {
  private:
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  void lay_out(const LoraBlock& b, const Source& from, float* to) const {
+  void lay_out(const Piece& b, const Source& from, float* block) const {
     const int64_t size = size_of(q.x.dtype);
     with_source<W>(q.x.dtype, [&](auto type) {
-      Memory::template pack_panels<decltype(type)::value>(to, from.data, from.columns * size, size, b.count,
-                                                          from.columns, b.count, from.map);
+      Memory::template pack_panels<decltype(type)::value>(block + b.offset / W::PER * NR, from.data,
+                                                          from.columns * size, size, b.count, from.columns,
+                                                          q.blocks[b.of].count, from.map);
     });
   }
 

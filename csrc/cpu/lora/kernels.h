@@ -3,10 +3,10 @@
 //   g_u = s dy_u B_u    dx_u += g_u A_u    dA_u = g_u^T x_u    dB_u = dy_u^T h_u
 //
 // Where rows have gates, entries of h and g are multiplied by those of their row, and the products of both without them
-// are the gates' gradient. The first two, and h, block by block; then dA and dB, strip of columns by strip, over the blocks
-// of an adapter in their order. Where adapters are many and even, a thread takes each whole, so that its rows stay in cache
-// between the two. Where the base weight goes along, a block of y or dx is written by its product, then updated.
-// Cuts depend on the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
+// are the gates' gradient. The first two, and h, block by block, or piece by piece of a block where threads would share too
+// few; then dA and dB (gradients.h). Where adapters are many and even, a thread takes each whole, so that its rows stay in
+// cache between the two. Where the base weight goes along, a block of y or dx is written by its product, then updated.
+// Sums over rows are cut by the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
 #pragma once
 
 #include "../runtime/parallel.h"
@@ -24,6 +24,7 @@ class Lora {
   using Memory = LoraMemory<W>;
   using Thread = typename Memory::Thread;
   using Source = typename Memory::Source;
+  using Piece = typename Memory::Piece;
   static constexpr int64_t NR = Memory::NR;
 
   Lora(const LoraCall& call, bool backward, char* workspace)
@@ -34,8 +35,9 @@ class Lora {
   void forward() {
     forget_panels();
     lay_out_base(q.base.strides[1], q.base.strides[0], q.d_in, q.d_out);
-    parallel<W>(memory_.block_threads, q.block_count(), [&](int64_t i, int thread) {
-      const LoraBlock& b = q.blocks[i];
+    parallel<W>(memory_.block_threads, memory_.pieces(), [&](int64_t i, int thread) {
+      const Piece b = memory_.piece(i);
+      if (b.count == 0) return;
       const Thread at = with_panels(b.adapter, thread);
       if (memory_.dropped) drop(b);
       if (memory_.base) base(b, memory_.source_of(b, q.x.data, q.d_in), q.rows, q.d_out, at);
@@ -62,7 +64,7 @@ class Lora {
       parallel<W>(memory_.strip_threads, memory_.parts(), [&](int64_t i, int thread) { sums_.part(i, thread); });
       return;
     }
-    parallel<W>(memory_.block_threads, q.block_count(), [&](int64_t i, int thread) { block_gradients(i, thread); });
+    parallel<W>(memory_.block_threads, memory_.pieces(), [&](int64_t i, int thread) { block_gradients(i, thread); });
     const int64_t parts = memory_.parts(), strips = memory_.strips();
     parallel<W>(memory_.strip_threads, parts + q.adapters() * strips, [&](int64_t i, int thread) {
       if (i < parts) return sums_.part(i, thread);
@@ -215,9 +217,10 @@ class Lora {
   }
 
   // Transposed, [R, words along the rows], a left operand too.
-  void turned(const LoraBlock& b, const Thread& at, float* to) const {
+  void turned(const Piece& b, const Thread& at, float* all) const {
     const int64_t rank = q.rank_of(b.adapter), r_lanes = lanes(q.rank), steps = words<W>(b.count);
-    float* const pairs = at.pairs;
+    const int64_t row = words<W>(q.blocks[b.of].count);
+    float *const pairs = at.pairs, *const to = all + memory_.turned_at(b.of) + b.offset / W::PER;
     for (int64_t k = 0; k < rank; k += kStrip) {
       const int64_t part = rank - k < kStrip ? rank - k : kStrip;
       pack_rows<W, Dtype::f32>(pairs, kStrip, reinterpret_cast<const char*>(at.sums + k), r_lanes * 4, 4, b.count,
@@ -228,7 +231,7 @@ class Lora {
           const int64_t there = steps - s < VL ? steps - s : VL;
           for (int64_t i = 0; i < VL; ++i) r[i] = i < there ? load<V>(pairs + (s + i) * kStrip + j) : V{};
           transpose(r);
-          for (int64_t i = 0; i < VL && j + i < part; ++i) store_first(to + (k + j + i) * steps + s, r[i], 4 * there);
+          for (int64_t i = 0; i < VL && j + i < part; ++i) store_first(to + (k + j + i) * row + s, r[i], 4 * there);
         }
       }
     }
@@ -269,24 +272,25 @@ class Lora {
   }
 
   void block_gradients(int64_t i, int thread) const {
-    const LoraBlock& b = q.blocks[i];
+    const Piece b = memory_.piece(i);
+    if (b.count == 0) return;
     const Thread at = with_panels(b.adapter, thread);
     if (memory_.dropped && (q.dA || memory_.needs_h())) drop(b);
-    sums_.lay_out_x(i);
+    sums_.lay_out_x(b);
     if (memory_.needs_h()) {
       h(b, at);
       if (q.products) std::memcpy(at.plain, at.sums, static_cast<size_t>(b.count * lanes(q.rank) * 4));
     }
     if (q.dB) {
       scale(b, at);
-      turned(b, at, memory_.turned_h + memory_.turned_at(i));
+      turned(b, at, memory_.turned_h);
     }
-    sums_.lay_out_dy(i);
+    sums_.lay_out_dy(b);
     if (!memory_.needs_g()) return;
     g(b, at);
     if (q.products) products(b, at);
     scale(b, at);
-    if (q.dA) turned(b, at, memory_.turned_g + memory_.turned_at(i));
+    if (q.dA) turned(b, at, memory_.turned_g);
     if (!q.dx) return;
     if (memory_.base) base(b, memory_.dy_of(b), q.dx, q.d_in, at);
     words_of(b, at);

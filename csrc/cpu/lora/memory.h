@@ -48,6 +48,11 @@ class LoraMemory {
     const int64_t* map;
   };
 
+  // Rows of block `of`, from its row `offset` on: what a thread takes at a time.
+  struct Piece : LoraBlock {
+    int64_t of, offset;
+  };
+
   LoraMemory(const LoraCall& call, bool backward, char* workspace) : q(call), backward_(backward) {
     Arena arena(workspace);
     const bool based = q.base.data && (!backward || q.dx);
@@ -58,6 +63,7 @@ class LoraMemory {
       const int64_t rows = q.rows_of->first[u + 1] - q.rows_of->first[u];
       most_rows_ = rows > most_rows_ ? rows : most_rows_;
     }
+    cut_blocks();
     if (whole_adapters() && widest() > kStrip && q.rank > 0) {
       const int64_t fits = least(kWideStrip, kTotal / least(q.rank, kBlockRows) / NR * NR);
       strip_width = least(fits, lanes(widest()));
@@ -93,6 +99,15 @@ class LoraMemory {
 
   // Enough adapters, none of them with more than a small share of all rows.
   bool whole_adapters() const { return q.threads == 1 || most_rows_ * 4 * q.threads <= q.rows_of->count; }
+
+  int64_t pieces() const { return q.block_count() * pieces_each_; }
+
+  // Of no rows where a block has fewer pieces than the longest.
+  Piece piece(int64_t i) const {
+    const LoraBlock& b = q.blocks[i / pieces_each_];
+    const int64_t at = i % pieces_each_ * piece_rows_, count = most(0, least(b.count - at, piece_rows_));
+    return {{b.adapter, b.first + at, count, b.row + at, b.map ? b.map + at : nullptr}, i / pieces_each_, at};
+  }
 
   int64_t strips_of_a() const { return strips_of(q.dA, q.d_in); }
   int64_t strips() const { return strips_of_a() + strips_of(q.dB, q.d_out); }
@@ -187,10 +202,20 @@ class LoraMemory {
             arena.take(least(q.rank, kBlockRows) * strip_width), arena.take(q.dweight.data ? kPartRows * kStrip : 0)};
   }
 
+  // Blocks in pieces where threads would else share too few. No sum goes over the rows of a piece, so that no bit changes.
+  void cut_blocks() {
+    constexpr int64_t kBlocks = 4, kPieces = 8, kFewRows = 32;  // of each thread, and of a piece
+    if (q.threads == 1 || (backward_ && whole_adapters()) || q.block_count() >= kBlocks * q.threads) return;
+    const int64_t longest = most(1, least(kBlockRows, most_rows_));
+    const int64_t rows = most(kFewRows, q.rows_of->count / (kPieces * q.threads));
+    pieces_each_ = (longest + rows - 1) / rows;
+    piece_rows_ = round_up((longest + pieces_each_ - 1) / pieces_each_, W::PER * W::STEP);
+  }
+
   // Threads for blocks and for strips, as many as there is work for and the budget allows.
   void share_budget() {
     const bool whole = backward_ && whole_adapters();
-    block_threads = most(1, least(q.threads, whole ? q.adapters() : q.block_count()));
+    block_threads = most(1, least(q.threads, whole ? q.adapters() : pieces()));
     strip_threads = whole ? block_threads : most(1, least(q.threads, q.adapters() * strips() + parts()));
     const int64_t budget = kBudget + q.batch.tokens * (q.d_in + q.d_out) * 4;
     if (whole) {
@@ -204,7 +229,7 @@ class LoraMemory {
   const LoraCall& q;
   const bool backward_;
   char *threads_, *strips_;
-  int64_t each_thread_, each_strip_, most_rows_ = 0;
+  int64_t each_thread_, each_strip_, most_rows_ = 0, pieces_each_ = 1, piece_rows_ = kBlockRows;
 };
 
 }  // namespace
