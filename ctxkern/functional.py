@@ -216,7 +216,8 @@ def lora_linear(
 
     Returns:
         [B, S, E] or [N, E] in the dtype of x. Differentiable in x, weight, A, B and bias, twice through the reference;
-        saves its inputs only. Same inputs and seed give the same bits.
+        saves its inputs only. Same inputs and seed give the same bits; on the CPU a sequence alone may be rounded
+        otherwise than among others, as the product with the base weight is chosen by the number of rows.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `modulated_linear`.
