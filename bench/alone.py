@@ -4,7 +4,8 @@
 
 Half of what its kernels take on one thread, as the case is and with one row of `bilinear`, which stays in the cache,
 for all rows of D; and around them what an autograd.Function takes that does nothing but call the same kernels with
-arguments made before. In turn with a large torch.mm on two threads, whose rate makes the floor, as in the bench table.
+arguments made before. In turn with a large torch.mm on two threads, whose rate makes the floor, as in the bench table;
+and with the step itself on two threads after the other forms, as it is there.
 No schedule and no Python does better with the same tiles, but for noise: on a shared machine limits of two runs differ
 by 0.05 and more, and a step that is at its limit may be seen above it.
 """
@@ -65,10 +66,11 @@ def bare(inputs):
 
 
 def measured(inputs, product, seconds):
-    """Medians, in seconds, of the product, the kernels on one thread, the same with `bilinear` in cache, and what a
-    bare autograd.Function takes around kernels."""
+    """Medians, in seconds, of the product, the kernels on one thread, the same with `bilinear` in cache, what a bare
+    autograd.Function takes around kernels, and a step on two threads after the other forms."""
     in_cache = dataclasses.replace(inputs, bilinear=inputs.bilinear[:1].contiguous().expand_as(inputs.bilinear))
-    around, whole, cached = bare(inputs), calls(inputs, True)["ctxkern"], calls(in_cache, True)["ctxkern"]
+    others = calls(inputs, True)
+    around, whole, cached = bare(inputs), others.pop("ctxkern"), calls(in_cache, True)["ctxkern"]
     samples, end = [], time.perf_counter() + seconds
     with clocked() as took:
 
@@ -86,8 +88,13 @@ def measured(inputs, product, seconds):
             began = time.perf_counter()
             around()
             rest = time.perf_counter() - began - sum(took)
+            for form in others.values():
+                form()
+            began = time.perf_counter()
+            whole()
+            between = time.perf_counter() - began
             torch.set_num_threads(1)
-            samples.append((of_product, kernels(whole), kernels(cached), rest))
+            samples.append((of_product, kernels(whole), kernels(cached), rest, between))
     torch.set_num_threads(THREADS)
     return [median(column) for column in zip(*samples, strict=True)]
 
@@ -105,7 +112,7 @@ def main():
         if case.id == "debug":
             continue
         inputs = make_inputs(case, dtype, dtype)
-        of_product, kernels, cached, rest = measured(inputs, product, args.seconds)
+        of_product, kernels, cached, rest, between = measured(inputs, product, args.seconds)
         peaks = Ceilings(flops / of_product, bandwidth)
         timings = {"ctxkern": Timing(kernels, kernels, kernels, 1)}
         (row,) = rows_of(case, inputs, True, timings, {"ctxkern": 0}, peaks)
@@ -114,7 +121,8 @@ def main():
         print(
             f"{case.id:18} {args.dtype:9} floor {floor:6.2f} ms; half of one thread's kernels {alone:6.2f}, with "
             f"bilinear in cache {near:6.2f}; around them {around:.2f}; at most {floor / (alone + around):.2f} of the "
-            f"floor, {floor / (near + around):.2f} with bilinear in cache",
+            f"floor, {floor / (near + around):.2f} with bilinear in cache; a step after other forms "
+            f"{1000 * between:.2f}, {floor / (1000 * between):.2f}",
             flush=True,
         )
 
