@@ -40,7 +40,8 @@ def _run(operands, *call):
 
 
 def _is_short(operands, options):
-    """Whether C++ may see to all but the base's gradients: the base has the dtype of x and of torch's product."""
+    """Whether C++ may see to all but the gradients of weight, but for one adapter, and of bias: weight has the dtype of
+    x and of torch's product."""
     x = operands.x
     return not options.dropout and operands.weight is not None and compute_dtype("cpu", x.dtype) is x.dtype
 
@@ -68,10 +69,11 @@ def backward(dout, operands, options, needs, gates=None):
         grads = _checked(operands, cpu_runtime.load().lora_backward, *given)
         if grads is not None:
             dx, dweight, dA, dB = grads
-            dbias, left = None, needs._replace(x=False, weight=needs.weight and dweight is None)
-            if left.weight or left.bias:
+            dbias, by_torch = None, needs.weight and dweight is None
+            if by_torch or needs.bias:
                 x, dy, (_, weight, _, _, bias, *_) = operands.x.flatten(0, -2), dout.flatten(0, -2), operands
-                _, by_torch, dbias = base_gradients(x, dy, weight, bias, left, options.workspace_bytes)
-                dweight = by_torch if dweight is None else dweight
+                left = needs._replace(x=False, weight=by_torch)
+                _, made, dbias = base_gradients(x, dy, weight, bias, left, options.workspace_bytes)
+                dweight = made if by_torch else dweight
             return Gradients(dx, dweight, dA, dB, dbias)
     return native.backward(dout, operands, options, needs, gates, _run, _own_product)

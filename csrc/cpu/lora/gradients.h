@@ -31,10 +31,10 @@ class LoraSums {
     const int64_t of_a = memory_.strips_of_a();
     const bool is_a = s < of_a;
     const int64_t width = is_a ? q.d_in : q.d_out, strip = memory_.strip_width, c = (is_a ? s : s - of_a) * strip;
-    const int64_t columns = width - c < strip ? width - c : strip, rank = q.rank_of(u);
+    const int64_t columns = least(width - c, strip), rank = q.rank_of(u);
     const Strip at = memory_.strip(thread);
     for (int64_t k = 0; k < q.rank; k += kBlockRows) {
-      const int64_t ranks = rank - k < kBlockRows ? rank - k : kBlockRows;
+      const int64_t ranks = least(rank - k, kBlockRows);
       Out out{reinterpret_cast<char*>(at.total), strip * 4, Store::f32, round_up(columns, VL)};
       for (int64_t i = q.block_first[u]; ranks > 0 && i < q.block_first[u + 1]; ++i) {
         const int64_t steps = words<W>(q.blocks[i].count);
@@ -43,7 +43,7 @@ class LoraSums {
                         strip_of(i, is_a, c, columns, ranks, at), out);
         out.store = Store::f32_add;
       }
-      const int64_t all = q.rank - k < kBlockRows ? q.rank - k : kBlockRows;
+      const int64_t all = least(q.rank - k, kBlockRows);
       for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(at.total + i * strip, 0, strip * 4);
       if (is_a) {
         write_rows_of_a(u, k, all, c, columns, at.total);
@@ -81,7 +81,7 @@ class LoraSums {
   }
 
  private:
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t least(int64_t a, int64_t b) { return Memory::least(a, b); }
 
   void lay_out(const Piece& b, const Source& from, float* block) const {
     const int64_t size = size_of(q.x.dtype);

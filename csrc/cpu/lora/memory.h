@@ -142,6 +142,7 @@ class LoraMemory {
 
   static int64_t row_of(const LoraBlock& b, int64_t i) { return b.map ? b.map[i] : b.row + i; }
 
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t lanes(int64_t n) { return round_up(n, NR); }
 
   // Floats of as many lanes, in panels of sums over `elements`. A line between panels keeps them from one set of a cache.
@@ -173,7 +174,6 @@ class LoraMemory {
   int64_t block_threads, strip_threads, strip_width = kStrip, bytes;
 
  private:
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
   int64_t widest() const { return most(q.d_in, q.d_out); }
   int64_t strips_of(const char* wanted, int64_t n) const { return wanted ? (n + strip_width - 1) / strip_width : 0; }
