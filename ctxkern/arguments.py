@@ -6,7 +6,6 @@ from torch.compiler import is_dynamo_compiling
 
 from . import checks
 from .lora.operands import Operands, Options
-from .ops import distributed, together
 from .plan import DEFAULT_WORKSPACE
 from .registry import resolve
 from .runtime import cpu
@@ -90,8 +89,6 @@ def factored(op, x, context, weight, in_factor, context_factor, out_factor, bias
         checks.fits(op, "weight", weight, x, (x.shape[-1], d_out), "[D, E]")
     if bias is not None:
         checks.fits(op, "bias", bias, x, (d_out,), "[E]")
-    if distributed((context, context_factor)):
-        _, context, context_factor = together((x, context, context_factor))
     return x, context, weight, in_factor, context_factor, out_factor, bias
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import arguments, checks, ops
-from .dtypes import accumulator
 from .factored.operands import Operands as FactoredOperands
 from .factored.ops import factored
 from .lora.operands import Operands as LoraOperands
@@ -275,16 +274,13 @@ def factored_modulated_linear(
     """
     given = (x, context, weight, in_factor, context_factor, out_factor, bias, context_index, cu_seqlens)
     seen = arguments.fit_factored(*given)
-    if not seen:
-        given = arguments.factored("factored_modulated_linear", *given)
-        x, context, weight, in_factor, context_factor, out_factor, bias = given
-    wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
-    gate = (context.to(wide) @ context_factor.to(wide)).to(accumulator(x.dtype))
-    operands = FactoredOperands(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)
     if seen:
-        return factored(operands, ops.Options(DEFAULT_WORKSPACE, resolve(backend, x.device, x.dtype, "factored")), True)
-    options = ops.Options(DEFAULT_WORKSPACE, arguments.backend_of(backend, x, "factored"))
-    return factored(operands, options, arguments.seen(operands))
+        backend = resolve(backend, x.device, x.dtype, "factored")
+    else:
+        given = (*arguments.factored("factored_modulated_linear", *given), context_index, cu_seqlens)
+        backend = arguments.backend_of(backend, given[0], "factored")
+    operands = FactoredOperands(*given)
+    return factored(operands, ops.Options(DEFAULT_WORKSPACE, backend), seen or arguments.seen(operands))
 
 
 def explain(

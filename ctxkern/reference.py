@@ -142,11 +142,6 @@ def factored_modulated_linear_ref(
     """
     wide = torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
     gate = context.to(wide) @ context_factor.to(wide)
-    return gated_linear_ref(x, gate, weight, in_factor, out_factor, bias, context_index, cu_seqlens)
-
-
-def gated_linear_ref(x, gate, weight, in_factor, out_factor, bias=None, context_index=None, cu_seqlens=None):
-    """The same, given gate = c context_factor: [F, R], or [B, S, R], one per token."""
     gate = gate.to(x.dtype) if context_index is None else gate.to(x.dtype)[context_index]
     inner = x @ in_factor.to(x.dtype)
     if gate.dim() == 3:

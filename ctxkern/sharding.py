@@ -48,10 +48,10 @@ def _lora(*args):
     return Names(operands, [lead + "E"], [call.B.shape[1]], "E" if dropout else splits)
 
 
-def _factored(x, gate, weight, in_factor, out_factor, bias, index, cu_seqlens, *_):
+def _factored(x, context, weight, in_factor, context_factor, out_factor, bias, index, cu_seqlens, *_):
     lead, row, splits = _spans(index, cu_seqlens)
-    table = "BSR" if gate.dim() == 3 else row + "R"
-    operands = [lead + "D", table, "DE", "DR", "RE", "E", "B", ""]
+    table = "BSK" if context.dim() == 3 else row + "K"
+    operands = [lead + "D", table, "DE", "DR", "KR", "RE", "E", "B", ""]
     return Names(operands, [lead + "E"], [out_factor.shape[1]], splits)
 
 

@@ -55,8 +55,8 @@ def test_ranks(fn, dtype):
 def test_many_rows_and_strided_factors(fn, dtype):
     case = Case("long", 3, 300, 96, 160, 8, rows=2, index=[1, 0, 1])
     arguments, dout = factored_arguments(case, 24, dtype)
-    arguments |= {name: arguments[name].mT.contiguous().mT for name in ("weight", "in_factor", "out_factor")}
-    arguments["x"] = arguments["x"].mT.contiguous().mT
+    turned = ("x", "context", "weight", "in_factor", "context_factor", "out_factor")
+    arguments |= {name: arguments[name].mT.contiguous().mT for name in turned}
     check_family(fn, factored_modulated_linear_ref, arguments, dout)
 
 
@@ -78,8 +78,23 @@ def test_threads_and_other_sequences_change_no_bit(fn):
     case = Case("batch", 9, 70, 96, 80, 8, rows=4, index=[0, 1, 2, 3, 0, 1, 2, 3, 0])
     arguments, dout = factored_arguments(case, 8)
     on_cpu = fn.keywords["backend"] == "cpu"
-    names = ("y", "dx", "dcontext", "din_factor", "dout_factor") if on_cpu else ("y",)
+    names = ("y", "dx", "dcontext", "din_factor", "dcontext_factor", "dout_factor") if on_cpu else ("y",)
     the_same_by((1, 2, 5), functools.partial(differentiate, fn, arguments, dout), names)
+
+
+@best
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_token", [False, True], ids=["a row each sequence", "a row each token"])
+def test_gates_of_many_contexts(fn, dtype, per_token):
+    """More than a piece of rows, panel of columns and run of a sum hold, by some of a table's rows and by several
+    threads."""
+    index = None if per_token else [3 * (b * 7 % 150) for b in range(300)]
+    case = Case("contexts", 300, 3, 12, 10, 70, rows=None if per_token else 451, index=index, per_token=per_token)
+    arguments, dout = factored_arguments(case, 41, dtype)
+    check_family(fn, factored_modulated_linear_ref, arguments, dout)
+    if fn.keywords["backend"] == "cpu":
+        names = ("dcontext", "dcontext_factor")
+        the_same_by((1, 3, 8), functools.partial(differentiate, fn, arguments, dout), names)
 
 
 @best

@@ -6,6 +6,7 @@ from helpers.kinds import CHECKED, PADDED, PER_TOKEN, RAGGED, SHARED
 from torch.library import opcheck
 
 import ctxkern
+from ctxkern.factored.operands import Operands
 from ctxkern.registry import interpreted
 from ctxkern.testing.cases import make_inputs
 from ctxkern.testing.families import factored_arguments, lora_arguments
@@ -96,11 +97,8 @@ INTERPRETED = ("shared-uneven",)
 @by_case
 def test_factored_operators(case):
     arguments, dout = factored_arguments(case, 3)
-    gate = arguments.pop("context") @ arguments.pop("context_factor")
-    arguments["gate"] = gate
-    names = ("x", "gate", "weight", "in_factor", "out_factor", "bias", "context_index", "cu_seqlens")
-    tensors = [arguments[name] for name in names]
+    tensors = [arguments[name] for name in Operands._fields]
     for backend in BACKENDS if case.id in INTERPRETED else BACKENDS[:2]:
         operands = (*tensors, 1 << 12, backend)
         opcheck(ops.factored_forward.default, operands)
-        opcheck(ops.factored_backward.default, (dout, *operands, [t is not None for t in tensors[:6]]))
+        opcheck(ops.factored_backward.default, (dout, *operands, [t is not None for t in tensors[:7]]))

@@ -6,7 +6,7 @@ A backend is a module of this folder with
     backward(dout, operands, options, needs) → Gradients
 
 All tensors that reach it are plain (`ctxkern.ops`). Kernels are those of `ctxkern.lora` with one adapter, whose inner
-products are multiplied by a row of gates.
+products are multiplied by a row of gates: context context_factor.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ctxkern.checks import check_bounds, check_index, is_readable
+from ctxkern.dtypes import accumulator
 from ctxkern.lora.operands import Gates
 from ctxkern.lora.operands import Gradients as LoraGradients
 from ctxkern.lora.operands import Operands as LoraOperands
@@ -21,13 +22,14 @@ from ctxkern.lora.operands import Options as LoraOptions
 
 
 class Operands(NamedTuple):
-    """x [B, S, D] or packed [N, D]; gate [F, R] or [B, S, R], in the dtype of sums; weight [D, E] or None; in_factor
-    [D, R]; out_factor [R, E]; bias [E] or None."""
+    """x [B, S, D] or packed [N, D]; context [F, K] or [B, S, K]; weight [D, E] or None; in_factor [D, R];
+    context_factor [K, R]; out_factor [R, E]; bias [E] or None."""
 
     x: torch.Tensor
-    gate: torch.Tensor
+    context: torch.Tensor
     weight: torch.Tensor | None
     in_factor: torch.Tensor
+    context_factor: torch.Tensor
     out_factor: torch.Tensor
     bias: torch.Tensor | None
     context_index: torch.Tensor | None = None  # [B] int64
@@ -42,16 +44,17 @@ class Operands(NamedTuple):
 
     @property
     def per_token(self):
-        return self.gate.dim() == 3
+        return self.context.dim() == 3
 
 
 class Gradients(NamedTuple):
     """One entry per operand that has a gradient. As `needs`: whether it is asked for. Absent ones are None."""
 
     x: Any
-    gate: Any
+    context: Any
     weight: Any
     in_factor: Any
+    context_factor: Any
     out_factor: Any
     bias: Any
 
@@ -63,8 +66,20 @@ class Gradients(NamedTuple):
         return tuple(self)
 
 
+def _wide(operands):
+    """The dtype in which context and context_factor meet."""
+    x, context, context_factor = operands.x, operands.context, operands.context_factor
+    return torch.promote_types(torch.promote_types(context_factor.dtype, context.dtype), x.dtype)
+
+
+def gates(operands):
+    """context context_factor, [F, R], or [N, R] where there is one per token, in the dtype of sums."""
+    context, wide = operands.context.flatten(0, -2), _wide(operands)
+    return (context.to(wide) @ operands.context_factor.to(wide)).to(accumulator(operands.x.dtype))
+
+
 def gate_rows(operands):
-    """[N] int64, the row of gate [F, R] of each row of x; None where there is one per token."""
+    """[N] int64, the row of the gates of each row of x; None where there is one per token."""
     x, index, bounds = operands.x, operands.context_index, operands.cu_seqlens
     if operands.per_token:
         return None
@@ -76,25 +91,37 @@ def gate_rows(operands):
     return sequence if index is None else index[sequence]
 
 
-def _gates(operands, products, together):
-    values, index = operands.gate.flatten(0, -2).contiguous(), operands.context_index
+def _gates(operands, values, products, together):
+    index = operands.context_index
     if together and operands.cu_seqlens is None and not operands.per_token:
         return Gates(values, index if index is None else index.contiguous(), products, operands.x.shape[1])
     return Gates(values, gate_rows(operands), products)
 
 
-def gate_gradient(products, operands):
-    """Of gate, from those of each row of x [N, R]: sums in a fixed order."""
-    x, gate, index, bounds = operands.x, operands.gate, operands.context_index, operands.cu_seqlens
+def context_gradients(products, operands, needs):
+    """Those of context and context_factor that `needs` asks for, from those of the gates of each row of x [N, R]."""
+    context, wide = operands.context, _wide(operands)
+    each = _by_context(products, operands).to(wide)
+    dcontext = each @ operands.context_factor.to(wide).mT if needs.context else None
+    dfactor = context.flatten(0, -2).to(wide).mT @ each if needs.context_factor else None
+    return (
+        None if dcontext is None else dcontext.to(context.dtype).view(context.shape),
+        None if dfactor is None else dfactor.to(operands.context_factor.dtype),
+    )
+
+
+def _by_context(products, operands):
+    """Sums of products over the rows of x of each row of the gates, in a fixed order."""
+    x, index, bounds = operands.x, operands.context_index, operands.cu_seqlens
     if operands.per_token:
-        return products.view(gate.shape)
+        return products
     if bounds is None:
-        each = products.view(*x.shape[:2], gate.shape[1]).sum(1)
+        each = products.view(*x.shape[:2], products.shape[1]).sum(1)
     else:
         each = torch.segment_reduce(products, "sum", offsets=bounds.long(), initial=0)
     if index is None:
         return each
-    total = torch.zeros_like(gate, memory_format=torch.contiguous_format)
+    total = products.new_zeros(len(operands.context), products.shape[1])
     if x.device.type == "cpu":
         return total.index_add_(0, index, each)
     # index_add_ is atomic on a GPU; this one sorts
@@ -104,7 +131,7 @@ def gate_gradient(products, operands):
 def check_values(operands):
     """Of integer tensors on the CPU."""
     if operands.context_index is not None and is_readable(operands.context_index):
-        check_index(operands.context_index, len(operands.gate), "context_index")
+        check_index(operands.context_index, len(operands.context), "context_index")
     if operands.cu_seqlens is not None and is_readable(operands.cu_seqlens):
         check_bounds(operands.cu_seqlens, len(operands.x))
 
@@ -117,8 +144,8 @@ class _Call(NamedTuple):
     gates: Gates
 
 
-def _as_lora(operands, options, together, products=None):
-    x, _, weight, in_factor, out_factor, bias = operands[:6]
+def _as_lora(operands, options, gates, together, products=None):
+    x, _, weight, in_factor, _, out_factor, bias = operands[:7]
     if x.device.type == "cpu":
         check_values(operands)
     transposed = None if weight is None else weight.mT
@@ -126,28 +153,33 @@ def _as_lora(operands, options, together, products=None):
         x.reshape(1, x.shape[:-1].numel(), x.shape[-1]), transposed, in_factor.mT[None], out_factor.mT[None], bias
     )
     options = LoraOptions(options.workspace_bytes, options.backend, 1.0, 0.0)
-    return _Call(lora, options, _gates(operands, products, together))
+    return _Call(lora, options, _gates(operands, gates(operands), products, together))
 
 
-def lora_forward(backend, operands, options, together=False):
-    """y by the forward of a low-rank backend. together: whether it takes `Gates.length`."""
-    y = backend.forward(*_as_lora(operands, options, together))
+def lora_forward(backend, operands, options, gates=gates, together=False):
+    """y by the forward of a low-rank backend. gates: what makes them; together: whether it takes `Gates.length`."""
+    y = backend.forward(*_as_lora(operands, options, gates, together))
     return y.view(*operands.x.shape[:-1], y.shape[-1])
 
 
-def lora_backward(backend, dout, operands, options, needs, together=False):
+def lora_backward(
+    backend, dout, operands, options, needs, gates=gates, context_gradients=context_gradients, together=False
+):
     """The `Gradients` that `needs` asks for, by the backward of a low-rank backend; likewise."""
-    x, gate, rank = operands.x, operands.gate, operands.gate.shape[-1]
-    tokens = x.shape[:-1].numel()
-    products = gate.new_empty((tokens, rank)) if needs.gate else None
-    call = _as_lora(operands, options, together, products)
+    x, tokens = operands.x, operands.x.shape[:-1].numel()
+    asked, products = needs.context or needs.context_factor, None
+    if asked:
+        products = x.new_empty((tokens, operands.out_factor.shape[0]), dtype=accumulator(x.dtype))
+    call = _as_lora(operands, options, gates, together, products)
     wanted = LoraGradients(needs.x, needs.weight, needs.in_factor, needs.out_factor, needs.bias)
     given = backend.backward(dout.reshape(1, tokens, dout.shape[-1]), call.operands, call.options, wanted, call.gates)
+    dcontext, dfactor = context_gradients(products, operands, needs) if asked else (None, None)
     return Gradients(
         None if given.x is None else given.x.view(x.shape),
-        gate_gradient(products, operands) if needs.gate else None,
+        dcontext,
         None if given.weight is None else given.weight.mT,
         None if given.A is None else given.A[0].mT,
+        dfactor,
         None if given.B is None else given.B[0].mT,
         given.bias,
     )

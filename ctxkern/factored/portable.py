@@ -1,12 +1,13 @@
 """y = x weight + ((x in_factor) ∘ gate) out_factor + bias in plain PyTorch; temporaries are O(N·(R + D + E)).
 
-Backward, with u = x in_factor and v = dy out_factor^T: dgate sums u ∘ v over the rows of a context,
-dx = dy weight^T + (v ∘ gate) in_factor^T, din_factor = x^T (v ∘ gate), dout_factor = (u ∘ gate)^T dy.
+gate = context context_factor. Backward, with u = x in_factor and v = dy out_factor^T: dgate sums u ∘ v over the rows of
+a context, dcontext = dgate context_factor^T, dcontext_factor = context^T dgate, dx = dy weight^T + (v ∘ gate)
+in_factor^T, din_factor = x^T (v ∘ gate), dout_factor = (u ∘ gate)^T dy.
 """
 
 import torch
 
-from ctxkern.factored.operands import Gradients, check_values, gate_gradient, gate_rows
+from ctxkern.factored.operands import Gradients, check_values, context_gradients, gate_rows, gates
 from ctxkern.lora.base import base_gradients, base_product
 from ctxkern.plan import compute_dtype
 
@@ -15,7 +16,7 @@ class _Rows:
     """x [N, D], the factors and the gates of its rows, in the dtype of products."""
 
     def __init__(self, operands):
-        x, gate, _, in_factor, out_factor, _, _, _ = operands
+        x, in_factor, out_factor = operands.x, operands.in_factor, operands.out_factor
         if x.device.type == "cpu":
             check_values(operands)
         compute = compute_dtype(x.device.type, x.dtype)
@@ -24,7 +25,7 @@ class _Rows:
             compute = torch.promote_types(compute, in_factor.dtype)
         self.x = x.flatten(0, -2).to(compute)
         self.in_factor, self.out_factor = in_factor.to(compute), out_factor.to(compute)
-        rows, flat = gate_rows(operands), gate.flatten(0, -2)
+        rows, flat = gate_rows(operands), gates(operands)
         self.gate = flat if rows is None else flat[rows]
 
     def gated(self, t):
@@ -48,25 +49,29 @@ def forward(operands, options):
 
 def backward(dout, operands, options, needs):
     """The `Gradients` that `needs` asks for."""
-    x, _, weight, in_factor, out_factor, bias = operands[:6]
+    x, _, weight, in_factor, _, out_factor, bias = operands[:7]
     rows, flat, dy = _Rows(operands), x.flatten(0, -2), dout.flatten(0, -2)
     wanted = needs._replace(weight=needs.weight and weight is not None)
     dx, dweight, dbias = base_gradients(
         flat, dy, None if weight is None else weight.mT, bias, wanted, options.workspace_bytes
     )
     wide = dy.to(rows.x.dtype)
-    v = wide @ rows.out_factor.mT if needs.x or needs.gate or needs.in_factor else None
-    u = rows.x @ rows.in_factor if needs.gate or needs.out_factor else None
-    dgate = gate_gradient(u.to(rows.gate.dtype) * v, operands) if needs.gate else None
+    asked = needs.context or needs.context_factor
+    v = wide @ rows.out_factor.mT if needs.x or asked or needs.in_factor else None
+    u = rows.x @ rows.in_factor if asked or needs.out_factor else None
+    dcontext, dfactor = None, None
+    if asked:
+        dcontext, dfactor = context_gradients(u.to(rows.gate.dtype) * v, operands, needs)
     g = None if v is None else rows.gated(v)
     if needs.x:
         low = g @ rows.in_factor.mT
         dx = (low if dx is None else low.add_(dx)).to(x.dtype).view(x.shape)
     return Gradients(
         dx,
-        dgate,
+        dcontext,
         None if dweight is None else dweight.mT,
         (rows.x.mT @ g).to(in_factor.dtype) if needs.in_factor else None,
+        dfactor,
         (rows.gated(u).mT @ wide).to(out_factor.dtype) if needs.out_factor else None,
         dbias,
     )

@@ -43,11 +43,28 @@ inline bool takes_weight(const LoraCall& q) {
   return q.batch.tokens > 0 && q.rows_of->count == q.batch.tokens && q.adapters() == 1;
 }
 
+// The gates of a factored call (gates.h). Of gradients: those that are asked for are not null.
+struct GateCall {
+  Operand context;  // [table, K], without gaps
+  Operand factor;   // [K, R]
+  int64_t table, context_dim, rank, threads;
+  int64_t count;                 // U, contexts that rows of x use
+  const int64_t* slot;           // [U] row of the table of each; null: in order
+  float* values;                 // [table, R], which a forward writes: rows of those in use
+  const float* products;         // [N, R] gradients of the gates of each row of x
+  const int64_t *first, *order;  // as `Rows` has them; null: a row for each context, in order
+  char *dcontext, *dfactor;      // like the context, and like the factor without gaps
+};
+
 // The entry points of one instruction set.
 struct LoraKernels {
   int64_t (*bytes)(const LoraCall&, bool backward);  // of workspace
   void (*forward)(const LoraCall&, char* workspace);
   void (*backward)(const LoraCall&, char* workspace);
+  // null but in those of float32
+  int64_t (*gate_bytes)(const GateCall&, bool backward);
+  void (*gates)(const GateCall&, char* workspace);
+  void (*gate_gradients)(const GateCall&, char* workspace);
 };
 
 }  // namespace ctxkern

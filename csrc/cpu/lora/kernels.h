@@ -13,6 +13,7 @@
 #include "../runtime/sums.h"
 #include "call.h"
 #include "dropout.h"
+#include "gates.h"
 #include "gradients.h"
 
 namespace ctxkern {
@@ -319,7 +320,12 @@ void lora_backward(const LoraCall& q, char* workspace) {
 }
 
 template <class W>
-constexpr LoraKernels lora_kernels_of{&lora_bytes<W>, &lora_forward<W>, &lora_backward<W>};
+constexpr LoraKernels lora_kernels_of{&lora_bytes<W>,
+                                      &lora_forward<W>,
+                                      &lora_backward<W>,
+                                      W::PER == 1 ? &gate_bytes : nullptr,
+                                      W::PER == 1 ? &gates : nullptr,
+                                      W::PER == 1 ? &gate_gradients : nullptr};
 
 }  // namespace
 }  // namespace ctxkern

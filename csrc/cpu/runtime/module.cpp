@@ -78,4 +78,5 @@ PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   ctxkern::bind_modulated(m);
   ctxkern::bind_lora(m);
+  ctxkern::bind_gates(m);
 }

@@ -35,5 +35,6 @@ PyMethodDef method(const char* name, const char* doc) {
 
 void bind_modulated(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
+void bind_gates(pybind11::module_& m);
 
 }  // namespace ctxkern
