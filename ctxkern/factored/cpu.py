@@ -5,36 +5,44 @@ from functools import partial
 import torch
 
 from ctxkern.lora import cpu
+from ctxkern.modulated.operands import contiguous
 from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.runtime import memory
 
-from .operands import lora_backward, lora_forward
+from .operands import context_gradients, gates, lora_backward, lora_forward
+
+# Multiplications of the gates from which torch's products take less time (bench/LOG.md).
+_MANY = 1 << 21
 
 
-def _allocate(size):
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
+def _by_torch(operands):
+    """Whether torch makes the gates: of many contexts, all of which may be in use."""
+    rows, index = operands.context.shape[:-1].numel(), operands.context_index
+    return rows * operands.context_factor.numel() > _MANY and (index is None or len(index) >= rows)
 
 
 def _without_gaps(operands):
-    for t in (operands.context, operands.context_index, operands.cu_seqlens):
-        if t is not None and not t.is_contiguous():
-            dense = {name: getattr(operands, name) for name in ("context", "context_index", "cu_seqlens")}
-            return operands._replace(**{name: t if t is None else t.contiguous() for name, t in dense.items()})
-    return operands
+    context, index, bounds = map(contiguous, (operands.context, operands.context_index, operands.cu_seqlens))
+    return operands._replace(context=context, context_index=index, cu_seqlens=bounds)
 
 
 def _gates(operands):
     """As `gates` of .operands, of the contexts in use."""
+    if _by_torch(operands):
+        return gates(operands)
     context, rank = operands.context, operands.out_factor.shape[0]
     values = torch.empty((context.shape[:-1].numel(), rank), dtype=torch.float32, device="cpu")
-    cpu_runtime.load().gates(_without_gaps(operands), values, torch.get_num_threads(), _allocate)
+    cpu_runtime.load().gates(_without_gaps(operands), values, torch.get_num_threads(), memory.workspace)
     return values
 
 
 def _context_gradients(products, operands, needs):
     """As `context_gradients` of .operands."""
+    if _by_torch(operands):
+        return context_gradients(products, operands, needs)
     asked = needs.context, needs.context_factor
     return cpu_runtime.load().gate_gradients(
-        _without_gaps(operands), products, *asked, torch.get_num_threads(), _allocate
+        _without_gaps(operands), products, *asked, torch.get_num_threads(), memory.workspace
     )
 
 

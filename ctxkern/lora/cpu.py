@@ -10,6 +10,7 @@ from ctxkern.modulated import cpu as modulated
 from ctxkern.modulated.operands import Operands
 from ctxkern.plan import DEFAULT_WORKSPACE, compute_dtype
 from ctxkern.runtime import cpu as cpu_runtime
+from ctxkern.runtime import memory
 
 
 def _own_product(x, weight, bias=None, turned=False):
@@ -23,13 +24,9 @@ def _own_product(x, weight, bias=None, turned=False):
     return y[0]
 
 
-def _allocate(size):
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
-
-
 def _checked(operands, function, *given):
     try:
-        return function(*given, torch.get_num_threads(), _allocate)
+        return function(*given, torch.get_num_threads(), memory.workspace)
     except ValueError:
         check_values(operands)
         raise

@@ -10,15 +10,11 @@ from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.runtime import memory
 
 
-def _allocate(size):
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
-
-
 def forward(operands, workspace_bytes):
     """[y], one per projection, in the dtype of x and the leading shape of x."""
     run = cpu_runtime.load().modulated_forward
     terms, most = cpu_terms(False, forced.strategy), min(workspace_bytes, MOST_BYTES)
-    limits = terms, most, torch.get_num_threads(), _allocate
+    limits = terms, most, torch.get_num_threads(), memory.workspace
     try:
         outs = run(operands, *limits)
         return run(without_gaps(operands), *limits) if outs is None else outs
@@ -31,7 +27,7 @@ def backward(douts, operands, workspace_bytes, needs):
     """The `Gradients` that `needs` asks for."""
     run = cpu_runtime.load().modulated_backward
     terms, most = cpu_terms(True, forced.strategy), min(workspace_bytes, MOST_BYTES)
-    options = needs, memory.empty_like, terms, most, torch.get_num_threads(), _allocate
+    options = needs, memory.empty_like, terms, most, torch.get_num_threads(), memory.workspace
     try:
         grads = run(douts, operands, *options)
         if grads is None:

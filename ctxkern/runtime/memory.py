@@ -1,4 +1,4 @@
-"""Memory for large results on the CPU, kept for a while after they are dropped (csrc/cpu/runtime/memory.h).
+"""Memory on the CPU: for large results, kept for a while after they are dropped (csrc/cpu/runtime/memory.h).
 
 The system clears new memory, which takes about as long as filling it, and the C library gives back blocks of 32 MiB and
 more as soon as they are free: at D = E = 1024, K = 64 in float32 a third of a training step was that (bench/LOG.md).
@@ -18,6 +18,11 @@ def kept_bytes() -> int:
 def release() -> None:
     """Gives them back to the system."""
     cpu.load().release_kept(0.0)
+
+
+def workspace(size):
+    """`size` bytes that kernels work in, by torch's allocator, so that they count among what a call takes."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def empty_like(t):

@@ -65,7 +65,7 @@ class Problem(ctypes.Structure):
 
 
 # of what functions of the libraries take (csrc/problem_checks.h)
-_CALLS = 3
+_CALLS = 4
 
 
 def layout():
