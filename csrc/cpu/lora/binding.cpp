@@ -22,23 +22,23 @@ int64_t threads_for(const LoraCall& q, bool backward) {
 }
 
 // Whether arguments (x, weight, A, B, bias, adapter_index, cu_seqlens, ranks) pass the checks of ctxkern/arguments.py;
-// false too where that takes a longer look: packed x, subclasses.
+// false too where that takes a longer look, as of subclasses.
 bool fits(py::handle arguments) {
   enum { kX, kWeight, kA, kB, kBias, kIndex, kBounds, kRanks, kAll };
   if (!ordinary_call(arguments)) return false;
   const auto given = py::reinterpret_borrow<py::tuple>(arguments);
-  if (given.size() != kAll || !given[kBounds].is_none()) return false;
+  if (given.size() != kAll) return false;
   for (const int i : {kX, kA, kB})
     if (given[i].is_none()) return false;
   try {
     const Tensor x = tensor_of(given[kX]), A = tensor_of(given[kA]), B = tensor_of(given[kB]);
-    if (x.ndim != 3 || A.ndim != 3 || B.ndim != 3 || !x.floats() || !A.mixes(x) || !B.mixes(x)) return false;
-    const int64_t table = A.sizes[0], rank = A.sizes[1], d_in = x.sizes[2], d_out = B.sizes[1];
+    if (A.ndim != 3 || B.ndim != 3 || !x.floats() || !A.mixes(x) || !B.mixes(x)) return false;
+    if (!may_be_rows(x, A.sizes[0], given[kIndex], given[kBounds])) return false;
+    const int64_t table = A.sizes[0], rank = A.sizes[1], d_in = x.sizes[x.ndim - 1], d_out = B.sizes[1];
     if (A.sizes[2] != d_in || !B.has_sizes({table, d_out, rank})) return false;
     if (!may_be_parameter(given[kWeight], x, {d_out, d_in}) || !may_be_parameter(given[kBias], x, {d_out}))
       return false;
-    if (!given[kRanks].is_none() && !may_be_longs(given[kRanks], x, table)) return false;
-    return may_be_index(given[kIndex], x, table);
+    return given[kRanks].is_none() || may_be_longs(given[kRanks], x, table);
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;
@@ -51,19 +51,18 @@ bool factored_fits(py::handle arguments) {
   enum { kX, kContext, kWeight, kIn, kOf, kOut, kBias, kIndex, kBounds, kAll };
   if (!ordinary_call(arguments)) return false;
   const auto given = py::reinterpret_borrow<py::tuple>(arguments);
-  if (given.size() != kAll || !given[kBounds].is_none()) return false;
+  if (given.size() != kAll) return false;
   for (const int i : {kX, kContext, kIn, kOf, kOut})
     if (given[i].is_none()) return false;
   try {
     const Tensor x = tensor_of(given[kX]), context = tensor_of(given[kContext]), out = tensor_of(given[kOut]);
-    if (x.ndim != 3 || context.ndim != 2 || out.ndim != 2 || !x.floats() || !context.mixes(x) || !out.mixes(x))
+    if (out.ndim != 2 || !x.floats() || !context.mixes(x) || !out.mixes(x)) return false;
+    if (!may_be_contexts(x, context, given[kIndex], given[kBounds])) return false;
+    const int64_t d_in = x.sizes[x.ndim - 1], context_dim = context.sizes[context.ndim - 1], rank = out.sizes[0];
+    if (!may_be_parameter(given[kIn], x, {d_in, rank}) || !may_be_parameter(given[kOf], x, {context_dim, rank}))
       return false;
-    const int64_t d_in = x.sizes[2], rank = out.sizes[0], d_out = out.sizes[1];
-    if (!may_be_parameter(given[kIn], x, {d_in, rank}) || !may_be_parameter(given[kOf], x, {context.sizes[1], rank}))
-      return false;
-    if (!may_be_parameter(given[kWeight], x, {d_in, d_out}) || !may_be_parameter(given[kBias], x, {d_out}))
-      return false;
-    return may_be_index(given[kIndex], x, context.sizes[0]);
+    const int64_t d_out = out.sizes[1];
+    return may_be_parameter(given[kWeight], x, {d_in, d_out}) && may_be_parameter(given[kBias], x, {d_out});
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;

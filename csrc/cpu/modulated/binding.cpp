@@ -24,22 +24,20 @@ int64_t threads_for(const Call& q, bool backward) {
 }
 
 // Whether arguments (x, context, weight, bilinear, bias, context_index, cu_seqlens) pass the checks of
-// ctxkern/arguments.py; false too where that takes a longer look: packed x, a context per token, subclasses.
+// ctxkern/arguments.py; false too where that takes a longer look, as of subclasses.
 bool fits(py::handle arguments) {
   enum { kX, kContext, kWeight, kBilinear, kBias, kIndex, kBounds, kAll };
   if (!ordinary_call(arguments)) return false;
   const auto given = py::reinterpret_borrow<py::tuple>(arguments);
-  if (given.size() != kAll || !given[kBounds].is_none()) return false;
+  if (given.size() != kAll) return false;
   for (const int i : {kX, kContext, kBilinear})
     if (given[i].is_none()) return false;
   try {
     const Tensor x = tensor_of(given[kX]), context = tensor_of(given[kContext]), bilinear = tensor_of(given[kBilinear]);
-    if (x.ndim != 3 || context.ndim != 2 || bilinear.ndim != 3 || !x.floats()) return false;
-    const int64_t d_in = x.sizes[2], d_out = bilinear.sizes[1];
-    if (!context.mixes(x) || !bilinear.mixes(x) || !bilinear.has_sizes({d_in, d_out, context.sizes[1]})) return false;
-    if (!may_be_parameter(given[kWeight], x, {d_in, d_out}) || !may_be_parameter(given[kBias], x, {d_out}))
-      return false;
-    return may_be_index(given[kIndex], x, context.sizes[0]);
+    if (bilinear.ndim != 3 || !x.floats() || !may_be_contexts(x, context, given[kIndex], given[kBounds])) return false;
+    const int64_t d_in = x.sizes[x.ndim - 1], d_out = bilinear.sizes[1], context_dim = context.sizes[context.ndim - 1];
+    if (!context.mixes(x) || !bilinear.mixes(x) || !bilinear.has_sizes({d_in, d_out, context_dim})) return false;
+    return may_be_parameter(given[kWeight], x, {d_in, d_out}) && may_be_parameter(given[kBias], x, {d_out});
   } catch (const py::error_already_set&) {
     // not one that has memory
     return false;

@@ -184,8 +184,21 @@ bool may_be_longs(py::handle object, const Tensor& x, int64_t size) {
   return t.longs() && t.same_device(x) && t.has_sizes({size});
 }
 
-bool may_be_index(py::handle object, const Tensor& x, int64_t table) {
-  return object.is_none() ? table == x.sizes[0] : may_be_longs(object, x, x.sizes[0]);
+bool may_be_rows(const Tensor& x, int64_t table, py::handle index, py::handle bounds) {
+  if (x.ndim != (bounds.is_none() ? 3 : 2)) return false;
+  int64_t sequences = x.sizes[0];
+  if (!bounds.is_none()) {
+    const Tensor t = tensor_of(bounds);
+    if (t.kind != kInt || t.bits != 32 || t.ndim != 1 || t.sizes[0] == 0 || !t.same_device(x)) return false;
+    sequences = t.sizes[0] - 1;
+  }
+  return index.is_none() ? table == sequences : may_be_longs(index, x, sequences);
+}
+
+bool may_be_contexts(const Tensor& x, const Tensor& context, py::handle index, py::handle bounds) {
+  if (context.ndim == 2) return may_be_rows(x, context.sizes[0], index, bounds);
+  return context.ndim == 3 && x.ndim == 3 && index.is_none() && bounds.is_none() && context.sizes[0] == x.sizes[0] &&
+         context.sizes[1] == x.sizes[1];
 }
 
 Operand operand_of(const Tensor& tensor) {

@@ -46,8 +46,10 @@ Tensor tensor_of(pybind11::handle object, int64_t ndim);
 bool may_be_parameter(pybind11::handle object, const Tensor& x, std::initializer_list<int64_t> sizes);
 bool may_be_longs(pybind11::handle object, const Tensor& x, int64_t size);
 
-// Whether it may say which of `table` rows each sequence of x [B, S, D] uses; None: each its own, in order.
-bool may_be_index(pybind11::handle object, const Tensor& x, int64_t table);
+// Whether index and bounds, or None, may say which of `table` rows each sequence of x [B, S, D], or of a packed x [N, D],
+// uses; index None: each its own, in order. The same of a context table [F, K]; true too of a context per token, [B, S, K].
+bool may_be_rows(const Tensor& x, int64_t table, pybind11::handle index, pybind11::handle bounds);
+bool may_be_contexts(const Tensor& x, const Tensor& context, pybind11::handle index, pybind11::handle bounds);
 
 // A tensor of floats with up to three dimensions; absent for None.
 Operand operand_of(const Tensor& tensor);
