@@ -9,7 +9,7 @@ from ctxkern.modulated.operands import contiguous
 from ctxkern.runtime import cpu as cpu_runtime
 from ctxkern.runtime import memory
 
-from .operands import context_gradients, gates, lora_backward, lora_forward
+from .operands import check_values, context_gradients, gates, lora_backward, lora_forward
 
 # Multiplications of the gates from which torch's products take less time (bench/LOG.md).
 _MANY = 1 << 21
@@ -32,7 +32,11 @@ def _gates(operands):
         return gates(operands)
     context, rank = operands.context, operands.out_factor.shape[0]
     values = torch.empty((context.shape[:-1].numel(), rank), dtype=torch.float32, device="cpu")
-    cpu_runtime.load().gates(_without_gaps(operands), values, torch.get_num_threads(), memory.workspace)
+    try:
+        cpu_runtime.load().gates(_without_gaps(operands), values, torch.get_num_threads(), memory.workspace)
+    except ValueError:
+        check_values(operands)
+        raise
     return values
 
 

@@ -19,6 +19,7 @@ from ctxkern.lora.operands import Gates
 from ctxkern.lora.operands import Gradients as LoraGradients
 from ctxkern.lora.operands import Operands as LoraOperands
 from ctxkern.lora.operands import Options as LoraOptions
+from ctxkern.modulated.operands import contiguous
 
 
 class Operands(NamedTuple):
@@ -73,7 +74,10 @@ def _wide(operands):
 
 
 def gates(operands):
-    """context context_factor, [F, R], or [N, R] where there is one per token, in the dtype of sums."""
+    """context context_factor, [F, R], or [N, R] where there is one per token, in the dtype of sums. On the CPU it checks
+    integer tensors."""
+    if operands.x.device.type == "cpu":
+        check_values(operands)
     context, wide = operands.context.flatten(0, -2), _wide(operands)
     return (context.to(wide) @ operands.context_factor.to(wide)).to(accumulator(operands.x.dtype))
 
@@ -92,10 +96,11 @@ def gate_rows(operands):
 
 
 def _gates(operands, values, products, together):
-    index = operands.context_index
-    if together and operands.cu_seqlens is None and not operands.per_token:
-        return Gates(values, index if index is None else index.contiguous(), products, operands.x.shape[1])
-    return Gates(values, gate_rows(operands), products)
+    index, bounds = operands.context_index, operands.cu_seqlens
+    if not together or operands.per_token:
+        return Gates(values, gate_rows(operands), products)
+    length = operands.x.shape[1] if bounds is None else 1
+    return Gates(values, contiguous(index), products, length, contiguous(bounds))
 
 
 def context_gradients(products, operands, needs):
@@ -146,18 +151,18 @@ class _Call(NamedTuple):
 
 def _as_lora(operands, options, gates, together, products=None):
     x, _, weight, in_factor, _, out_factor, bias = operands[:7]
-    if x.device.type == "cpu":
-        check_values(operands)
+    values = gates(operands)
     transposed = None if weight is None else weight.mT
     lora = LoraOperands(
         x.reshape(1, x.shape[:-1].numel(), x.shape[-1]), transposed, in_factor.mT[None], out_factor.mT[None], bias
     )
     options = LoraOptions(options.workspace_bytes, options.backend, 1.0, 0.0)
-    return _Call(lora, options, _gates(operands, gates(operands), products, together))
+    return _Call(lora, options, _gates(operands, values, products, together))
 
 
 def lora_forward(backend, operands, options, gates=gates, together=False):
-    """y by the forward of a low-rank backend. gates: what makes them; together: whether it takes `Gates.length`."""
+    """y by the forward of a low-rank backend. gates: what makes them, of operands whose values are in range; together:
+    whether it takes `Gates.length` and `Gates.bounds`."""
     y = backend.forward(*_as_lora(operands, options, gates, together))
     return y.view(*operands.x.shape[:-1], y.shape[-1])
 

@@ -58,9 +58,11 @@ class Gates(NamedTuple):
     """Factors of the entries of x A^T, a row of them for each row of x (`ctxkern.factored`)."""
 
     values: torch.Tensor  # [G, R] float32, without gaps
-    rows: torch.Tensor | None  # [N / length] int64 row of `values` of rows of x; None: as many, in order
+    rows: torch.Tensor | None  # [N] int64 row of `values` of each row of x; None: as many, in order
     products: torch.Tensor | None = None  # [N, R] float32 for the gradient of each row's gates, which a backward writes
-    length: int = 1  # how many rows of x each of `rows` is for; more in the C++ kernels of the CPU alone
+    # in the C++ kernels of the CPU alone: how many rows of x each of `rows` is for, or [B + 1] int32 where they begin
+    length: int = 1
+    bounds: torch.Tensor | None = None
 
 
 class Gradients(NamedTuple):

@@ -100,16 +100,26 @@ struct Made {
   LoraCall call{};
 };
 
-// Row of the gates of each row of x, where one of a problem, or one in order, is for several rows of x (`Gates.length`);
-// else nothing.
+// Row of the gates of each row of x, where one of a problem, or one in order, is for several rows of x (`Gates.length`,
+// `Gates.bounds`); else nothing. Bounds rise from 0 to the number of rows.
 std::vector<int64_t> gate_of_rows(const LoraProblem& q, py::handle gates) {
-  const int64_t length = gates.is_none() ? 1 : PyLong_AsLongLong(entry(gates, 3, 4).ptr());
-  if (length == -1 && PyErr_Occurred()) throw py::error_already_set();
   std::vector<int64_t> found;
-  if (length <= 1) return found;
+  if (gates.is_none()) return found;
+  const int64_t length = PyLong_AsLongLong(entry(gates, 3, 5).ptr());
+  if (length == -1 && PyErr_Occurred()) throw py::error_already_set();
+  const py::handle bounds = entry(gates, 4, 5);
+  if (length <= 1 && bounds.is_none()) return found;
   found.reserve(static_cast<size_t>(q.batch.tokens));
-  for (int64_t at = 0; at < q.batch.tokens / length; ++at)
-    found.insert(found.end(), static_cast<size_t>(length), q.gate_of ? q.gate_of[at] : at);
+  const auto add = [&](int64_t at, int64_t count) {
+    found.insert(found.end(), static_cast<size_t>(count), q.gate_of ? q.gate_of[at] : at);
+  };
+  if (bounds.is_none()) {
+    for (int64_t at = 0; at < q.batch.tokens / length; ++at) add(at, length);
+    return found;
+  }
+  const Tensor given = tensor_of(bounds, 1);
+  const auto* const first = reinterpret_cast<const int32_t*>(given.data);
+  for (int64_t at = 0; at + 1 < given.sizes[0]; ++at) add(at, first[at + 1] - first[at]);
   return found;
 }
 
@@ -143,11 +153,11 @@ LoraProblem problem_of(py::handle operands, py::handle rows, py::handle gradient
     q.dB = address_of(entry(gradients, 2, 3));
   }
   if (!gates.is_none()) {
-    const Tensor values = tensor_of(entry(gates, 0, 4), 2);
+    const Tensor values = tensor_of(entry(gates, 0, 5), 2);
     q.gates = reinterpret_cast<const float*>(values.data);
     q.gate_rows = values.sizes[0];
-    q.gate_of = longs_of(entry(gates, 1, 4));
-    q.products = reinterpret_cast<float*>(address_of(entry(gates, 2, 4)));
+    q.gate_of = longs_of(entry(gates, 1, 5));
+    q.products = reinterpret_cast<float*>(address_of(entry(gates, 2, 5)));
   }
   return q;
 }
