@@ -51,6 +51,7 @@ CONTEXT = [
     zeros(B + 1, K),
     zeros(B, K + 1),
     zeros(B, S, K),
+    zeros(B, S + 1, K),
     zeros(K),
     None,
 ]

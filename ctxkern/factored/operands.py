@@ -74,8 +74,7 @@ def _wide(operands):
 
 
 def gates(operands):
-    """context context_factor, [F, R], or [N, R] where there is one per token, in the dtype of sums. On the CPU it checks
-    integer tensors."""
+    """context context_factor, [F, R], or [N, R] with one per token, in the dtype of sums; checks integers on the CPU."""
     if operands.x.device.type == "cpu":
         check_values(operands)
     context, wide = operands.context.flatten(0, -2), _wide(operands)
