@@ -74,7 +74,7 @@ def _wide(operands):
 
 
 def gates(operands):
-    """context context_factor, [F, R], or [N, R] with one per token, in the dtype of sums; checks integers on the CPU."""
+    """context context_factor, [F, R] or [N, R], in the dtype of sums; on a CPU integer operands are checked."""
     if operands.x.device.type == "cpu":
         check_values(operands)
     context, wide = operands.context.flatten(0, -2), _wide(operands)
