@@ -1,8 +1,11 @@
 """Options, the shared ceilings, and the table of all rows at the end of a run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import ctxkern
 from ctxkern.testing import report
 from ctxkern.testing.measure import ceilings
 
@@ -19,6 +22,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    core = ctxkern.backends()["cpu"]
+    if config.getoption("--device") == "cpu" and not core:
+        # as of `python -m pytest` in a checkout, which finds the source tree before the installed package
+        where = Path(ctxkern.__file__).parent
+        warning = pytest.PytestWarning(f"the portable form is measured: the kernels of {where} are missing ({core})")
+        config.issue_config_time_warning(warning, stacklevel=2)
 
 
 @pytest.fixture
