@@ -29,6 +29,7 @@ class Gating {
   }
 
   void forward() const {
+    if (q.rank == 0) return;
     lay_out_factor(q.factor.strides[0], q.factor.strides[1], q.context_dim, q.rank);
     each_piece(q.count, [&](int64_t u, int64_t count) {
       lay_out_contexts(u, count);
