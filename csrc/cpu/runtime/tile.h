@@ -28,6 +28,16 @@ struct F32 {
 
   // The word at `a` times every lane of b.
   CTXKERN_INLINE static V multiply_add_word(V acc, const char* a, V b) { return acc + splat(load<float>(a)) * b; }
+
+  // b from memory, in no register.
+  CTXKERN_INLINE static V multiply_add_from(V acc, V a, const float* b) {
+#if defined(__AVX2__)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "m"(*reinterpret_cast<const float (*)[VL]>(b)));
+    return acc;
+#else
+    return acc + a * load<V>(b);
+#endif
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -44,6 +54,11 @@ struct Bf16 {
   // GCC 12 makes two instructions of it, and on Zen 4 the broadcast takes a third of the time (bench/LOG.md).
   CTXKERN_INLINE static V multiply_add_word(V acc, const char* a, V b) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
+    return acc;
+  }
+
+  CTXKERN_INLINE static V multiply_add_from(V acc, V a, const float* b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "m"(*reinterpret_cast<const float (*)[VL]>(b)));
     return acc;
   }
 };
@@ -261,9 +276,10 @@ template <class W, int MR, int NV>
     }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
       if (NV == 4) next.fetch();
-      V w[NV];
+      constexpr int KEPT = NV < 4 ? NV : 3;  // a fourth would be one more than there are registers
+      V w[KEPT];
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) w[j] = load<V>(right + j * VL);
+      for (int j = 0; j < KEPT; ++j) w[j] = load<V>(right + j * VL);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
         const char* const word = base[i / 3] + (i % 3) * a_row;
@@ -272,7 +288,8 @@ template <class W, int MR, int NV>
         } else {
           const V left = splat(load<float>(word));
 #pragma GCC unroll 4
-          for (int j = 0; j < NV; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+          for (int j = 0; j < KEPT; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+          if constexpr (NV == 4) acc[i][3] = W::multiply_add_from(acc[i][3], left, right + 3 * VL);
         }
       }
 #pragma GCC unroll 8
