@@ -252,6 +252,10 @@ template <class W, int MR, int NV>
     asm("" : "+r"(base[g]));  // or all are multiplied at once, in a vector
   }
   const float* right = b.at(lane);
+  // of panels: what the first rows ask for serves those after them. A step at a time: many at once are waited for
+  const int64_t right_far = row == 0 ? b.far : 0;
+  const int64_t left_far = row == 0 && a_step == 8 * VL && lane + NV * VL >= out.lanes ? a.far : 0;
+  const bool panels = (right_far | left_far) != 0;
   for (int64_t s = 0; s < steps;) {
     // a cache line of every row of the tile below this one, while a line of this one is used up
     if (NV < 4 && a_step == 4) {
@@ -263,19 +267,18 @@ template <class W, int MR, int NV>
       }
     }
     if (NV < 4 && ahead) ahead->fetch_eight();
-    // of panels: what the first rows ask for serves those after them
-    if (NV < 4 && row == 0) {
-      if (const int64_t far = unkept(b.far)) {
-#pragma GCC unroll 32
-        for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(right + far + i * 16, 0, 2);
-      }
-      if (const int64_t far = a_step != 8 * VL || lane + NV * VL < out.lanes ? 0 : unkept(a.far)) {
-#pragma GCC unroll 32
-        for (int i = 0; i < 2 * VL; ++i) __builtin_prefetch(base[0] + far + i * 64, 0, 2);
-      }
-    }
     for (const int64_t end = steps - s < 16 ? steps : s + 16; s < end; ++s) {
       if (NV == 4) next.fetch();
+      if (NV < 4 && panels) {
+        if (right_far) {
+#pragma GCC unroll 2
+          for (int i = 0; i < 2 * VL; i += 16) __builtin_prefetch(right + right_far + i, 0, 2);
+        }
+        if (left_far) {
+#pragma GCC unroll 2
+          for (int i = 0; i < 8 * VL; i += 64) __builtin_prefetch(base[0] + left_far + i, 0, 2);
+        }
+      }
       constexpr int KEPT = NV < 4 ? NV : 3;  // a fourth would be one more than there are registers
       V w[KEPT];
 #pragma GCC unroll 4
