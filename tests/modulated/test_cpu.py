@@ -55,7 +55,8 @@ LARGER = [
     # four vectors of a row at once: added to, and written past the caches
     Case("many-rows-wide-k", 2, 150, 33, 40, 128),
     Case("large-wide-k", 24, 1, 192, 200, 64),
-    # contexts as lanes: a vector of them, one and a half, a half, most of one and words of one element
+    # contexts as lanes: two vectors of them, one, one and a half, a half, most of one and words of one element
+    Case("two-vectors-of-contexts", 32, 4, 34, 70, 19, bias=True),
     Case("a-vector-of-contexts", 16, 5, 34, 70, 18, bias=True),
     Case("contexts-and-a-half", 23, 3, 35, 64, 16),
     Case("half-a-vector-of-contexts", 8, 3, 18, 40, 32, weight=False),

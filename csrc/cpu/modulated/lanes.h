@@ -62,15 +62,16 @@ class ContextLanes {
   float* data_ = nullptr;
 };
 
-// Lanes of the vector for so many contexts, or for the first of them.
-constexpr int64_t lanes_for(int64_t contexts) { return contexts > 8 ? 16 : 8; }
-
-// Columns of a tile, which takes two rows: eight sums or more, as long as one waits for the last.
-constexpr int64_t lane_columns(int64_t lanes) { return lanes == 8 ? 8 : 4; }
+// Columns of a tile, which takes two rows: as many sums as are begun before the first is done, which of bfloat16 are more.
+template <class W>
+constexpr int64_t lane_columns(int64_t lanes, int64_t vectors) {
+  return vectors == 1 && (lanes == 8 || W::PER == 2) ? 8 : 4;
+}
 
 // How often each tile of the first vector asks for what is ahead, of `panels` panels.
+template <class W>
 inline int64_t fetches_of(const Ahead& ahead, int64_t panels, int64_t contexts) {
-  const int64_t tiles = panels * (2 * VL / lane_columns(lanes_for(contexts)));
+  const int64_t tiles = panels * (2 * VL / lane_columns<W>(contexts > 8 ? 16 : 8, contexts == 32 ? 2 : 1));
   return ((ahead.bytes + 63) / 64 + tiles - 1) / tiles;
 }
 
@@ -84,15 +85,29 @@ void lane_weights(const ContextLanes<W>& contexts, const Projection& p, int64_t 
 
 #if defined(__AVX512F__)
 
-// A vector of contexts.
+// Words that a tile's columns make in all: of two rows and 2·VL columns.
+template <class W>
+constexpr int64_t kLaneWords = 4 * VL / W::PER;
+
+// A vector of contexts, or two that share what is read of `bilinear`.
 template <class W, int lanes>
 struct LaneVector {
   using T = V;
-  CTXKERN_INLINE static T add_word(T acc, const char* a, T b) { return W::multiply_add_word(acc, a, b); }
+  CTXKERN_INLINE static void add_word(T (&acc)[1], const char* a, const T (&b)[1]) {
+    acc[0] = W::multiply_add_word(acc[0], a, b[0]);
+  }
+
+  CTXKERN_INLINE static void add_word(T (&acc)[2], const char* a, const T (&b)[2]) {
+    const V word = splat(load<float>(a));
+    acc[0] = W::multiply_add(acc[0], word, b[0]), acc[1] = W::multiply_add(acc[1], word, b[1]);
+  }
 
   // Of a word of one element, with nothing of what follows it.
-  CTXKERN_INLINE static T add_element(T acc, const char* a, T b) {
-    return W::multiply_add(acc, (V)_mm512_set1_epi32(load<uint16_t>(a)), b);
+  template <int N>
+  CTXKERN_INLINE static void add_element(T (&acc)[N], const char* a, const T (&b)[N]) {
+    const V word = (V)_mm512_set1_epi32(load<uint16_t>(a));
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) acc[i] = W::multiply_add(acc[i], word, b[i]);
   }
 
   CTXKERN_INLINE static T pair(T low, T high) { return ctxkern::pair(low, high); }
@@ -109,18 +124,17 @@ template <class W>
 struct LaneVector<W, 8> {
   typedef float T __attribute__((vector_size(32)));
 
-  CTXKERN_INLINE static T add_word(T acc, const char* a, T b) {
+  CTXKERN_INLINE static void add_word(T (&acc)[1], const char* a, const T (&b)[1]) {
     if constexpr (W::PER == 1) {
-      return acc + load<float>(a) * b;
+      acc[0] += load<float>(a) * b[0];
     } else {
-      asm("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*reinterpret_cast<const float*>(a)));
-      return acc;
+      asm("vdpbf16ps %2%{1to8%}, %1, %0" : "+v"(acc[0]) : "v"(b[0]), "m"(*reinterpret_cast<const float*>(a)));
     }
   }
 
 #if defined(__AVX512BF16__)
-  CTXKERN_INLINE static T add_element(T acc, const char* a, T b) {
-    return (T)_mm256_dpbf16_ps((__m256)acc, (__m256bh)_mm256_set1_epi32(load<uint16_t>(a)), (__m256bh)b);
+  CTXKERN_INLINE static void add_element(T (&acc)[1], const char* a, const T (&b)[1]) {
+    acc[0] = (T)_mm256_dpbf16_ps((__m256)acc[0], (__m256bh)_mm256_set1_epi32(load<uint16_t>(a)), (__m256bh)b[0]);
   }
 
   CTXKERN_INLINE static T pair(T low, T high) {
@@ -157,84 +171,95 @@ struct LaneVector<W, 8> {
   }
 };
 
-// to[w, lanes]: the weights of a vector of contexts, as words: two rows of a column where pairs lie along D, else two columns
-// of a row. fetches: how often `ahead` asks for memory meanwhile.
-template <class W, bool along_d, int lanes>
+// to[vectors, w, lanes]: the weights of one or two vectors of contexts, as words: two rows of a column where pairs lie along
+// D, else two columns of a row. fetches: how often `ahead` asks for memory meanwhile.
+template <class W, bool along_d, int lanes, int vectors>
 [[gnu::noinline]] void lane_tile(const ContextLanes<W>& contexts, int64_t u, const char* first, const char* second,
                                  int64_t column, const float* bias, float* to, Ahead& ahead, int64_t fetches) {
   using Vector = LaneVector<W, lanes>;
   using T = typename Vector::T;
-  constexpr int COLUMNS = lane_columns(lanes), BASES = COLUMNS / 2;
+  constexpr int COLUMNS = lane_columns<W>(lanes, vectors), BASES = COLUMNS / 2;
   Ahead next;
   next.from[0] = unkept(ahead.from[0]), next.from[1] = unkept(ahead.from[1]);
   next.bytes = unkept(ahead.bytes), next.at = unkept(ahead.at), next.far = unkept(ahead.far);
-  T acc[2][COLUMNS];
+  T acc[2][COLUMNS][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < 2; ++i) {
 #pragma GCC unroll 8
-    for (int e = 0; e < COLUMNS; ++e) acc[i][e] = T{} + bias[i * 2 * VL + e];
+    for (int e = 0; e < COLUMNS; ++e) {
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) acc[i][e][v] = T{} + bias[i * 2 * VL + e];
+    }
   }
   const char* base[BASES];
 #pragma GCC unroll 8
   for (int g = 0; g < BASES; ++g) base[g] = (g % 2 == 0 ? first : second) + g / 2 * 4 * column;
+  const float* words = contexts.at(u);
   // a word of each column times one of the contexts
-  const auto add = [&](auto product, const T c) __attribute__((always_inline)) {
+  const auto add = [&](auto product) __attribute__((always_inline)) {
+    T c[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) c[v] = load<T>(words + v * lanes);
 #pragma GCC unroll 8
     for (int g = 0; g < BASES; ++g) {
 #pragma GCC unroll 8
-      for (int e = 0; e < 4; ++e) {
-        T& sum = acc[g % 2][g / 2 * 4 + e];
-        sum = product(sum, base[g] + e * column, c);
-      }
+      for (int e = 0; e < 4; ++e) product(acc[g % 2][g / 2 * 4 + e], base[g] + e * column, c);
     }
   };
-  const float* words = contexts.at(u);
   const int64_t whole = contexts.steps() - contexts.half();
   for (int64_t s = 0; s < whole; ++s, words += contexts.step()) {
     if (fetches-- > 0) next.fetch();
-    add(Vector::add_word, load<T>(words));
+    add([](auto& sum, const char* a, const auto& c) __attribute__((always_inline)) { Vector::add_word(sum, a, c); });
 #pragma GCC unroll 8
     for (int g = 0; g < BASES; ++g) base[g] += 4;
   }
   ahead.at = next.at;
   if constexpr (W::PER == 2) {
-    if (contexts.half()) add(Vector::add_element, load<T>(words));
+    if (contexts.half())
+      add([](auto& sum, const char* a, const auto& c)
+              __attribute__((always_inline)) { Vector::add_element(sum, a, c); });
   }
+#pragma GCC unroll 2
+  for (int v = 0; v < vectors; ++v, to += kLaneWords<W> * lanes) {
 #pragma GCC unroll 8
-  for (int e = 0; e < COLUMNS; ++e) {
-    if constexpr (W::PER == 1) {
-      store(to + e * lanes, acc[0][e]), store(to + (2 * VL + e) * lanes, acc[1][e]);
-    } else if constexpr (along_d) {
-      store(to + e * lanes, Vector::pair(acc[0][e], acc[1][e]));
-    } else if (e % 2 == 0) {
-      store(to + e / 2 * lanes, Vector::pair(acc[0][e], acc[0][e + 1]));
-      store(to + (VL + e / 2) * lanes, Vector::pair(acc[1][e], acc[1][e + 1]));
+    for (int e = 0; e < COLUMNS; ++e) {
+      if constexpr (W::PER == 1) {
+        store(to + e * lanes, acc[0][e][v]), store(to + (2 * VL + e) * lanes, acc[1][e][v]);
+      } else if constexpr (along_d) {
+        store(to + e * lanes, Vector::pair(acc[0][e][v], acc[1][e][v]));
+      } else if (e % 2 == 0) {
+        store(to + e / 2 * lanes, Vector::pair(acc[0][e][v], acc[0][e + 1][v]));
+        store(to + (VL + e / 2) * lanes, Vector::pair(acc[1][e][v], acc[1][e + 1][v]));
+      }
     }
   }
 }
 
-// The same by vectors of so many lanes, `to` being that of context begin. from: the first word of `bilinear`.
-template <class W, bool along_d, int lanes>
+// The same by so many vectors of so many lanes, `to` being that of context begin. from: the first word of `bilinear`.
+template <class W, bool along_d, int lanes, int vectors>
 inline void weights_by(const ContextLanes<W>& contexts, const char* from, int64_t row, int64_t column, int64_t begin,
                        int64_t end, const float* bias, char* to, int64_t context, int64_t half, Ahead& ahead,
                        int64_t fetches) {
-  constexpr int64_t kVectors = 4 / W::PER, kWord = W::PER == 2 && !along_d ? 2 : 1;  // kWord: columns
-  alignas(64) float made[kVectors * VL * lanes];
-  for (int64_t u = begin; u < end; u += lanes, to += lanes * context) {
-    for (int64_t j = 0; j < 2 * VL; j += lane_columns(lanes)) {
+  constexpr int64_t kColumns = lane_columns<W>(lanes, vectors),
+                    kWord = W::PER == 2 && !along_d ? 2 : 1;  // columns of each
+  alignas(64) float made[vectors * kLaneWords<W> * lanes];
+  for (int64_t u = begin; u < end;) {
+    for (int64_t j = 0; j < 2 * VL; j += kColumns) {
       const char* const first = from + j * column;
-      lane_tile<W, along_d, lanes>(contexts, u, first, first + row, column, bias + j, made + j / kWord * lanes, ahead,
-                                   u == begin ? fetches : 0);
+      lane_tile<W, along_d, lanes, vectors>(contexts, u, first, first + row, column, bias + j, made + j / kWord * lanes,
+                                            ahead, u == begin ? fetches : 0);
     }
-    for (int64_t v = 0; v < kVectors; ++v) {
-      V rows[lanes];
-      LaneVector<W, lanes>::turn(made + v * VL * lanes, rows);
-      char* const there = to + (W::PER == 1 ? v / 2 * half + v % 2 * VL * 4 : along_d ? v * VL * 4 : v * half);
-      if (end - u >= lanes) {
+    for (const float* rest = made; rest < made + vectors * kLaneWords<W> * lanes; u += lanes, to += lanes * context) {
+      for (int64_t v = 0; v < kLaneWords<W> / VL; ++v, rest += VL * lanes) {
+        V rows[lanes];
+        LaneVector<W, lanes>::turn(rest, rows);
+        char* const there = to + (W::PER == 1 ? v / 2 * half + v % 2 * VL * 4 : along_d ? v * VL * 4 : v * half);
+        if (end - u >= lanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) store(there + i * context, rows[i]);
-      } else {
-        for (int i = 0; i < end - u; ++i) store(there + i * context, rows[i]);
+          for (int i = 0; i < lanes; ++i) store(there + i * context, rows[i]);
+        } else {
+          for (int i = 0; i < end - u; ++i) store(there + i * context, rows[i]);
+        }
       }
     }
   }
@@ -246,10 +271,13 @@ void lane_weights(const ContextLanes<W>& contexts, const Projection& p, int64_t 
                   int64_t fetches) {
   const int64_t size = size_of(W::dtype), row = p.bilinear.strides[0] * size, column = p.bilinear.strides[1] * size;
   const char* const from = p.bilinear.data + d * row + e * column;
+  if (end - begin == 32)
+    return weights_by<W, along_d, 16, 2>(contexts, from, row, column, begin, end, bias, to, context, half, ahead,
+                                         fetches);
   const int64_t last = (end - begin) % 16, split = last == 7 || last == 8 ? end - last : end;
-  weights_by<W, along_d, 16>(contexts, from, row, column, begin, split, bias, to, context, half, ahead, fetches);
-  weights_by<W, along_d, 8>(contexts, from, row, column, split, end, bias, to + (split - begin) * context, context,
-                            half, ahead, split == begin ? fetches : 0);
+  weights_by<W, along_d, 16, 1>(contexts, from, row, column, begin, split, bias, to, context, half, ahead, fetches);
+  weights_by<W, along_d, 8, 1>(contexts, from, row, column, split, end, bias, to + (split - begin) * context, context,
+                               half, ahead, split == begin ? fetches : 0);
 }
 
 #endif

@@ -133,7 +133,7 @@ struct PanelForward {
           if (rows - r > 1 && columns - j >= NR && lanes.take(p, end - begin)) {
             panel_bias(q, p, d + r, e + j, bias);
             lane_weights<W, true>(lanes, p, d + r, e + j, begin, end, bias, reinterpret_cast<char*>(to), context * 4,
-                                  NR * 4, next, fetches_of(next, 1, end - begin));
+                                  NR * 4, next, fetches_of<W>(next, 1, end - begin));
             continue;
           }
         }

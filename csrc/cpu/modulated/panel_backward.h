@@ -182,7 +182,7 @@ struct PanelBackward {
         const Place then = Place{d, b.e + c}.after(kChunk<P>, b.e, b.e + b.columns);
         Ahead next = panel_ahead(q, p, then, then.after(kChunk<P>, b.e, b.e + b.columns), widest);
         const int64_t panels = round_up(chunk, NR) / NR;
-        const int64_t fetches = fetches_of(next, panels, b.end - b.begin);
+        const int64_t fetches = fetches_of<P>(next, panels, b.end - b.begin);
         next.share(panels * lines_ahead<P, 4>(b.end - b.begin, contexts.along_k_words), blocks_of<P>(q, panels));
         for (int64_t j = c; j < c + chunk; j += NR) {
           if constexpr (ContextLanes<P>::kThere && std::is_same_v<P, R>) {
