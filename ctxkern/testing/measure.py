@@ -203,15 +203,16 @@ def provenance(device="cpu"):
 
 
 def device_name(device="cpu"):
-    """The processor's or GPU's own name."""
+    """The processor's or GPU's own name; with its family and model where that says neither, as in virtual machines."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = first.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in first or any(c.isdigit() for c in name):
+        return name
+    return f"{name} family {first['cpu family']} model {first['model']}"
 
 
 def _git(*args):
