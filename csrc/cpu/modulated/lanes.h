@@ -68,7 +68,7 @@ constexpr int64_t lane_columns(int64_t lanes, int64_t vectors) {
   return vectors == 1 && (lanes == 8 || W::PER == 2) ? 8 : 4;
 }
 
-// How often each tile of the first vector asks for what is ahead, of `panels` panels.
+// How often each tile of the first vectors asks for what is ahead, of `panels` panels.
 template <class W>
 inline int64_t fetches_of(const Ahead& ahead, int64_t panels, int64_t contexts) {
   const int64_t tiles = panels * (2 * VL / lane_columns<W>(contexts > 8 ? 16 : 8, contexts == 32 ? 2 : 1));
@@ -241,7 +241,7 @@ inline void weights_by(const ContextLanes<W>& contexts, const char* from, int64_
                        int64_t end, const float* bias, char* to, int64_t context, int64_t half, Ahead& ahead,
                        int64_t fetches) {
   constexpr int64_t kColumns = lane_columns<W>(lanes, vectors),
-                    kWord = W::PER == 2 && !along_d ? 2 : 1;  // columns of each
+                    kWord = W::PER == 2 && !along_d ? 2 : 1;  // columns of a tile and of a word
   alignas(64) float made[vectors * kLaneWords<W> * lanes];
   for (int64_t u = begin; u < end;) {
     for (int64_t j = 0; j < 2 * VL; j += kColumns) {
