@@ -256,7 +256,12 @@ PyObject* lora_backward(PyObject* const* given) {
     const Tensor t = tensor_of(operand(i));
     return new_rows(operand(i), t, t.sizes[t.ndim - 1]);
   };
-  const py::object dx = along || !needed(0) ? like(0) : matmul(dout, operand(1)), dA = like(2), dB = like(3);
+  const py::object dx = along || !needed(0) ? like(0) : matmul(dout, operand(1));
+  q.turned = !gates.is_none();
+  const auto factor = [&](int64_t i) {
+    return q.turned && needed(i) ? new_turned(operand(i), tensor_of(operand(i))) : like(i);
+  };
+  const py::object dA = factor(2), dB = factor(3);
   py::object dweight = py::none();
   if (needed(1) && asked && takes_weight(q)) {
     dweight = empty_like(operand(1));

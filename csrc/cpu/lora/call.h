@@ -18,6 +18,7 @@ struct LoraCall : LoraProblem {
   const LoraBlock* blocks;
   const int64_t* block_first;  // [U + 1]
   Operand base, bias;  // weight [E, D] and bias [E] of the linear layer, where its product is made with the update
+  bool turned;         // dA is [D, R] and dB [R, E] in memory, as the factors are that A and B then are views of
   Operand dweight;     // of that weight, where it is made with dA and dB: without gaps, or turned
 
   int64_t adapters() const { return rows_of->contexts; }

@@ -45,10 +45,12 @@ class LoraSums {
       }
       const int64_t all = least(q.rank - k, kBlockRows);
       for (int64_t i = ranks > 0 ? ranks : 0; i < all; ++i) std::memset(at.total + i * strip, 0, strip * 4);
-      if (is_a) {
-        write_rows_of_a(u, k, all, c, columns, at.total);
+      char* const to = is_a ? q.dA : q.dB;
+      const Dtype dtype = is_a ? q.A.dtype : q.B.dtype;
+      if (is_a == q.turned) {
+        write_turned(dtype, to + (q.slot(u) * width + c) * q.rank * size_of(dtype), k, all, columns, at.total);
       } else {
-        write_rows_of_b(u, k, all, c, columns, at.total);
+        write(dtype, to + (q.slot(u) * q.rank * width + c) * size_of(dtype), width, k, all, columns, at.total);
       }
     }
   }
@@ -118,27 +120,23 @@ class LoraSums {
     return Memory::by_panel(at.rows, b.count);
   }
 
-  void write_rows_of_a(int64_t u, int64_t k, int64_t ranks, int64_t d, int64_t columns, const float* total) const {
-    const int64_t size = size_of(q.A.dtype);
+  // Rows k and on of [R, width], from sums [ranks, columns of a strip].
+  void write(Dtype dtype, char* to, int64_t width, int64_t k, int64_t ranks, int64_t columns, const float* sums) const {
     for (int64_t i = 0; i < ranks; ++i)
-      write_vector(q.A.dtype, q.dA + ((q.slot(u) * q.rank + k + i) * q.d_in + d) * size, 1,
-                   total + i * memory_.strip_width, columns);
+      write_vector(dtype, to + (k + i) * width * size_of(dtype), 1, sums + i * memory_.strip_width, columns);
   }
 
-  // Transposed.
-  void write_rows_of_b(int64_t u, int64_t k, int64_t ranks, int64_t e, int64_t columns, const float* total) const {
-    const int64_t size = size_of(q.B.dtype);
+  // The same as columns of [width, R].
+  void write_turned(Dtype dtype, char* to, int64_t k, int64_t ranks, int64_t columns, const float* sums) const {
+    const int64_t size = size_of(dtype);
     for (int64_t j = 0; j < columns; j += VL) {
       for (int64_t i = 0; i < ranks; i += VL) {
         V r[VL];
-        for (int64_t l = 0; l < VL; ++l)
-          r[l] = i + l < ranks ? load<V>(total + (i + l) * memory_.strip_width + j) : V{};
+        for (int64_t l = 0; l < VL; ++l) r[l] = i + l < ranks ? load<V>(sums + (i + l) * memory_.strip_width + j) : V{};
         transpose(r);
-        with_dtype(q.B.dtype, [&](auto type) {
-          for (int64_t l = 0; l < VL && j + l < columns; ++l) {
-            char* const to = q.dB + ((q.slot(u) * q.d_out + e + j + l) * q.rank + k + i) * size;
-            store_as_first<decltype(type)::value>(to, r[l], ranks - i);
-          }
+        with_dtype(dtype, [&](auto type) {
+          for (int64_t l = 0; l < VL && j + l < columns; ++l)
+            store_as_first<decltype(type)::value>(to + ((j + l) * q.rank + k + i) * size, r[l], ranks - i);
         });
       }
     }

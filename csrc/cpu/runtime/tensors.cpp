@@ -55,6 +55,7 @@ struct Torch {
     sum = PyUnicode_InternFromString("sum");
     to = PyUnicode_InternFromString("to");
     dtype = PyUnicode_InternFromString("dtype");
+    mT = PyUnicode_InternFromString("mT");
     is_cpu = PyUnicode_InternFromString("is_cpu");
     is_cuda = PyUnicode_InternFromString("is_cuda");
     read = api->read;
@@ -63,7 +64,7 @@ struct Torch {
   PyTypeObject *tensor, *parameter;
   PyObject *like, *linear, *matmul;
   PyObject *is_neg, *is_zero, *contiguous, *new_empty, *sum, *to;  // names of methods
-  PyObject *is_cpu, *is_cuda, *dtype;                              // of attributes
+  PyObject *is_cpu, *is_cuda, *dtype, *mT;                         // of attributes
   int (*read)(void* object, DLTensor* out);
 };
 
@@ -250,6 +251,12 @@ py::object new_rows(py::handle x, const Tensor& as, int64_t columns) {
   py::tuple sizes(as.ndim);
   for (int64_t i = 0; i < as.ndim; ++i) sizes[i] = py::int_(i + 1 < as.ndim ? as.sizes[i] : columns);
   return made(PyObject_CallMethodOneArg(x.ptr(), torch().new_empty, sizes.ptr()));
+}
+
+py::object new_turned(py::handle as, const Tensor& given) {
+  const py::tuple sizes = py::make_tuple(given.sizes[0], given.sizes[2], given.sizes[1]);
+  const py::object memory = made(PyObject_CallMethodOneArg(as.ptr(), torch().new_empty, sizes.ptr()));
+  return made(PyObject_GetAttr(memory.ptr(), torch().mT));
 }
 
 py::object sum_of_rows(py::handle rows, int64_t ndim, py::handle like) {

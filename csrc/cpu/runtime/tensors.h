@@ -62,10 +62,11 @@ const int64_t* longs_of(pybind11::handle object);
 // Which row of a table each row of x [B, S, D], or of a packed x [N, D] with bounds, uses.
 Batch batch_of(const Tensor& x, int64_t table, pybind11::handle index, pybind11::handle bounds);
 
-// New tensors of torch: like another, as x with other sizes but the last, and the sums over all rows of rows of x or dy in the
-// dtype of another.
+// New tensors of torch: like another, as x with other sizes but the last, of the sizes of another that has three dimensions
+// with the last two the other way round in memory, and the sums over all rows of rows of x or dy in the dtype of another.
 pybind11::object empty_like(pybind11::handle tensor);
 pybind11::object new_rows(pybind11::handle x, const Tensor& as, int64_t columns);
+pybind11::object new_turned(pybind11::handle as, const Tensor& given);
 pybind11::object sum_of_rows(pybind11::handle rows, int64_t ndim, pybind11::handle like);
 
 // torch's products: x weight^T + bias without gaps, or bias None, and rows weight.
