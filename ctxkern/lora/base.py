@@ -13,23 +13,25 @@ from ctxkern.dtypes import accumulator
 from ctxkern.plan import compute_dtype, forced
 from ctxkern.runtime import cpu
 
-# Rows, and columns for each thread, from which products of the C++ kernels take less time than torch's on an AMD
-# processor with AVX-512: in float32 than MKL's, in bfloat16 than oneDNN's where they go along with the update
-# (bench/LOG.md).
+# Rows, and columns, from which products of the C++ kernels take less time than torch's on an AMD processor with
+# AVX-512: in float32 than MKL's, in bfloat16 than oneDNN's where they go along with the update (bench/LOG.md). By
+# themselves they share columns among threads, and need as many for each; along with the update they share rows, so that
+# the number of threads does not count: it would change how y is rounded.
 _LEAST_ROWS, _LEAST_COLUMNS = 256, 64
 
 
 def own_on_cpu(rows, columns, *dtypes):
     """(whether the backend cpu takes its own product, of so many rows and columns and tensors of these dtypes; whether
     it takes one that goes along with the update, if the rows of adapters allow it)"""
-    few = rows < _LEAST_ROWS or columns < _LEAST_COLUMNS * torch.get_num_threads()
+    few = rows < _LEAST_ROWS or columns < _LEAST_COLUMNS
     if few if forced.library is None else forced.library:
         return False, False
     if forced.library is None and not _is_measured():
         return False, False
     wide = set(dtypes) == {torch.float32}
     pairs = set(dtypes) == {torch.bfloat16} and cpu.cpu_isa() in ("avx512_bf16", "amx_bf16")
-    return wide, wide or pairs
+    enough = forced.library is False or columns >= _LEAST_COLUMNS * torch.get_num_threads()
+    return wide and enough, wide or pairs
 
 
 @cache

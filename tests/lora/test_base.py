@@ -214,7 +214,7 @@ def test_what_is_explained_is_what_runs(sizes, trained, dtype, taken, monkeypatc
 
 def test_our_own_product_is_taken_where_it_is_faster(monkeypatch):
     taken = [256, 128, torch.float32], [1024, 4096, torch.float32, torch.float32]
-    refused = [255, 128, torch.float32], [1024, 127, torch.float32], [1024, 1024, torch.float32, torch.bfloat16]
+    refused = [255, 128, torch.float32], [1024, 63, torch.float32], [1024, 1024, torch.float32, torch.bfloat16]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for name, there in (("AMD EPYC 9654", True), ("INTEL(R) XEON(R)", False)):
         monkeypatch.setattr(base.cpu, "cpu_name", lambda name=name: name)
@@ -222,6 +222,7 @@ def test_our_own_product_is_taken_where_it_is_faster(monkeypatch):
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
         base._is_measured.cache_clear()
         assert [base.own_on_cpu(*given) for given in (*taken, *refused)] == [(there, there)] * 2 + [(False, False)] * 3
+        assert base.own_on_cpu(1024, 127, torch.float32) == (False, there)
         assert base.own_on_cpu(256, 128, torch.bfloat16) == (False, False)
         monkeypatch.setattr(base.cpu, "cpu_isa", lambda: "avx512_bf16")
         assert base.own_on_cpu(256, 128, torch.bfloat16) == (False, there)
