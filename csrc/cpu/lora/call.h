@@ -31,11 +31,13 @@ struct LoraCall : LoraProblem {
 constexpr int64_t kBlockRows = 256;
 
 // Whether the product with the base weight goes along with the update: all rows are in a block, blocks are not too short, and
-// the panels of the weight, which each block reads, stay in a cache (bench/LOG.md).
+// the panels of the weight, which each block reads, stay in a cache, of less where what takes their place is faster
+// (bench/LOG.md).
 inline bool takes_base(const LoraCall& q) {
-  constexpr int64_t kFewRows = 16, kMostBytes = 4 << 20;
+  constexpr int64_t kFewRows = 16;
+  const int64_t most_bytes = q.x.dtype == Dtype::f32 ? 4 << 20 : 8 << 20;
   return q.batch.tokens > 0 && q.rows_of->count == q.batch.tokens && q.batch.tokens >= kFewRows * q.block_count() &&
-         q.d_in * q.d_out * size_of(q.x.dtype) <= kMostBytes;
+         q.d_in * q.d_out * size_of(q.x.dtype) <= most_bytes;
 }
 
 // Whether the gradient of the base weight is made with dA and dB: there are rows, all of one adapter, so that those of x and

@@ -5,7 +5,7 @@
 // Where rows have gates, entries of h and g are multiplied by those of their row, and the products of both without them
 // are the gates' gradient. The first two, and h, block by block, or piece by piece of a block where threads would share too
 // few; then dA and dB (gradients.h). Where adapters are many and even, a thread takes each whole, so that its rows stay in
-// cache between the two. Where the base weight goes along, a block of y or dx is written by its product, then updated.
+// cache between the two. Where the base weight goes along, the update is added to its sums before they are written.
 // Sums over rows are cut by the rows of an adapter alone: neither the number of threads nor other adapters change a bit.
 #pragma once
 
@@ -41,11 +41,13 @@ class Lora {
       if (b.count == 0) return;
       const Thread at = with_panels(b.adapter, thread);
       if (memory_.dropped) drop(b);
-      if (memory_.base) base(b, memory_.source_of(b, q.x.data, q.d_in), q.rows, q.d_out, at);
-      h(b, at);
+      const Left x = left_of(b, memory_.x_of(b), at);
+      inner(b, x, at.a_lanes, q.d_in, at);
       scale(b, at);
       words_of(b, at);
-      add(b, by_panel(at.b_lanes, q.rank), q.rows, q.d_out, at);
+      const Right panels = by_panel(at.b_lanes, q.rank);
+      if (memory_.base) return base(b, x, q.d_in, panels, q.rows, q.d_out, at);
+      add(b, panels, q.rows, q.d_out, at);
     });
   }
 
@@ -148,26 +150,30 @@ class Lora {
     return {reinterpret_cast<const char*>(at.rows), step * 4, 4};
   }
 
-  // Rows of y or dx = those of x or dy times the base weight, + bias.
-  void base(const LoraBlock& b, const Source& from, char* to, int64_t columns, const Thread& at) const {
-    const int64_t size = size_of(q.x.dtype), steps = words<W>(from.columns), longest = W::PER == 2 ? steps : kDeepest;
-    const Left left = left_of(b, from, at);
-    const Right right = by_panel(memory_.base, from.columns);
+  // Rows of y or dx = those of x or dy times the base weight, + bias, + the words times `update`.
+  void base(const LoraBlock& b, const Left& left, int64_t depth, Right update, char* to, int64_t columns,
+            const Thread& at) const {
+    const int64_t size = size_of(q.x.dtype), steps = words<W>(depth), longest = W::PER == 2 ? steps : kDeepest;
+    Right right = by_panel(memory_.base, depth);
+    // what the first of several tiles of rows has time for
+    if (b.count > 3 * kTileRows<2>) right.far = right.panel;
     Out out{to + (b.map ? 0 : b.row * columns * size), columns * size, store_of(q.x.dtype), columns};
     out.map = b.map;
+    const Also also{words_left(b, at), update, words<W>(q.rank_of(b.adapter))};
     for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
       const int64_t piece = steps - s < longest ? steps - s : longest;
-      if (s + piece >= steps) out.bias = memory_.bias;
+      if (s + piece >= steps) out.bias = memory_.bias, out.also = takes_also<W> ? &also : nullptr;
       product_wide<W>(b.count, piece, {left.data + s * left.step, left.row, left.step},
-                      {right.data + s * right.step, right.step, right.panel}, out);
+                      {right.data + s * right.step, right.step, right.panel, right.far}, out);
       out.store = add_of(q.x.dtype);
     }
+    if (!takes_also<W>) add(b, update, to, columns, at);
   }
 
-  // sums [rows, R] = rows of a block times panels of words by R lanes.
-  void inner(const LoraBlock& b, const Source& from, const float* right, const Thread& at) const {
-    product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(from.columns), kDeepest,
-                         left_of(b, from, at), by_panel(right, from.columns), at.sums, lanes(q.rank));
+  // sums [rows, R] = rows of a block, of `depth` elements, times panels of words by R lanes.
+  void inner(const LoraBlock& b, const Left& left, const float* right, int64_t depth, const Thread& at) const {
+    product_in_pieces<W>(b.count, round_up(q.rank_of(b.adapter), VL), words<W>(depth), kDeepest, left,
+                         by_panel(right, depth), at.sums, lanes(q.rank));
   }
 
   float scale_of(const LoraBlock& b) const {
@@ -208,13 +214,14 @@ class Lora {
 
   double kept_share() const { return 1.0 - static_cast<double>(q.kept_from) * 0x1p-32; }
 
-  void h(const LoraBlock& b, const Thread& at) const { inner(b, memory_.x_of(b), at.a_lanes, at); }
-  void g(const LoraBlock& b, const Thread& at) const { inner(b, memory_.dy_of(b), at.b_rows, at); }
-
   // The sums as a left operand.
   void words_of(const LoraBlock& b, const Thread& at) const {
     pack_left<W, Dtype::f32>(at.words, reinterpret_cast<const char*>(at.sums), lanes(q.rank) * 4, b.count,
                              q.rank_of(b.adapter));
+  }
+
+  Left words_left(const LoraBlock& b, const Thread& at) const {
+    return {reinterpret_cast<const char*>(at.words), words<W>(q.rank_of(b.adapter)) * 4, 4};
   }
 
   // Transposed, [R, words along the rows], a left operand too.
@@ -240,22 +247,20 @@ class Lora {
 
   // Rows of y or dx (+)= the words times panels of `columns` lanes.
   void add(const LoraBlock& b, Right panels, char* to, int64_t columns, const Thread& at) const {
-    const int64_t size = size_of(q.x.dtype), rank = q.rank_of(b.adapter);
+    const int64_t size = size_of(q.x.dtype);
     Out out{to + (b.map ? 0 : b.row * columns * size), columns * size, q.adds ? add_of(q.x.dtype) : store_of(q.x.dtype),
             columns};
     out.map = b.map;
-    const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
-    product_along<W>(b.count, words<W>(rank), left, panels, out);
+    product_along<W>(b.count, words<W>(q.rank_of(b.adapter)), words_left(b, at), panels, out);
   }
 
   // dx (+)= the same, where dropout kept x.
   void add_dropped(const LoraBlock& b, const Thread& at) const {
-    const int64_t size = size_of(q.x.dtype), rank = q.rank_of(b.adapter);
-    const Left left{reinterpret_cast<const char*>(at.words), words<W>(rank) * 4, 4};
+    const int64_t size = size_of(q.x.dtype), steps = words<W>(q.rank_of(b.adapter));
     for (int64_t d = 0; d < q.d_in; d += kStrip) {
       const int64_t columns = q.d_in - d < kStrip ? q.d_in - d : kStrip;
       const Out out{reinterpret_cast<char*>(at.sums), kStrip * 4, Store::f32, round_up(columns, VL)};
-      product_along<W>(b.count, words<W>(rank), left, by_panel(at.a_rows + panels(d, q.rank), q.rank), out);
+      product_along<W>(b.count, steps, words_left(b, at), by_panel(at.a_rows + panels(d, q.rank), q.rank), out);
       with_dtype(q.x.dtype, [&](auto type) {
         constexpr Dtype D = decltype(type)::value;
         for (int64_t i = 0; i < b.count; ++i) {
@@ -279,7 +284,7 @@ class Lora {
     if (memory_.dropped && (q.dA || memory_.needs_h())) drop(b);
     sums_.lay_out_x(b);
     if (memory_.needs_h()) {
-      h(b, at);
+      inner(b, left_of(b, memory_.x_of(b), at), at.a_lanes, q.d_in, at);
       if (q.products) std::memcpy(at.plain, at.sums, static_cast<size_t>(b.count * lanes(q.rank) * 4));
     }
     if (q.dB) {
@@ -288,15 +293,17 @@ class Lora {
     }
     sums_.lay_out_dy(b);
     if (!memory_.needs_g()) return;
-    g(b, at);
+    const Left dy = left_of(b, memory_.dy_of(b), at);
+    inner(b, dy, at.b_rows, q.d_out, at);
     if (q.products) products(b, at);
     scale(b, at);
     if (q.dA) turned(b, at, memory_.turned_g);
     if (!q.dx) return;
-    if (memory_.base) base(b, memory_.dy_of(b), q.dx, q.d_in, at);
     words_of(b, at);
+    const Right panels = by_panel(at.a_rows, q.rank);
+    if (memory_.base) return base(b, dy, q.d_out, panels, q.dx, q.d_in, at);
     if (memory_.dropped) return add_dropped(b, at);
-    add(b, by_panel(at.a_rows, q.rank), q.dx, q.d_in, at);
+    add(b, panels, q.dx, q.d_in, at);
   }
 
   const LoraCall& q;

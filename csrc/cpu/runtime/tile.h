@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "ahead.h"
-#include "vec.h"
+#include "out.h"
 
 namespace ctxkern {
 namespace {
@@ -87,121 +87,15 @@ struct Right {
   const float* at(int64_t lane) const { return data + lane / (2 * VL) * panel; }
 };
 
-// The adds: to panels of vectors without gaps. pairs: two rows of bfloat16 as words, of a panel of four vectors: lane i of the
-// first half and of the second. The streams write past the cache: whole vectors, aligned, of one or two.
-enum class Store { f32, f32_add, bf16, bf16_add, f16, f16_add, pairs, f32_stream, bf16_stream };
-
-constexpr Store store_of(Dtype dtype) {
-  return dtype == Dtype::f32 ? Store::f32 : dtype == Dtype::bf16 ? Store::bf16 : Store::f16;
-}
-
-constexpr Store add_of(Dtype dtype) {
-  return dtype == Dtype::f32 ? Store::f32_add : dtype == Dtype::bf16 ? Store::bf16_add : Store::f16_add;
-}
-
-struct Out {
-  char* data;
-  int64_t row;  // bytes
-  Store store;
-  int64_t lanes;                 // of one or two vectors: those that are written; of four: all
-  int64_t half = 0;              // bytes from the first two vectors to the other two
-  const float* bias = nullptr;   // [lanes, padded to vectors], added
-  const int64_t* map = nullptr;  // row of the output of each row
-
-  char* at(int64_t i) const { return data + (map ? map[i] : i) * row; }
+// A second product of as many rows and lanes, whose sums are added before they are written, in panels of two vectors.
+struct Also {
+  Left left;
+  Right right;
+  int64_t steps;
 };
 
-constexpr int64_t size_of(Store store) {
-  return store == Store::f32 || store == Store::f32_add || store == Store::f32_stream ? 4 : 2;
-}
-
-// Bytes of an output from which it is written past the cache.
-constexpr int64_t kCached = 4 << 20;
-
-inline bool streamable(const Out& out) {
-  const int64_t vector = VL * size_of(out.store);
-  return (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(out.row)) % vector == 0 && out.lanes % VL == 0;
-}
-
-// Whether its streams write whole lines one after another. Parts of a line that come apart reach memory apart.
-inline bool streams_lines(const Out& out) {
-  return streamable(out) && (out.lanes <= 2 * VL || (reinterpret_cast<uintptr_t>(out.data) | out.row) % 64 == 0);
-}
-
-inline Out streamed(Out out) {
-  if (out.store == Store::f32) out.store = Store::f32_stream;
-  if (out.store == Store::bf16) out.store = Store::bf16_stream;
-  return out;
-}
-
-// Rows of sums to rows `row` and on of the output, from lane `lane` on. Of fewer lanes than there are, the last vector is
-// cut short.
-template <Dtype D, int MR, int NV, class F>
-CTXKERN_INLINE void each_row(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane, F&& write) {
-  char* const data = out.data + lane * size_of(D);
-  const int64_t step = out.row;
-  const int64_t* const map = out.map;
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) write(data + (map ? map[row + i] : row + i) * step, acc[i]);
-}
-
-template <Dtype D, int MR, int NV>
-CTXKERN_INLINE void put_as(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane) {
-  constexpr int64_t vector = VL * size_of(D);
-  const int64_t last = NV == 4 ? VL : out.lanes - lane - (NV - 1) * VL;
-  if (last >= VL) {
-    each_row<D>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j)
-        store_as<D>(c + (NV == 4 && j >= 2 ? out.half + (j - 2) * vector : j * vector), v[j]);
-    });
-  } else {
-    each_row<D>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int j = 0; j < NV - 1; ++j) store_as<D>(c + j * vector, v[j]);
-      store_as_first<D>(c + (NV - 1) * vector, v[NV - 1], last);
-    });
-  }
-}
-
-template <Dtype D, int MR, int NV>
-CTXKERN_INLINE void add_as(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane) {
-  const int64_t lanes = out.lanes - lane;
-  each_row<D>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) v[j] += load_f32_first<D>(c + j * VL * size_of(D), lanes - j * VL);
-  });
-  put_as<D>(acc, out, row, lane);
-}
-
-template <int MR, int NV>
-CTXKERN_INLINE void put(V (&acc)[MR][NV], const Out& out, int64_t row, int64_t lane) {
-  switch (out.store) {
-    case Store::f32_add: return add_as<Dtype::f32>(acc, out, row, lane);
-    case Store::bf16_add: return add_as<Dtype::bf16>(acc, out, row, lane);
-    case Store::f16_add: return add_as<Dtype::f16>(acc, out, row, lane);
-    case Store::f32: return put_as<Dtype::f32>(acc, out, row, lane);
-    case Store::bf16: return put_as<Dtype::bf16>(acc, out, row, lane);
-    case Store::f16: return put_as<Dtype::f16>(acc, out, row, lane);
-    case Store::f32_stream:
-      return each_row<Dtype::f32>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) stream_as<Dtype::f32>(c + j * VL * 4, v[j]);
-      });
-    case Store::bf16_stream:
-      return each_row<Dtype::bf16>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) stream_as<Dtype::bf16>(c + j * VL * 2, v[j]);
-      });
-    case Store::pairs:
-      if constexpr (NV == 4) {
-        each_row<Dtype::bf16>(acc, out, row, lane, [&](char* c, V(&v)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-          for (int j = 0; j < 2; ++j) store(c + j * VL * 4, pair(v[j], v[j + 2]));
-        });
-      }
-  }
-}
+template <class W>
+constexpr bool takes_also = !std::is_same_v<W, Amx>;
 
 // Rows of a tile by vectors per row: what the registers hold in addition to a row of B and one broadcast.
 constexpr int kRegisters = VL == 16 ? 28 : 12;
@@ -212,6 +106,48 @@ constexpr int kTileRows = NV == 1 ? kRegisters / 2 : kRegisters / NV;
 template <class T>
 CTXKERN_INLINE T unkept(const T& value) {
   return *const_cast<const volatile T*>(&value);
+}
+
+// Every third row of a tile: x86 addresses the two after it as base + stride and base + 2·stride.
+template <int MR>
+struct Bases {
+  static constexpr int kCount = (MR + 2) / 3;
+
+  CTXKERN_INLINE Bases(const char* first, int64_t row) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kCount; ++g) {
+      of[g] = g == 0 ? first : of[g - 1] + 3 * row;
+      asm("" : "+r"(of[g]));  // or all are multiplied at once, in a vector
+    }
+  }
+
+  CTXKERN_INLINE void move(int64_t step) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kCount; ++g) of[g] += step;
+  }
+
+  const char* of[kCount];
+};
+
+// A word of each row times those of a row of B.
+template <class W, int MR, int NV>
+CTXKERN_INLINE void tile_step(V (&acc)[MR][NV], const Bases<MR>& base, int64_t a_row, const float* right) {
+  constexpr int KEPT = NV < 4 ? NV : 3;  // a fourth would be one more than there are registers
+  V w[KEPT];
+#pragma GCC unroll 4
+  for (int j = 0; j < KEPT; ++j) w[j] = load<V>(right + j * VL);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    const char* const word = base.of[i / 3] + (i % 3) * a_row;
+    if constexpr (NV == 1) {
+      acc[i][0] = W::multiply_add_word(acc[i][0], word, w[0]);
+    } else {
+      const V left = splat(load<float>(word));
+#pragma GCC unroll 4
+      for (int j = 0; j < KEPT; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
+      if constexpr (NV == 4) acc[i][3] = W::multiply_add_from(acc[i][3], left, right + 3 * VL);
+    }
+  }
 }
 
 // Rows `row` and on, NV vectors from lane `lane` on. Operands come by reference and unchanged: copies are written in parts
@@ -243,14 +179,7 @@ template <class W, int MR, int NV>
       if (NV == 4 || size_of(out.store) == 4) __builtin_prefetch(c + next, 1);
     }
   }
-  // every third row: x86 addresses the two after it as base + stride and base + 2·stride
-  constexpr int BASES = (MR + 2) / 3;
-  const char* base[BASES];
-#pragma GCC unroll 8
-  for (int g = 0; g < BASES; ++g) {
-    base[g] = g == 0 ? a.data + row * a_row : base[g - 1] + 3 * a_row;
-    asm("" : "+r"(base[g]));  // or all are multiplied at once, in a vector
-  }
+  Bases<MR> base(a.data + row * a_row, a_row);
   const float* right = b.at(lane);
   // of panels: what the first rows ask for serves those after them. A step at a time: many at once are waited for
   const int64_t right_far = row == 0 ? b.far : 0;
@@ -260,10 +189,10 @@ template <class W, int MR, int NV>
     // a cache line of every row of the tile below this one, while a line of this one is used up
     if (NV < 4 && a_step == 4) {
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + (i % 3 + MR) * a_row);
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(base.of[i / 3] + (i % 3 + MR) * a_row);
       if (const int64_t far = unkept(a.far)) {
 #pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 3] + i % 3 * a_row + far, 0, 2);
+        for (int i = 0; i < MR; ++i) __builtin_prefetch(base.of[i / 3] + i % 3 * a_row + far, 0, 2);
       }
     }
     if (NV < 4 && ahead) ahead->fetch_eight();
@@ -276,31 +205,25 @@ template <class W, int MR, int NV>
         }
         if (left_far) {
 #pragma GCC unroll 2
-          for (int i = 0; i < 8 * VL; i += 64) __builtin_prefetch(base[0] + left_far + i, 0, 2);
+          for (int i = 0; i < 8 * VL; i += 64) __builtin_prefetch(base.of[0] + left_far + i, 0, 2);
         }
       }
-      constexpr int KEPT = NV < 4 ? NV : 3;  // a fourth would be one more than there are registers
-      V w[KEPT];
-#pragma GCC unroll 4
-      for (int j = 0; j < KEPT; ++j) w[j] = load<V>(right + j * VL);
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const char* const word = base[i / 3] + (i % 3) * a_row;
-        if constexpr (NV == 1) {
-          acc[i][0] = W::multiply_add_word(acc[i][0], word, w[0]);
-        } else {
-          const V left = splat(load<float>(word));
-#pragma GCC unroll 4
-          for (int j = 0; j < KEPT; ++j) acc[i][j] = W::multiply_add(acc[i][j], left, w[j]);
-          if constexpr (NV == 4) acc[i][3] = W::multiply_add_from(acc[i][3], left, right + 3 * VL);
-        }
-      }
-#pragma GCC unroll 8
-      for (int g = 0; g < BASES; ++g) base[g] += a_step;
+      tile_step<W>(acc, base, a_row, right);
+      base.move(a_step);
       right += b_step;
     }
   }
   if (NV == 4 && ahead) ahead->at = next.at;
+  if (NV < 4 && out.also) {
+    const Also& more = *out.also;
+    const int64_t more_row = more.left.row;
+    Bases<MR> words(more.left.data + row * more_row, more_row);
+    const float* lanes = more.right.at(lane);
+    for (int64_t s = 0; s < more.steps; ++s, lanes += more.right.step) {
+      tile_step<W>(acc, words, more_row, lanes);
+      words.move(more.left.step);
+    }
+  }
   put(acc, out, row, lane);
 }
 
