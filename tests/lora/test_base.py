@@ -86,6 +86,23 @@ def test_the_base_along_with_the_update(case, dtype, isa):
             check_family(fn, with_base(lora_linear_ref, weight, bias), arguments, dout, case.id)
             check_family(on_cpu, lora_linear_ref, arguments | {"weight": given, "bias": bias}, dout, case.id)
             the_same_by((1, 3, 8), functools.partial(differentiate, fn, arguments, dout))
+            uneven = arguments | {"ranks": torch.arange(len(arguments["A"])) * 2 % 5}
+            check_family(fn, with_base(lora_linear_ref, weight, bias), uneven, dout, case.id)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in cpu_runtime.cpu_isas() or [] if isa.endswith("bf16")])
+def test_a_base_along_with_the_update_is_rounded_first(isa):
+    """As one that was written before: a batch in which it goes along, and one too small for that, give the same y but
+    where sums of float32 in another order, D·2⁻²⁴ apart, lie on both sides of a boundary of bfloat16, 2⁻⁸ apart."""
+    case = Case("rounded", 3, 150, 256, 128, 1)
+    arguments, dout = lora_arguments(case, 16, torch.bfloat16)
+    fn, found = with_base(on_cpu, arguments.pop("weight"), arguments.pop("bias")), []
+    for library in (False, True):
+        with force(library=library, isa=isa):
+            found.append(differentiate(fn, arguments, dout))
+    for name, terms in (("y", case.D), ("dx", case.E)):
+        along, before = (results[name] for results in found)
+        assert (along != before).float().mean() <= terms * 2**-16, name
 
 
 ONE_ADAPTER = [

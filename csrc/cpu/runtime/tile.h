@@ -87,7 +87,8 @@ struct Right {
   const float* at(int64_t lane) const { return data + lane / (2 * VL) * panel; }
 };
 
-// A second product of as many rows and lanes, whose sums are added before they are written, in panels of two vectors.
+// A second product of as many rows and lanes, in panels of two vectors, added to sums before they are written; those of
+// bfloat16 are rounded first, so that it makes no difference whether a product goes along or is added later.
 struct Also {
   Left left;
   Right right;
@@ -216,6 +217,14 @@ template <class W, int MR, int NV>
   if (NV == 4 && ahead) ahead->at = next.at;
   if (NV < 4 && out.also) {
     const Also& more = *out.also;
+    // as they would be before the second product is added to what the first wrote
+    if (W::PER == 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] = (V)(bf16_bits(acc[i][j]) << 16);
+      }
+    }
     const int64_t more_row = more.left.row;
     Bases<MR> words(more.left.data + row * more_row, more_row);
     const float* lanes = more.right.at(lane);
