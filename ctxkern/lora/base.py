@@ -23,15 +23,15 @@ _LEAST_ROWS, _LEAST_COLUMNS = 256, 64
 def own_on_cpu(rows, columns, *dtypes):
     """(whether the backend cpu takes its own product, of so many rows and columns and tensors of these dtypes; whether
     it takes one that goes along with the update, if the rows of adapters allow it)"""
+    library, each = forced.library, dtypes[0]
     few = rows < _LEAST_ROWS or columns < _LEAST_COLUMNS
-    if few if forced.library is None else forced.library:
+    if (few or not _is_measured()) if library is None else library:
         return False, False
-    if forced.library is None and not _is_measured():
+    if dtypes != (each,) * len(dtypes):
         return False, False
-    wide = set(dtypes) == {torch.float32}
-    pairs = set(dtypes) == {torch.bfloat16} and cpu.cpu_isa() in ("avx512_bf16", "amx_bf16")
-    enough = forced.library is False or columns >= _LEAST_COLUMNS * torch.get_num_threads()
-    return wide and enough, wide or pairs
+    if each is torch.float32:
+        return library is False or columns >= _LEAST_COLUMNS * torch.get_num_threads(), True
+    return False, each is torch.bfloat16 and cpu.cpu_isa() in ("avx512_bf16", "amx_bf16")
 
 
 @cache
