@@ -18,7 +18,7 @@ struct LoraCall : LoraProblem {
   const LoraBlock* blocks;
   const int64_t* block_first;  // [U + 1]
   Operand base, bias;  // weight [E, D] and bias [E] of the linear layer, where its product is made with the update
-  bool turned;         // dA is [D, R] and dB [R, E] in memory, as the factors are that A and B then are views of
+  bool turned;         // dA is [D, R] and dB [R, E] in memory: A and B are views of factors that lie so
   Operand dweight;     // of that weight, where it is made with dA and dB: without gaps, or turned
 
   int64_t adapters() const { return rows_of->contexts; }
@@ -31,8 +31,8 @@ struct LoraCall : LoraProblem {
 constexpr int64_t kBlockRows = 256;
 
 // Whether the product with the base weight goes along with the update: all rows are in a block, blocks are not too short, and
-// the panels of the weight, which each block reads, stay in a cache, of less where what takes their place is faster
-// (bench/LOG.md).
+// the panels of the weight, which each block reads, stay in a cache. In float32 they may be half as large, as a base product by
+// itself is faster there than torch's (bench/LOG.md).
 inline bool takes_base(const LoraCall& q) {
   constexpr int64_t kFewRows = 16;
   const int64_t most_bytes = q.x.dtype == Dtype::f32 ? 4 << 20 : 8 << 20;
