@@ -153,20 +153,16 @@ class Lora {
   // Rows of y or dx = those of x or dy times the base weight, + bias, + the words times `update`.
   void base(const LoraBlock& b, const Left& left, int64_t depth, Right update, char* to, int64_t columns,
             const Thread& at) const {
-    const int64_t size = size_of(q.x.dtype), steps = words<W>(depth), longest = W::PER == 2 ? steps : kDeepest;
+    const int64_t size = size_of(q.x.dtype);
     Right right = by_panel(memory_.base, depth);
     // what the first of several tiles of rows has time for
     if (b.count > 3 * kTileRows<2>) right.far = right.panel;
+    const Also also{words_left(b, at), update, words<W>(q.rank_of(b.adapter))};
     Out out{to + (b.map ? 0 : b.row * columns * size), columns * size, store_of(q.x.dtype), columns};
     out.map = b.map;
-    const Also also{words_left(b, at), update, words<W>(q.rank_of(b.adapter))};
-    for (int64_t s = 0; s == 0 || s < steps; s += longest > 0 ? longest : 1) {
-      const int64_t piece = steps - s < longest ? steps - s : longest;
-      if (s + piece >= steps) out.bias = memory_.bias, out.also = takes_also<W> ? &also : nullptr;
-      product_wide<W>(b.count, piece, {left.data + s * left.step, left.row, left.step},
-                      {right.data + s * right.step, right.step, right.panel, right.far}, out);
-      out.store = add_of(q.x.dtype);
-    }
+    out.bias = memory_.bias;
+    if (takes_also<W>) out.also = &also;
+    product_wide_in_pieces<W>(b.count, words<W>(depth), kDeepest, left, right, out);
     if (!takes_also<W>) add(b, update, to, columns, at);
   }
 

@@ -16,9 +16,11 @@ constexpr Store store_of(Dtype dtype) {
   return dtype == Dtype::f32 ? Store::f32 : dtype == Dtype::bf16 ? Store::bf16 : Store::f16;
 }
 
-constexpr Store add_of(Dtype dtype) {
-  return dtype == Dtype::f32 ? Store::f32_add : dtype == Dtype::bf16 ? Store::bf16_add : Store::f16_add;
+constexpr Store added(Store store) {
+  return store == Store::f32 ? Store::f32_add : store == Store::bf16 ? Store::bf16_add : Store::f16_add;
 }
+
+constexpr Store add_of(Dtype dtype) { return added(store_of(dtype)); }
 
 struct Out {
   char* data;

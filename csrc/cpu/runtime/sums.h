@@ -38,5 +38,34 @@ inline void product_in_pieces(int64_t rows, int64_t lanes, int64_t steps, int64_
   }
 }
 
+// All panels of an output, with its bias and second product, of a sum that is cut likewise: all pieces for the rows of a tile
+// before the next rows, while their part of the output is near.
+template <class W>
+inline void product_wide_in_pieces(int64_t rows, int64_t steps, int64_t longest, const Left& a, const Right& b,
+                                   const Out& out) {
+  if (W::PER == 2 || steps <= longest) return product_wide<W>(rows, steps, a, b, out);
+  if constexpr (W::PER == 1) {
+    Out piece = out;
+    for (int64_t j = 0; j < out.lanes; j += 2 * VL) {
+      const bool two = out.lanes - j > VL;
+      each_tile(rows, most_rows<2>(a), [&](int64_t row, int64_t height) {
+        const TileFn tile = two ? tile_of<W, 2>(height) : tile_of<W, 1>(height);
+        for (int64_t i = 0; i < height; ++i) {
+          const char* const to = out.at(row + i) + j * size_of(out.store);
+          __builtin_prefetch(to, 1);
+          __builtin_prefetch(to + 64, 1);
+        }
+        piece.store = out.store, piece.bias = nullptr, piece.also = nullptr;
+        for (int64_t s = 0; s < steps; s += longest) {
+          if (s + longest >= steps) piece.bias = out.bias, piece.also = out.also;
+          tile(steps - s < longest ? steps - s : longest, {a.data + s * a.step, a.row, a.step, a.far},
+               {b.data + s * b.step, b.step, b.panel, b.far}, piece, row, j, nullptr);
+          piece.store = added(out.store);
+        }
+      });
+    }
+  }
+}
+
 }  // namespace
 }  // namespace ctxkern

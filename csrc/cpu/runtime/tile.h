@@ -170,15 +170,18 @@ template <class W, int MR, int NV>
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = first[j];
   }
-  // halves: the sum is short, and lines of the output that are first asked for at its end would be waited for
-  if (W::PER == 2 && out.store != Store::f32_stream && out.store != Store::bf16_stream) {
-    const int64_t next = NV == 4 && out.half != 0 ? out.half : 64;
+  // halves: lines of the output that are first asked for at the end of the sum would be waited for, as it is short. Where it
+  // is not, a row at a time, as many at once are waited for too
+  const bool asks = W::PER == 2 && out.store != Store::f32_stream && out.store != Store::bf16_stream;
+  const auto ask = [&](int i) __attribute__((always_inline)) {
+    const char* const c = out.at(row + i) + lane * size_of(out.store);
+    __builtin_prefetch(c, 1);
+    if (NV == 4 || size_of(out.store) == 4) __builtin_prefetch(c + (NV == 4 && out.half != 0 ? out.half : 64), 1);
+  };
+  int to_ask = NV == 2 && asks && steps >= 16 * MR ? 0 : MR;
+  if (asks && to_ask != 0) {
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const char* const c = out.at(row + i) + lane * size_of(out.store);
-      __builtin_prefetch(c, 1);
-      if (NV == 4 || size_of(out.store) == 4) __builtin_prefetch(c + next, 1);
-    }
+    for (int i = 0; i < MR; ++i) ask(i);
   }
   Bases<MR> base(a.data + row * a_row, a_row);
   const float* right = b.at(lane);
@@ -187,6 +190,7 @@ template <class W, int MR, int NV>
   const int64_t left_far = row == 0 && a_step == 8 * VL && lane + NV * VL >= out.lanes ? a.far : 0;
   const bool panels = (right_far | left_far) != 0;
   for (int64_t s = 0; s < steps;) {
+    if (W::PER == 2 && NV == 2 && to_ask < MR) ask(to_ask++);
     // a cache line of every row of the tile below this one, while a line of this one is used up
     if (NV < 4 && a_step == 4) {
 #pragma GCC unroll 16
