@@ -89,6 +89,18 @@ class Lora {
     if (!memory_.base) return;
     const int64_t size = size_of(q.base.dtype);
     if (memory_.bias) pack_vector(memory_.bias, q.bias.dtype, q.bias.data, q.bias.strides[0], columns, lanes(columns));
+    if (column == 1) {
+      // rows that are read once, into all panels
+      constexpr int64_t kRows = 64;
+      parallel<W>(memory_.block_threads, (count + kRows - 1) / kRows, [&](int64_t i, int) {
+        const int64_t r = i * kRows, rows = count - r < kRows ? count - r : kRows;
+        with_source<W>(q.base.dtype, [&](auto type) {
+          Memory::template pack_panels<decltype(type)::value>(
+              memory_.base + r / W::PER * NR, q.base.data + r * row * size, row * size, size, rows, columns, count);
+        });
+      });
+      return;
+    }
     parallel<W>(memory_.block_threads, lanes(columns) / NR, [&](int64_t i, int) {
       const int64_t c = i * NR;
       with_source<W>(q.base.dtype, [&](auto type) {
