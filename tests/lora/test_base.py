@@ -67,6 +67,7 @@ ALONG = [
     Case("shared", 6, 50, 96, 80, 1, rows=3, index=(0, 1, 2, 0, 1, 2), bias=True),
     Case("ragged", 3, 0, 33, 47, 1, lengths=(40, 0, 300)),
     Case("long-sums", 1, 513, 785, 391, 1),
+    Case("long-sums-shared", 4, 40, 1090, 70, 1, rows=2, index=(0, 1, 0, 1), bias=True),
 ]
 
 
