@@ -106,6 +106,31 @@ def test_a_base_along_with_the_update_is_rounded_first(isa):
         assert (along != before).float().mean() <= terms * 2**-16, name
 
 
+@pytest.mark.parametrize(
+    "dtype, rows, d, along",
+    [
+        (torch.bfloat16, 16, 512, True),
+        (torch.bfloat16, 16, 1024, False),
+        (torch.bfloat16, 20, 1024, True),
+        (torch.bfloat16, 32, 2048, False),
+        (torch.bfloat16, 48, 2048, True),
+        (torch.bfloat16, 48, 2112, False),
+        (torch.float32, 16, 1024, True),
+        (torch.float32, 15, 1024, False),
+        (torch.float32, 64, 1056, False),
+    ],
+    ids=str,
+)
+def test_a_base_goes_along_where_blocks_are_long_enough_for_it(dtype, rows, d, along):
+    isa = cpu_runtime.cpu_isas()[-1]
+    if dtype is torch.bfloat16 and not isa.endswith("bf16"):
+        pytest.skip("the words of this set are float32")
+    x, weight, A, B = (torch.zeros(shape, dtype=dtype) for shape in ((2, rows, d), (d, d), (2, 1, d), (2, d, 1)))
+    with force(library=False, isa=isa):
+        planned = ctxkern.explain_lora(x, weight, A, B)
+    assert planned.base.endswith("with the update") == along
+
+
 ONE_ADAPTER = [
     Case("one", 3, 150, 300, 150, 1, rows=1, index=(0, 0, 0), bias=True),
     Case("ragged", 3, 0, 33, 47, 1, rows=1, index=(0, 0, 0), lengths=(40, 0, 301)),

@@ -30,14 +30,16 @@ struct LoraCall : LoraProblem {
 // Rows of a block, at most: sums over rows are cut into as many.
 constexpr int64_t kBlockRows = 256;
 
-// Whether the product with the base weight goes along with the update: all rows are in a block, blocks are not too short, and
-// the panels of the weight, which each block reads, stay in a cache. In float32 they may be half as large, as a base product by
-// itself is faster there than torch's (bench/LOG.md).
+// Whether the product with the base weight goes along with the update: all rows are in a block, and blocks are long enough for
+// a weight that each of them reads. In bfloat16 torch's product, which reads it once for all, takes less time where they are
+// not, and the more rows it takes the farther away the panels of the weight lie; in float32 torch's is slower, and a base
+// product by itself takes less time than one that reads more than 4 MiB for each block (bench/LOG.md).
 inline bool takes_base(const LoraCall& q) {
-  constexpr int64_t kFewRows = 16;
-  const int64_t most_bytes = q.x.dtype == Dtype::f32 ? 4 << 20 : 8 << 20;
-  return q.batch.tokens > 0 && q.rows_of->count == q.batch.tokens && q.batch.tokens >= kFewRows * q.block_count() &&
-         q.d_in * q.d_out * size_of(q.x.dtype) <= most_bytes;
+  const int64_t bytes = q.d_in * q.d_out * size_of(q.x.dtype);
+  const bool floats = q.x.dtype == Dtype::f32;
+  const int64_t rows = floats || bytes <= 1 << 20 ? 16 : bytes <= 4 << 20 ? 20 : 48;
+  return q.batch.tokens > 0 && q.rows_of->count == q.batch.tokens && q.batch.tokens >= rows * q.block_count() &&
+         bytes <= (floats ? 4 << 20 : 8 << 20);
 }
 
 // Whether the gradient of the base weight is made with dA and dB: there are rows, all of one adapter, so that those of x and
