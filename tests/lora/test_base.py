@@ -107,7 +107,7 @@ def test_a_base_along_with_the_update_is_rounded_first(isa):
 
 
 @pytest.mark.parametrize(
-    "dtype, rows, d, along",
+    ("dtype", "rows", "d", "along"),
     [
         (torch.bfloat16, 16, 512, True),
         (torch.bfloat16, 16, 1024, False),
